@@ -1,0 +1,55 @@
+"""Run an unmodified Megatron-LM script with tiled linear layers.
+
+    torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
+"""
+
+import importlib.util
+import os
+import runpy
+import sys
+
+USAGE = "usage: python -m megatron_tiling SCRIPT [ARGS of the script, and those of the tiled linear group]"
+
+
+def main() -> None:
+    """Install the plugin, then run the script as ``__main__``."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        raise SystemExit(USAGE)
+    script = sys.argv[1]
+    if not os.path.isfile(script):
+        raise SystemExit(f"megatron_tiling: there is no script {script}\n{USAGE}")
+    sys.argv = sys.argv[1:]
+    # As for `python SCRIPT`, and before Megatron is imported: a script in a Megatron-LM tree uses that tree.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_tiling import cpu
+
+        if os.environ.get("RANK", "0") == "0":
+            print("megatron_tiling: no GPU here; Megatron runs on the CPU over gloo, for trying things out", flush=True)
+        cpu.install()
+        sys.argv = cpu.with_default_args(sys.argv)
+
+    from megatron_tiling.provider import install
+
+    install()
+    _use_built_dataset_helpers()
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:  # scripts leave this to process exit, where gloo's threads now and then abort
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _use_built_dataset_helpers() -> None:
+    """The wheel ships the C++ dataset helpers built, but not the Makefile that the trainer calls to build them."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        import megatron.core.datasets.utils as utils
+
+        utils.compile_helpers = lambda: None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The command-line flags, and what is refused before training starts."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from megatron_tiling.config import DEFAULT_FACTOR, MODULES, TilingConfig
+
+#: Flags that mean nothing without --use-tiled-linear; all of them default to None or False.
+COMPANIONS = {
+    "tile_factor": "--tile-factor",
+    "tiled_linear_modules": "--tiled-linear-modules",
+    "tiled_linear_splits": "--tiled-linear-splits",
+    "tiled_linear_fp32_accumulate": "--tiled-linear-fp32-accumulate",
+}
+
+#: Megatron flags that tiled layers do not work with: attribute, values that are fine, what to do instead.
+UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "transformer_impl",
+        (None, "local"),
+        "tiled layers are not built from this implementation's specs; use --transformer-impl local",
+    ),
+    ("use_megatron_fsdp", (None, False), "tiles are not sharded by Megatron-FSDP; use --use-distributed-optimizer"),
+    ("use_torch_fsdp2", (None, False), "tiles are not sharded by FSDP2; use --use-distributed-optimizer"),
+    (
+        "defer_embedding_wgrad_compute",
+        (None, False),
+        "a tiled layer computes its weight gradient in its own backward pass; leave this flag out",
+    ),
+    ("tensor_parallel_num_weight_shards", (None, 1), "a tiled layer needs its weight whole; leave this flag out"),
+    (
+        "expert_tensor_parallel_num_weight_shards",
+        (None, 1),
+        "a tiled layer needs its weight whole; leave this flag out",
+    ),
+)
+
+
+def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the "tiled linear" group to Megatron's parser; usable as an ``extra_args_provider``."""
+    group = parser.add_argument_group(title="tiled linear")
+    group.add_argument(
+        "--use-tiled-linear",
+        "--memory-centric-tiled-linear",
+        action="store_true",
+        dest="use_tiled_linear",
+        help="Compute the model's column- and row-parallel linear layers tile by tile. "
+        "(--memory-centric-tiled-linear is Megatron-DeepSpeed's spelling.)",
+    )
+    group.add_argument(
+        "--tile-factor",
+        type=int,
+        metavar="N",
+        help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
+        f"Default {DEFAULT_FACTOR}.",
+    )
+    group.add_argument(
+        "--tiled-linear-modules",
+        nargs="+",
+        metavar="MODULE",
+        help=f"Which layers to tile, out of {', '.join(MODULES)}. Default: all of them.",
+    )
+    group.add_argument(
+        "--tiled-linear-splits",
+        nargs="+",
+        metavar="MODULE=INxOUT",
+        help="Grids of single modules, in_splits x out_splits, instead of --tile-factor: fc1=1x8 fc2=8x1.",
+    )
+    group.add_argument(
+        "--tiled-linear-fp32-accumulate",
+        action="store_true",
+        help="Sum over tiles in float32 where activations are bf16 or fp16; costs a float32 copy of what is summed.",
+    )
+    return parser
+
+
+def validate_tiling_args(args: Namespace) -> TilingConfig | None:
+    """Check the flags against each other and against Megatron's.
+
+    Returns:
+        The tiling to apply, or ``None`` without ``--use-tiled-linear``.
+
+    Raises:
+        ValueError: naming the flag, its value, and what to change.
+    """
+    if not args.use_tiled_linear:
+        for attribute, flag in COMPANIONS.items():
+            if getattr(args, attribute) not in (None, False):
+                raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
+        return None
+    for attribute, supported, remedy in UNSUPPORTED:
+        value = getattr(args, attribute, None)
+        if value not in supported:
+            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
+            raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
+    return TilingConfig.from_args(args)

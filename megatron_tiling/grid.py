@@ -1,0 +1,106 @@
+"""Partition arithmetic: which rows and columns of a weight shard make tile (o, i).
+
+Pure Python. Tiles subdivide what one rank holds, never the global weight.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+def partition_uniform(num_items: int, num_parts: int) -> list[int]:
+    """Boundaries ``[0, ..., num_items]`` of ``num_parts`` ranges; the first ones take the remainder.
+
+    The same boundaries as ``deepspeed.runtime.utils.partition_uniform``, so that tile keys and shapes agree.
+
+    >>> partition_uniform(10, 4)
+    [0, 3, 6, 8, 10]
+    """
+    size, remainder = divmod(num_items, num_parts)
+    return [part * size + min(part, remainder) for part in range(num_parts + 1)]
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """An ``in_splits`` x ``out_splits`` grid of tiles over a weight shard ``[out_features, in_features]``.
+
+    Args:
+        in_features, out_features: columns and rows of this rank's weight shard.
+        in_splits, out_splits: tiles along the columns and along the rows.
+        paired: the rows are the two halves ``[gate | up]`` of a gated linear unit, and out-tile ``o`` holds the
+            same features of both halves. ``out_parts`` then counts features of one half.
+
+    Raises:
+        ValueError: a split is not within ``[1, features]``, or ``paired`` rows are odd in number.
+
+    >>> TileGrid(4, 12, 1, 3, paired=True).row_ranges(0)
+    (slice(0, 2, None), slice(6, 8, None))
+    """
+
+    in_features: int
+    out_features: int
+    in_splits: int = 1
+    out_splits: int = 1
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        if self.paired and self.out_features % 2:
+            raise ValueError(f"a gated linear unit needs an even number of rows, not {self.out_features}")
+        for name, splits, limit in (
+            ("in_splits", self.in_splits, self.in_features),
+            ("out_splits", self.out_splits, self.tiled_out_features),
+        ):
+            if not 1 <= splits <= limit:
+                raise ValueError(f"{name}={splits} is not within [1, {limit}], the features that can be split")
+
+    @property
+    def tiled_out_features(self) -> int:
+        """Rows that ``out_parts`` divides: all of them, or one half of ``paired`` rows."""
+        return self.out_features // 2 if self.paired else self.out_features
+
+    @property
+    def tiles(self) -> int:
+        return self.in_splits * self.out_splits
+
+    @cached_property
+    def in_parts(self) -> list[int]:
+        return partition_uniform(self.in_features, self.in_splits)
+
+    @cached_property
+    def out_parts(self) -> list[int]:
+        return partition_uniform(self.tiled_out_features, self.out_splits)
+
+    def columns(self, in_tile: int) -> slice:
+        return slice(self.in_parts[in_tile], self.in_parts[in_tile + 1])
+
+    def row_ranges(self, out_tile: int) -> tuple[slice, ...]:
+        """The weight rows of an out-tile: one range, or its gate range and its up range."""
+        start, stop = self.out_parts[out_tile], self.out_parts[out_tile + 1]
+        if not self.paired:
+            return (slice(start, stop),)
+        half = self.tiled_out_features
+        return slice(start, stop), slice(half + start, half + stop)
+
+    def in_size(self, in_tile: int) -> int:
+        return self.in_parts[in_tile + 1] - self.in_parts[in_tile]
+
+    def out_size(self, out_tile: int) -> int:
+        """Features of an out-tile's output, gate and up together."""
+        return sum(rows.stop - rows.start for rows in self.row_ranges(out_tile))
+
+    def check_parts(self, sizes: Sequence[int]) -> None:
+        """Refuse an already split input whose parts are not this grid's in-tiles.
+
+        Raises:
+            ValueError: naming the number of parts, or the first part of another width.
+        """
+        if len(sizes) != self.in_splits:
+            raise ValueError(
+                f"the input is split into {len(sizes)} parts, but the layer has in_splits={self.in_splits}"
+            )
+        for index, size in enumerate(sizes):
+            if size != self.in_size(index):
+                raise ValueError(f"input part {index} has {size} features, its tile takes {self.in_size(index)}")
+
+    def __str__(self) -> str:
+        return f"{self.in_splits}x{self.out_splits}"

@@ -1,0 +1,149 @@
+"""The model-provider hook: from Megatron's arguments to tiled models.
+
+``tiling_hook`` and ``tiled_model_provider`` are for scripts that build models themselves. ``install`` puts them, and
+the flags, into Megatron's trainer, for scripts that know nothing of this package.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
+from megatron_tiling.config import TilingConfig
+from megatron_tiling.convert import table, tile
+from megatron_tiling.norm import allow_sequence_parallel
+
+ModelChunks = list[torch.nn.Module]
+
+
+def tiling_hook(config: TilingConfig) -> Callable[[ModelChunks], ModelChunks]:
+    """A hook for ``pre_wrap_hooks`` of megatron-core's model configs (0.19): tiles each model chunk, in place."""
+
+    def hook(chunks: ModelChunks) -> ModelChunks:
+        for index, chunk in enumerate(chunks):
+            reports = tile(chunk, config)
+            _print_once_a_stage(f"tiled linear layers{_stage_name(index, len(chunks))}:\n{table(reports)}")
+        return chunks
+
+    return hook
+
+
+def tiled_model_provider(model_provider: Callable[..., Any], config: TilingConfig) -> Callable[..., Any]:
+    """Wrap Megatron's ``model_provider(pre_process, post_process, ...)``: the model it builds comes out tiled."""
+
+    @functools.wraps(model_provider)
+    def provide(*args: Any, **kwargs: Any) -> Any:
+        model = model_provider(*args, **kwargs)
+        tiling_hook(config)(model if isinstance(model, list) else [model])
+        return model
+
+    return provide
+
+
+def install() -> None:
+    """Add the flags to Megatron's argument parser, and tile the models that its trainer builds when they ask for it.
+
+    Idempotent. To be called before the arguments are parsed. Bad settings end the program with one line.
+    """
+    import megatron.training.arguments as arguments
+    import megatron.training.training as training
+
+    if getattr(training, "_megatron_tiling_installed", False):
+        return
+    training._megatron_tiling_installed = True
+    _wrap(arguments.add_megatron_arguments, _with_tiling_args)
+    _wrap(arguments.validate_args, _with_validation)
+    _wrap(training.get_model, _with_tiled_provider)
+    if importlib.util.find_spec("megatron.training.models"):  # 0.19: models are built from a config
+        import megatron.training.argument_utils as argument_utils
+
+        _wrap(argument_utils.gpt_config_from_args, _with_tiling_hook)
+        _wrap(argument_utils.hybrid_config_from_args, _with_tiling_hook)
+
+
+def _wrap(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
+    """Replace ``function`` by ``wrapper(function, ...)`` in every trainer module that holds it."""
+    wrapped = functools.wraps(function)(functools.partial(wrapper, function))
+    for name, module in list(sys.modules.items()):
+        if name == "megatron.training" or name.startswith("megatron.training."):
+            for attribute, value in list(vars(module).items()):
+                if value is function:
+                    setattr(module, attribute, wrapped)
+
+
+def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: ArgumentParser) -> ArgumentParser:
+    return add_tiling_args(add_arguments(parser))
+
+
+def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    try:
+        config = validate_tiling_args(args)
+    except ValueError as error:
+        raise SystemExit(f"megatron_tiling: {error}") from None
+    validated = validate(args, *rest, **kwargs)
+    if config is not None:
+        _prepare(args)
+    return validated
+
+
+def _prepare(args: Namespace) -> None:
+    """What a tiled run needs of Megatron beyond its layers."""
+    args.tiled_linear_fuse_wgrad = args.gradient_accumulation_fusion
+    if args.gradient_accumulation_fusion and not _found("fused_weight_gradient_mlp_cuda"):
+        args.gradient_accumulation_fusion = False  # or the constructors of stock's layers raise
+        _print_rank_0(
+            "gradient accumulation fusion without apex: tiled layers add weight gradients to main_grad themselves, "
+            "layers left dense use plain weight gradients"
+        )
+    if args.sequence_parallel and not _found("apex") and not _found("transformer_engine"):
+        allow_sequence_parallel()
+        _print_rank_0("sequence parallelism without apex or TransformerEngine: torch norms, their weights marked")
+
+
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _config(args: Namespace) -> TilingConfig:
+    return TilingConfig.from_args(args, fuse_wgrad=args.tiled_linear_fuse_wgrad)
+
+
+def _with_tiled_provider(get_model: Callable[..., Any], model_provider: Any, *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    if get_args().use_tiled_linear:
+        model_provider = tiled_model_provider(model_provider, _config(get_args()))
+    return get_model(model_provider, *args, **kwargs)
+
+
+def _with_tiling_hook(config_from_args: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    model_config = config_from_args(args, *rest, **kwargs)
+    if args.use_tiled_linear:
+        model_config.pre_wrap_hooks.append(tiling_hook(_config(args)))
+    return model_config
+
+
+def _stage_name(chunk: int, chunks: int) -> str:
+    names = []
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        names.append(f"pipeline stage {parallel_state.get_pipeline_model_parallel_rank()}")
+    if chunks > 1:
+        names.append(f"model chunk {chunk}")
+    return f" of {', '.join(names)}" if names else ""
+
+
+def _print_once_a_stage(message: str) -> None:
+    if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0:
+        print(f"megatron_tiling: {message}", flush=True)
+
+
+def _print_rank_0(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # arguments are parsed before torch.distributed is there
+        print(f"megatron_tiling: {message}", flush=True)

@@ -1,0 +1,46 @@
+"""Where the weight gradient of a tile loop goes: a new tensor for autograd, or straight into ``main_grad``."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_tiling.gemm import gemm_into
+
+
+class WeightGrad:
+    """The gradient ``[out_features, in_features]`` of one weight, filled slice by slice.
+
+    With ``fuse=True`` and a ``main_grad`` on the weight (Megatron's DDP sets it, float32 or the weight's dtype),
+    slices are added to ``main_grad`` in place, as Megatron's gradient accumulation fusion does with apex's kernel,
+    and ``result`` is what Megatron's DDP hooks expect in its place.
+    """
+
+    def __init__(self, weight: Tensor, fuse: bool) -> None:
+        self._weight = weight
+        main_grad = getattr(weight, "main_grad", None) if fuse else None
+        self.fused = main_grad is not None
+        self.tensor: Tensor = torch.empty_like(weight) if main_grad is None else main_grad
+
+    def add(self, rows: slice, columns: slice, grad_output: Tensor, input_: Tensor) -> None:
+        """wgrad GEMM of one slice: ``[n, rows]`` and ``[n, columns]`` -> ``[rows, columns]``. Once a slice."""
+        gemm_into(self.tensor[rows, columns], grad_output.t(), input_, accumulate=self.fused)
+
+    def result(self) -> Tensor | None:
+        """What the autograd function returns for the weight, once every slice is there."""
+        if not self.fused:
+            return self.tensor
+        if not hasattr(self._weight, "grad_added_to_main_grad"):
+            return None
+        # A gradient, though unused, keeps DDP's hooks on the main backward thread (megatron's layers.py says why).
+        self._weight.grad_added_to_main_grad = True
+        shape, dtype, device = self._weight.shape, self._weight.dtype, self._weight.device
+        if getattr(self._weight, "zero_out_wgrad", False):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return _placeholder(shape, dtype, device).detach()
+
+
+@lru_cache(maxsize=64)
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that stands for a gradient nobody reads, one for all layers of a shape."""
+    return torch.empty(shape, dtype=dtype, device=device)
