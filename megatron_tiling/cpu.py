@@ -69,9 +69,7 @@ def with_default_args(argv: Sequence[str]) -> list[str]:
     """
     given = {argument.partition("=")[0] for argument in argv}
     missing = [
-        (flag, value)
-        for flag, value in zip(DEFAULT_ARGS[::2], DEFAULT_ARGS[1::2], strict=True)
-        if flag not in given
+        (flag, value) for flag, value in zip(DEFAULT_ARGS[::2], DEFAULT_ARGS[1::2], strict=True) if flag not in given
     ]
     return [*argv, *(word for pair in missing for word in pair)]
 

@@ -9,7 +9,8 @@ import importlib.util
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from megatron_tiling.convert import table, tile
 from megatron_tiling.norm import allow_sequence_parallel
 
 ModelChunks = list[torch.nn.Module]
+Hook = Callable[[ModelChunks], ModelChunks]
 
 
-def tiling_hook(config: TilingConfig) -> Callable[[ModelChunks], ModelChunks]:
+def tiling_hook(config: TilingConfig) -> Hook:
     """A hook for ``pre_wrap_hooks`` of megatron-core's model configs (0.19): tiles each model chunk, in place."""
 
     def hook(chunks: ModelChunks) -> ModelChunks:
@@ -38,10 +40,14 @@ def tiling_hook(config: TilingConfig) -> Callable[[ModelChunks], ModelChunks]:
 def tiled_model_provider(model_provider: Callable[..., Any], config: TilingConfig) -> Callable[..., Any]:
     """Wrap Megatron's ``model_provider(pre_process, post_process, ...)``: the model it builds comes out tiled."""
 
+    return _hooked(model_provider, tiling_hook(config))
+
+
+def _hooked(model_provider: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
     @functools.wraps(model_provider)
     def provide(*args: Any, **kwargs: Any) -> Any:
         model = model_provider(*args, **kwargs)
-        tiling_hook(config)(model if isinstance(model, list) else [model])
+        hook(model if isinstance(model, list) else [model])
         return model
 
     return provide
@@ -83,10 +89,8 @@ def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: Argu
 
 
 def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    try:
+    with _ending_in_one_line():
         config = validate_tiling_args(args)
-    except ValueError as error:
-        raise SystemExit(f"megatron_tiling: {error}") from None
     validated = validate(args, *rest, **kwargs)
     if config is not None:
         _prepare(args)
@@ -111,22 +115,37 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _config(args: Namespace) -> TilingConfig:
-    return TilingConfig.from_args(args, fuse_wgrad=args.tiled_linear_fuse_wgrad)
+def _trainer_hook(args: Namespace) -> Hook:
+    hook = tiling_hook(TilingConfig.from_args(args, fuse_wgrad=args.tiled_linear_fuse_wgrad))
+
+    def run(chunks: ModelChunks) -> ModelChunks:
+        with _ending_in_one_line():
+            return hook(chunks)
+
+    return run
+
+
+@contextmanager
+def _ending_in_one_line() -> Iterator[None]:
+    """A bad setting ends a training run with what is wrong, not with a trace."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"megatron_tiling: {error}") from None
 
 
 def _with_tiled_provider(get_model: Callable[..., Any], model_provider: Any, *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
     if get_args().use_tiled_linear:
-        model_provider = tiled_model_provider(model_provider, _config(get_args()))
+        model_provider = _hooked(model_provider, _trainer_hook(get_args()))
     return get_model(model_provider, *args, **kwargs)
 
 
 def _with_tiling_hook(config_from_args: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     model_config = config_from_args(args, *rest, **kwargs)
     if args.use_tiled_linear:
-        model_config.pre_wrap_hooks.append(tiling_hook(_config(args)))
+        model_config.pre_wrap_hooks.append(_trainer_hook(args))
     return model_config
 
 

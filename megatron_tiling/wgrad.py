@@ -22,9 +22,14 @@ class WeightGrad:
         self.fused = main_grad is not None
         self.tensor: Tensor = torch.empty_like(weight) if main_grad is None else main_grad
 
-    def add(self, rows: slice, columns: slice, grad_output: Tensor, input_: Tensor) -> None:
-        """wgrad GEMM of one slice: ``[n, rows]`` and ``[n, columns]`` -> ``[rows, columns]``. Once a slice."""
-        gemm_into(self.tensor[rows, columns], grad_output.t(), input_, accumulate=self.fused)
+    def add(
+        self, rows: slice, columns: slice, grad_output: Tensor, input_: Tensor, *, accumulate: bool = False
+    ) -> None:
+        """wgrad GEMM of one slice: ``[n, rows]`` and ``[n, columns]`` -> ``[rows, columns]``.
+
+        ``accumulate`` adds to a slice that was given before: further tokens of the same micro-batch.
+        """
+        gemm_into(self.tensor[rows, columns], grad_output.t(), input_, accumulate=accumulate or self.fused)
 
     def result(self) -> Tensor | None:
         """What the autograd function returns for the weight, once every slice is there."""

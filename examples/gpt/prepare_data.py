@@ -114,9 +114,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         size, reason = sum(map(len, documents)), str(error).rpartition("] ")[2]
-        raise DataError(
-            f"--vocab-size {vocab_size} does not suit a corpus of {size:,} characters: {reason}"
-        ) from None
+        raise DataError(f"--vocab-size {vocab_size} does not suit a corpus of {size:,} characters: {reason}") from None
     return model.getvalue()
 
 

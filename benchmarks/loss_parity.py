@@ -1,0 +1,118 @@
+"""Loss curves of dense and tiled training, side by side, through the stock trainer.
+
+    python benchmarks/loss_parity.py --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \\
+        --tensor-parallel 2 4 --output FOLDER
+
+Each tensor-parallel size trains a bf16 Llama-style GPT twice, with the same seed and data, dense and with
+--use-tiled-linear. The yardstick is the difference between two dense runs at different tensor-parallel sizes, which
+differ by nothing but the order of sums. Writes loss_parity.md and, with matplotlib, loss_parity.png.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL = """
+    --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --group-query-attention
+    --num-query-groups 4 --seq-length 1024 --max-position-embeddings 1024 --swiglu --disable-bias-linear
+    --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 4 --global-batch-size 8 --bf16
+    --lr 6e-4 --min-lr 6e-5 --lr-decay-style cosine --lr-warmup-iters 10 --clip-grad 1.0 --seed 1234
+    --transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
+    --eval-interval 1000000 --eval-iters 0 --log-interval 1 --split 990,10,0
+    --tokenizer-type GPTSentencePieceTokenizer
+""".split()
+KINDS = {"dense": ["--no-gradient-accumulation-fusion"], "tiled": ["--use-tiled-linear"]}
+
+
+def train(args: argparse.Namespace, tp: int, kind: str) -> list[float]:
+    """Losses of one run; its log is left in the output folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
+    command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(tp)]
+    command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
+    command += ["--tokenizer-model", args.tokenizer_model, *KINDS[kind]]
+    log = args.output / f"loss_parity.tp{tp}.{kind}.log"
+    with log.open("w") as file:
+        environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    text = log.read_text()
+    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
+    if status or len(losses) != args.iterations:
+        raise SystemExit(f"{kind} at TP={tp} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
+    tiled = "megatron_tiling: tiled linear layers" in text
+    if tiled != (kind == "tiled"):
+        raise SystemExit(f"{kind} at TP={tp}: the startup table says otherwise: {log}")
+    return losses
+
+
+def difference(a: list[float], b: list[float]) -> str:
+    gaps = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return f"{max(gaps):.4f} | {sum(gaps) / len(gaps):.4f}"
+
+
+def report(curves: dict[tuple[int, str], list[float]], args: argparse.Namespace) -> str:
+    sizes = sorted({tp for tp, _ in curves})
+    pairs: list[tuple[Any, Any]] = [((tp, "dense"), (tp, "tiled")) for tp in sizes]
+    pairs += [((a, "dense"), (b, "dense")) for a, b in itertools.pairwise(sizes)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    lines = [
+        f"# Loss parity, {datetime.date.today()}",
+        "",
+        f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}, NCCL, bf16; {versions}. Command:",
+        "",
+        f"    python {' '.join(sys.argv)}",
+        "",
+        f"Largest and mean difference of the loss over {args.iterations} iterations:",
+        "",
+        "| runs compared | largest | mean |",
+        "|---|---|---|",
+    ]
+    lines += [f"| TP={a[0]} {a[1]} / TP={b[0]} {b[1]} | {difference(curves[a], curves[b])} |" for a, b in pairs]
+    lines += ["", "| run | first loss | last loss |", "|---|---|---|"]
+    lines += [f"| TP={tp} {kind} | {curve[0]:.4f} | {curve[-1]:.4f} |" for (tp, kind), curve in curves.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(curves: dict[tuple[int, str], list[float]], path: Path) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no matplotlib here: no picture")
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for (tp, kind), curve in curves.items():
+        axes.plot(curve, label=f"TP={tp} {kind}", linestyle="-" if kind == "dense" else "--")
+    axes.set(xlabel="iteration", ylabel="loss")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Loss curves of dense and tiled training, side by side.")
+    parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
+    parser.add_argument("--data", required=True, help="prefix of .bin and .idx, from examples/gpt/prepare_data.py")
+    parser.add_argument("--tokenizer-model", required=True)
+    parser.add_argument("--cache", default="/tmp/loss_parity_cache", help="folder for Megatron's data set indices")
+    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    curves = {(tp, kind): train(args, tp, kind) for tp in args.tensor_parallel for kind in KINDS}
+    text = report(curves, args)
+    (args.output / "loss_parity.md").write_text(text)
+    plot(curves, args.output / "loss_parity.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

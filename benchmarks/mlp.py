@@ -1,0 +1,116 @@
+"""Peers side by side: one SwiGLU MLP, forward and backward, on one GPU.
+
+    python benchmarks/mlp.py [--sizes 4096x14336 8192x28672] [--tokens 8192] [--repeats 25] [--results DIR]
+
+Writes ``<date>-mlp.md`` (times, memory, errors, kernels), ``.json`` (the same for plot.py) and ``.png`` (the
+time/memory frontier). Every size has a process of its own: a compiled activation that has seen another size gets a
+slow dynamic-shape kernel. Needs deepspeed and liger-kernel; a peer that cannot be imported is left out, by name.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+DENSE = "dense Megatron-core"
+OURS: list[tuple[int, int | None, bool]] = [
+    *[(1, None, False), (4, None, False), (8, None, False), (4, 2, False), (4, 0, False), (8, 0, False)],
+    *[(8, None, True), (4, 0, True), (8, 0, True)],
+]
+PROFILED = {DENSE, *(f"ours: TiledMLP {rest}" for rest in ("T=1 keep all", "T=4 keep all", "T=4 keep none", "T=8 keep none"))}
+
+
+def run_size(hidden_size: int, ffn_hidden_size: int, tokens: int, repeats: int) -> dict:
+    """All candidates at one size, in this process."""
+    import candidates
+    import measure
+    import torch
+
+    # The chunks of some peers must not turn dense's activation into a dynamic-shape kernel, nor their own.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch.manual_seed(0)
+    candidates.initialize()
+    dense = candidates.megatron_mlp(hidden_size, ffn_hidden_size)
+    hidden = torch.randn(tokens, 1, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad_output = torch.randn_like(hidden)
+    chosen, missing = candidates.of_megatron(dense), {}
+    for peers in (candidates.of_deepspeed, candidates.of_liger):
+        try:
+            chosen += peers(dense)
+        except ImportError as error:
+            missing[peers.__name__.removeprefix("of_")] = str(error)
+    chosen += candidates.of_ours(dense, OURS)
+    results = measure.measure(chosen, hidden, grad_output, repeats, PROFILED)
+    expected = measure.reference(hidden, dense.linear_fc1.weight, dense.linear_fc2.weight, grad_output)
+    for candidate, result in zip(chosen, results, strict=True):
+        if candidate.layers or candidate.name == DENSE:
+            result.errors = measure.errors(candidate, hidden, grad_output, expected)
+    return {
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "tokens": tokens,
+        "repeats": repeats,
+        "gpu": torch.cuda.get_device_name(),
+        "missing": missing,
+        "candidates": [
+            {**vars(result), "median": result.median, "spread": spread(result.milliseconds)} for result in results
+        ],
+    }
+
+
+def spread(milliseconds: list[float]) -> float:
+    """Half the distance between the quartiles."""
+    ordered = sorted(milliseconds)
+    return (ordered[(3 * len(ordered)) // 4] - ordered[len(ordered) // 4]) / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    if args.one_size_into:
+        (size,) = sizes
+        args.one_size_into.write_text(json.dumps(run_size(*size, args.tokens, args.repeats)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        runs = []
+        for index, size in enumerate(args.sizes):
+            path = Path(folder) / f"{index}.json"
+            command = [sys.executable, __file__, "--sizes", size, "--tokens", str(args.tokens)]
+            subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
+            runs.append(json.loads(path.read_text()))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python benchmarks/mlp.py", *sys.argv[1:]]),
+        "versions": {name: installed(name) for name in ("torch", "triton", "megatron-core", "deepspeed", "liger-kernel")},
+        "runs": runs,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{record['date']}-mlp.json"
+    path.write_text(json.dumps(record))
+    import report
+
+    report.write(path)
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Activations of the tile loop, forward and backward, into buffers that exist.
+
+An ``Activation`` is a function of torch, which is the reference and what runs on a CPU, and where one of the kernels
+of ``activation_kernels`` computes the same, its formula. Depends on torch alone; ``mlp.py`` says which activation a
+Megatron MLP has.
+
+Shapes: ``pre [halves, n, f]`` is the pre-activation of ``f`` features for ``n`` tokens, ``halves`` 2 for a gated
+linear unit (gate and up) and 1 otherwise; ``bias [halves, f]``; ``scale [n]`` multiplies a token's activation.
+Tensors may be strided views whose last dimension is dense.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a kernel computes: ``kind(min(gate, clamp)) * (clip(up, -clamp, clamp) + linear_offset)``, or ``kind(x)``.
+
+    ``gelu`` is exact, ``gelu_tanh`` the approximation of Megatron's fused functions.
+    """
+
+    kind: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu"]
+    clamp: float | None = None
+    linear_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with bias and scale.
+
+    Args:
+        gated: a gated linear unit: two halves in, one out.
+        function: ``(pre [n, halves * f], bias [halves * f] or None, scale [n] or None) -> [n, f]``, differentiable.
+        formula: the same function for GPU kernels, or ``None`` where there is no such kernel.
+    """
+
+    gated: bool
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    formula: Formula | None = None
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.gated else 1
+
+    def forward(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> None:
+        """Write the activation into ``out [n, f]``."""
+        if self._has_kernel(pre):
+            from megatron_tiling.activation_kernels import activate
+
+            activate(pre, bias, scale, out, **asdict(self.formula))
+        else:
+            out.copy_(self.function(_joined(pre), None if bias is None else _joined(bias), scale))
+
+    def backward(
+        self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, grad: Tensor, *, bias_grad: bool, scale_grad: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """In place: ``pre`` becomes its own gradient, and ``grad``, the activation's gradient, the activation.
+
+        Returns:
+            The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
+        """
+        if self._has_kernel(pre):
+            from megatron_tiling.activation_kernels import activate_backward
+
+            return activate_backward(
+                pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **asdict(self.formula)
+            )
+        leaves = {"pre": _joined(pre).requires_grad_()}
+        if bias is not None:
+            leaves["bias"] = _joined(bias).requires_grad_(bias_grad)
+        if scale is not None:
+            leaves["scale"] = scale.detach().requires_grad_(scale_grad)
+        with torch.enable_grad():
+            out = self.function(leaves["pre"], leaves.get("bias"), leaves.get("scale"))
+        wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        grads = dict(zip(wanted, torch.autograd.grad(out, [leaves[name] for name in wanted], grad), strict=True))
+        pre.copy_(_halved(grads["pre"], self.halves))
+        grad.copy_(out.detach())
+        return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
+
+    def _has_kernel(self, pre: Tensor) -> bool:
+        return self.formula is not None and pre.is_cuda and pre.dtype in KERNEL_DTYPES
+
+
+def _joined(halves: Tensor) -> Tensor:
+    """``[halves, ..., f]`` -> a new ``[..., halves * f]``."""
+    return torch.cat(halves.detach().unbind(0), dim=-1)
+
+
+def _halved(joined: Tensor, halves: int) -> Tensor:
+    """``[..., halves * f]`` -> ``[halves, ..., f]``."""
+    return torch.stack(joined.chunk(halves, dim=-1))

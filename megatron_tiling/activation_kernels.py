@@ -1,0 +1,186 @@
+"""Triton kernels of the activations in the tile loop: one pass over memory, forward and backward.
+
+A kernel reads its operands where the GEMMs left them (any row stride, any width) and the backward kernel writes over
+what it has read: the pre-activation becomes its gradient, the activation's gradient becomes the activation. Arithmetic
+is float32. Imported only where tensors are on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS, WARPS = 4, 1024, 4  # a block's elements: 16-byte accesses, 32 values of a tensor per thread
+
+
+@triton.jit
+def _value_and_slope(x, KIND: tl.constexpr):
+    """The function ``x * s(x)`` and its derivative, where ``s`` is a sigmoid, a normal distribution or a step."""
+    if KIND == "silu":
+        s = tl.sigmoid(x)
+        slope = s + x * s * (1.0 - s)
+    elif KIND == "quick_gelu":
+        s = tl.sigmoid(1.702 * x)
+        slope = s + 1.702 * x * s * (1.0 - s)
+    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u), with the constants of Megatron's fused functions
+        square = x * x
+        s = tl.sigmoid(2.0 * 0.79788456 * x * (1.0 + 0.044715 * square))
+        slope = s + 2.0 * x * s * (1.0 - s) * (0.79788456 + 0.1070322243 * square)
+    elif KIND == "gelu":
+        s = 0.5 + 0.5 * tl.erf(0.70710678118654752 * x)
+        slope = s + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+    elif KIND == "relu":
+        s = tl.where(x > 0, 1.0, 0.0)
+        slope = s
+    else:  # squared_relu
+        s = tl.maximum(x, 0.0)
+        slope = 2.0 * s
+    return x * s, slope
+
+
+@triton.jit
+def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column indices of this program's block, and which of them exist."""
+    column_blocks = tl.cdiv(columns, COLUMNS)
+    row_block = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
+    return row_block, column_block, row, column
+
+
+@triton.jit
+def _forward_kernel(
+    pre, bias, scale, out,
+    rows, columns, half_stride, row_stride, bias_half_stride, out_stride, clamp, linear_offset,
+    KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    _, _, row, column = _block(rows, columns, ROWS, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    x = tl.load(pre + at, mask, 0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias + column, column < columns, 0.0).to(tl.float32)[None, :]
+    if CLAMP:
+        x = tl.minimum(x, clamp)
+    y, _ = _value_and_slope(x, KIND)
+    if GATED:
+        up = tl.load(pre + half_stride + at, mask, 0.0).to(tl.float32)
+        if BIAS:
+            up += tl.load(bias + bias_half_stride + column, column < columns, 0.0).to(tl.float32)[None, :]
+        if CLAMP:
+            up = tl.minimum(tl.maximum(up, -clamp), clamp)
+        y *= up + linear_offset
+    if SCALE:
+        y *= tl.load(scale + row, row < rows, 0.0).to(tl.float32)[:, None]
+    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(
+    pre, bias, scale, grad, bias_sums, scale_sums,
+    rows, columns, half_stride, row_stride, bias_half_stride, grad_stride, clamp, linear_offset,
+    KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
+    BIAS_SUMS: tl.constexpr, SCALE_SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row_block, column_block, row, column = _block(rows, columns, ROWS, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    grad_at = grad + row.to(tl.int64)[:, None] * grad_stride + column[None, :]
+    x = tl.load(pre + at, mask, 0.0).to(tl.float32)
+    dy = tl.load(grad_at, mask, 0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(pre + half_stride + at, mask, 0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias + column, column < columns, 0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + bias_half_stride + column, column < columns, 0.0).to(tl.float32)[None, :]
+    if CLAMP:
+        inside = x <= clamp
+        x = tl.minimum(x, clamp)
+    y, slope = _value_and_slope(x, KIND)
+    if GATED:
+        if CLAMP:
+            up_inside = (up >= -clamp) & (up <= clamp)
+            up = tl.minimum(tl.maximum(up, -clamp), clamp)
+        up += linear_offset
+    unscaled_dy = dy
+    if SCALE:
+        token_scale = tl.load(scale + row, row < rows, 0.0).to(tl.float32)[:, None]
+        dy *= token_scale
+    dx = dy * slope
+    if GATED:
+        dup = dy * y
+        dx *= up
+        y *= up
+        if CLAMP:
+            dup = tl.where(up_inside, dup, 0.0)
+        tl.store(pre + half_stride + at, dup.to(pre.dtype.element_ty), mask)
+    if CLAMP:
+        dx = tl.where(inside, dx, 0.0)
+    tl.store(pre + at, dx.to(pre.dtype.element_ty), mask)
+    if SCALE_SUMS:
+        sums = tl.sum(tl.where(mask, unscaled_dy * y, 0.0), axis=1)
+        tl.store(scale_sums + column_block.to(tl.int64) * rows + row, sums, row < rows)
+    if SCALE:
+        y *= token_scale
+    tl.store(grad_at, y.to(grad.dtype.element_ty), mask)
+    if BIAS_SUMS:
+        halves: tl.constexpr = 2 if GATED else 1
+        sums_at = bias_sums + row_block.to(tl.int64) * columns * halves + column
+        tl.store(sums_at, tl.sum(tl.where(mask, dx, 0.0), axis=0), column < columns)
+        if GATED:
+            tl.store(sums_at + columns, tl.sum(tl.where(mask, dup, 0.0), axis=0), column < columns)
+
+
+def _operands(pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> tuple[tuple[int, ...], dict[str, bool]]:
+    halves, rows, columns = pre.shape
+    assert pre.stride(2) == 1 and out.stride(1) == 1 and (bias is None or bias.stride(1) == 1)
+    bias_half_stride = 0 if bias is None else bias.stride(0)
+    numbers = (rows, columns, pre.stride(0), pre.stride(1), bias_half_stride, out.stride(0))
+    return numbers, {"GATED": halves == 2, "BIAS": bias is not None, "SCALE": scale is not None}
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
+
+
+def activate(
+    pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor,
+    *, kind: str, clamp: float | None, linear_offset: float,
+) -> None:  # fmt: skip
+    """``out [n, f] = scale * activation(pre [halves, n, f] + bias [halves, f])``."""
+    numbers, flags = _operands(pre, bias, scale, out)
+    row_blocks, column_blocks = _blocks(*out.shape)
+    if not row_blocks:
+        return
+    with torch.cuda.device_of(out):
+        _forward_kernel[(row_blocks * column_blocks,)](
+            pre, bias, scale, out, *numbers, 0.0 if clamp is None else clamp, linear_offset,
+            KIND=kind, CLAMP=clamp is not None, **flags, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def activate_backward(
+    pre: Tensor, bias: Tensor | None, scale: Tensor | None, grad: Tensor,
+    *, bias_grad: bool, scale_grad: bool, kind: str, clamp: float | None, linear_offset: float,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """``pre`` becomes its gradient, ``grad`` becomes the activation. Returns the gradients of bias and scale, in float32."""
+    numbers, flags = _operands(pre, bias, scale, grad)
+    halves, rows, columns = pre.shape
+    row_blocks, column_blocks = _blocks(rows, columns)
+    bias_sums = pre.new_empty(row_blocks, halves, columns, dtype=torch.float32) if bias_grad else None
+    scale_sums = pre.new_empty(column_blocks, rows, dtype=torch.float32) if scale_grad else None
+    if row_blocks:
+        with torch.cuda.device_of(grad):
+            _backward_kernel[(row_blocks * column_blocks,)](
+                pre, bias, scale, grad, bias_sums, scale_sums,
+                *numbers, 0.0 if clamp is None else clamp, linear_offset,
+                KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad, **flags,
+                ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            )  # fmt: skip
+    return (
+        None if bias_sums is None else bias_sums.sum(dim=0),
+        None if scale_sums is None else scale_sums.sum(dim=0),
+    )

@@ -1,0 +1,388 @@
+"""Linear layer and vocabulary-parallel cross entropy in one: logits never exist whole.
+
+One autograd function makes the logits tile by tile, consumes each tile and drops it. The forward pass keeps a
+log-sum-exp per token; the backward pass makes each tile again, turns it into its gradient in place and
+multiplies it into both gradients. That is four GEMMs in all; the dense form has three, but moves every logit
+through memory many times.
+
+Depends on torch alone, with Triton kernels for the softmax on GPUs (``softmax_kernels.py``).
+Semantics are those of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_tiling.functional import ColumnComm, flat
+from megatron_tiling.gemm import gemm_into
+from megatron_tiling.head_tiles import HeadTiles
+from megatron_tiling.wgrad import WeightGrad
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoop:
+    """How ``tiled_linear_cross_entropy`` runs.
+
+    Args:
+        tiles: memory bound and tile sizes.
+        group: ranks that share the vocabulary, as many columns each; ``None`` if this rank has all.
+        comm: collectives of the input and its gradient.
+        fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
+        scale: multiplies the logits.
+        label_smoothing: as in Megatron, which averages over the columns of each rank alone.
+        keep_largest: also return each token's largest logit among this rank's columns, and its column.
+    """
+
+    tiles: HeadTiles = field(default_factory=HeadTiles)
+    group: dist.ProcessGroup | None = None
+    comm: ColumnComm | None = None
+    fuse_wgrad: bool = False
+    scale: float = 1.0
+    label_smoothing: float = 0.0
+    keep_largest: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing} is not within [0, 1)")
+
+    def first_column(self, vocabulary: int) -> int:
+        """Where this rank's ``vocabulary`` columns begin in the whole."""
+        return 0 if self.group is None else self.group.rank() * vocabulary
+
+    def target_weights(self, vocabulary: int) -> tuple[float, float]:
+        """Target probability of the label beyond any other column's, and that of any column."""
+        if self.label_smoothing == 0.0:
+            return 1.0, 0.0
+        smoothing = self.label_smoothing * vocabulary / (vocabulary - 1)
+        return 1.0 - smoothing, smoothing / vocabulary
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What ``tiled_linear_cross_entropy`` returns, each of the labels' shape.
+
+    Args:
+        loss: float32, or the logits' own dtype if wider; differentiable.
+        largest, argmax: with ``keep_largest``, each token's largest logit on this rank, and its column there.
+    """
+
+    loss: Tensor
+    largest: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loop: CrossEntropyLoop) -> TokenLosses:
+    """``vocab_parallel_cross_entropy(scale * hidden @ weight.T, labels)`` without the logits.
+
+    Args:
+        hidden: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism; any leading dimensions.
+        weight: ``[v, h]``, this rank's columns of the vocabulary.
+        labels: ``[s, b]`` int64, columns of the whole vocabulary. As in Megatron, the loss of a label outside
+            it is the log-sum-exp less the largest logit, and its gradient that of the log-sum-exp.
+        loop: tiles, collectives and options.
+
+    Raises:
+        ValueError: labels of another shape than the hidden states, or tiles larger than what there is.
+    """
+    shards = loop.group.size() if loop.comm is not None and loop.comm.sequence_parallel and loop.group else 1
+    expected = (hidden.shape[0] * shards, *hidden.shape[1:-1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"labels have shape {list(labels.shape)}, the hidden states {list(expected)} tokens")
+    loop.tiles.check(labels.numel(), len(weight))
+    return TokenLosses(*_TiledLinearCrossEntropy.apply(hidden, weight, labels, loop))
+
+
+class _TiledLinearCrossEntropy(torch.autograd.Function):
+    """Tokens ``n``, vocabulary ``v``, hidden ``h``; a tile has ``n_t`` tokens and ``v_t`` columns.
+
+    ========  ===============================  ==============================================================
+    forward   x ``[n_t, h]``, W ``[v_t, h]``   z ``[n_t, v_t]`` = x W^T, dropped after its statistics
+    loss      per token: max, sum, z[label]    log(sum exp(z - max)) - (z[label] - max), float32
+    remake    x, W                             z again, overwritten by
+    softmax   z, log-sum-exp, dloss            dz = (softmax(z) - onehot(label)) * dloss
+    dgrad     dz, W                            dx ``[n_t, h]`` += dz W, in float32
+    wgrad     dz, x                            dW ``[v_t, h]`` = dz^T x, += from the second token tile on
+    ========  ===============================  ==============================================================
+
+    Collectives: x is gathered once in each pass under sequence parallelism; the largest logits are reduced by
+    one all-reduce, sums and label logits by another; dx is reduced once, under the last wgrad GEMM.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loop: CrossEntropyLoop
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.loop = loop
+        # The parameter itself carries main_grad, which saved tensors may lose.
+        ctx.param = weight if ctx.needs_input_grad[1] else None
+        gathered = hidden
+        if loop.comm is not None and loop.comm.sequence_parallel:
+            gathered, _ = loop.comm.gather(hidden)
+        x = flat(gathered)
+        token_parts, column_parts = _cut(loop, len(x), weight, backward=False)
+        local_labels = labels.reshape(-1) - loop.first_column(len(weight))
+        statistics = _Statistics(local_labels, _wide(x.dtype), loop)
+        buffer = _LogitsBuffer(x, token_parts, column_parts)
+        for tokens in token_parts:
+            for columns in column_parts:
+                logits = buffer.logits(x[tokens], weight[columns])
+                statistics.update(logits, tokens, columns)
+        loss, log_sum_exp = statistics.loss(len(weight))
+        ctx.save_for_backward(hidden, weight, local_labels, log_sum_exp)
+        if statistics.argmax is None:
+            return loss.view_as(labels), None, None
+        largest = statistics.largest.to(x.dtype).view_as(labels)
+        argmax = statistics.argmax.view_as(labels)
+        ctx.mark_non_differentiable(largest, argmax)
+        return loss.view_as(labels), largest, argmax
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, local_labels, log_sum_exp = ctx.saved_tensors
+        loop: CrossEntropyLoop = ctx.loop
+        needs_dgrad, needs_wgrad, *_ = ctx.needs_input_grad
+        gathered = hidden
+        if loop.comm is not None and loop.comm.sequence_parallel:
+            gathered, _ = loop.comm.gather(hidden)
+        x = flat(gathered)
+        token_parts, column_parts = _cut(loop, len(x), weight, backward=True)
+        grad_loss = grad_loss.reshape(-1).to(log_sum_exp.dtype)
+
+        target_weights = loop.target_weights(len(weight))
+        wgrad = WeightGrad(ctx.param, loop.fuse_wgrad) if needs_wgrad else None
+        buffer = _LogitsBuffer(x, token_parts, column_parts)
+        dgrad = _InputGrad(x, token_parts, column_parts) if needs_dgrad else None
+        reduction = None
+        for tokens in token_parts:
+            for columns in column_parts:
+                dz = buffer.logits(x[tokens], weight[columns])
+                per_token = local_labels[tokens], log_sum_exp[tokens], grad_loss[tokens]
+                logits_to_gradient(dz, columns.start, *per_token, loop.scale, *target_weights)
+                if dgrad is not None:
+                    dgrad.add(tokens, dz, weight[columns], first=columns is column_parts[0])
+                    if columns is column_parts[-1] and tokens is not token_parts[-1]:
+                        dgrad.round(tokens)
+                    elif columns is column_parts[-1] and loop.comm is not None:
+                        dgrad.round(tokens)
+                        reduction = loop.comm.reduce(dgrad.result().view(gathered.shape))
+                if wgrad is not None:
+                    wgrad.add(columns, slice(None), dz, x[tokens], accumulate=tokens is not token_parts[0])
+        del dz, buffer  # before the result of an input gradient that nothing waits for
+        grad_hidden = None
+        if reduction is not None:
+            grad_hidden, work = reduction
+            if work is not None:
+                work.wait()
+        elif dgrad is not None:
+            dgrad.round(token_parts[-1])
+            grad_hidden = dgrad.result().view(gathered.shape)
+        return grad_hidden, None if wgrad is None else wgrad.result(), None, None
+
+
+class _LogitsBuffer:
+    """Memory for one tile of logits, used by all of them. Rows begin at multiples of 128 bytes."""
+
+    def __init__(self, x: Tensor, token_parts: list[slice], column_parts: list[slice]) -> None:
+        per_line = 128 // x.element_size()
+        width = -(-_longest(column_parts) // per_line) * per_line
+        self._memory = x.new_empty(_longest(token_parts), width)
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``[n_t, h]`` and ``[v_t, h]`` -> ``[n_t, v_t]``, valid until the next call."""
+        logits = self._memory[: len(x), : len(weight)]
+        gemm_into(logits, x, weight.t(), accumulate=False)
+        return logits
+
+
+class _InputGrad:
+    """The input gradient ``[n, h]``; a narrow one is summed in float32 and rounded once a token tile."""
+
+    def __init__(self, x: Tensor, token_parts: list[slice], column_parts: list[slice]) -> None:
+        self._x = x
+        self._result: Tensor | None = None
+        self._sum: Tensor | None = None
+        if x.element_size() < 4 and len(column_parts) > 1:
+            self._sum = x.new_empty(_longest(token_parts), x.shape[1], dtype=torch.float32)
+
+    def add(self, tokens: slice, dz: Tensor, weight: Tensor, *, first: bool) -> None:
+        """dgrad GEMM of one tile: ``[n_t, v_t]`` and ``[v_t, h]`` -> ``[n_t, h]``; all but the first add."""
+        total = self.result()[tokens] if self._sum is None else self._sum[: len(dz)]
+        gemm_into(total, dz, weight, accumulate=not first)
+
+    def round(self, tokens: slice) -> None:
+        """Take over the sum of a token tile, once all its vocabulary tiles are added."""
+        if self._sum is not None:
+            self.result()[tokens] = self._sum[: tokens.stop - tokens.start]
+
+    def result(self) -> Tensor:
+        """``[n, h]``, made at the first call: a single token tile can wait for the logits' memory."""
+        if self._result is None:
+            self._result = self._x.new_empty(self._x.shape)
+        return self._result
+
+
+class _Statistics:
+    """What the forward pass learns of each token's logits, in float32 or wider, and the loss made of it."""
+
+    def __init__(self, local_labels: Tensor, dtype: torch.dtype, loop: CrossEntropyLoop) -> None:
+        self._labels, self._loop = local_labels, loop
+        filled = partial(torch.full, local_labels.shape, dtype=dtype, device=local_labels.device)
+        self.largest = filled(fill_value=float("-inf"))
+        self._sum_exp, self._label_logit = filled(fill_value=0.0), filled(fill_value=0.0)
+        self._sum_logits = filled(fill_value=0.0) if loop.label_smoothing else None
+        self.argmax = torch.zeros_like(local_labels) if loop.keep_largest else None
+
+    def update(self, logits: Tensor, tokens: slice, columns: slice) -> None:
+        """Take in a tile ``[n_t, v_t]``."""
+        update_statistics(
+            logits,
+            columns.start,
+            self._labels[tokens],
+            self._loop.scale,
+            self.largest[tokens],
+            self._sum_exp[tokens],
+            self._label_logit[tokens],
+            None if self._sum_logits is None else self._sum_logits[tokens],
+            None if self.argmax is None else self.argmax[tokens],
+        )
+
+    def loss(self, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Loss and log-sum-exp ``[n]`` over the whole vocabulary; two collectives, three in Megatron."""
+        group = self._loop.group
+        has_label = (self._labels >= 0) & (self._labels < vocabulary)
+        largest = self.largest
+        if group is not None:
+            largest = largest.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack(
+            [
+                self._sum_exp * torch.exp(self.largest - largest),
+                torch.where(has_label, self._label_logit - largest, 0.0),
+            ]
+        )
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        log_sum = torch.log(sums[0])
+        loss, log_sum_exp = log_sum - sums[1], log_sum + largest
+        if self._sum_logits is not None:
+            label_weight, other_weight = self._loop.target_weights(vocabulary)
+            loss = label_weight * loss + other_weight * (vocabulary * log_sum_exp - self._sum_logits)
+        return loss, log_sum_exp
+
+
+def update_statistics(
+    logits: Tensor,
+    first_column: int,
+    labels: Tensor,
+    scale: float,
+    largest: Tensor,
+    sum_exp: Tensor,
+    label_logit: Tensor,
+    sum_logits: Tensor | None,
+    argmax: Tensor | None,
+) -> None:
+    """Take a tile of logits into the statistics of its tokens, in place.
+
+    Args:
+        logits: ``[n_t, v_t]``, columns ``first_column`` and on of this rank's.
+        labels: ``[n_t]``, numbered as this rank's columns; others than this tile's are passed over.
+        scale: multiplies the logits before all else.
+        largest, sum_exp: ``[n_t]``, the largest logit so far and the sum of ``exp(logit - largest)``.
+        label_logit: ``[n_t]``.
+        sum_logits, argmax: ``[n_t]``, or ``None`` if not wanted.
+    """
+    if _on_gpu(logits):
+        from megatron_tiling import softmax_kernels
+
+        softmax_kernels.update_statistics(
+            logits, first_column, labels, scale, largest, sum_exp, label_logit, sum_logits, argmax
+        )
+        return
+    scaled = logits.to(sum_exp.dtype) * scale
+    tile_largest, tile_argmax = scaled.max(dim=-1)
+    if argmax is not None:
+        argmax.copy_(torch.where(tile_largest > largest, first_column + tile_argmax, argmax))
+    if sum_logits is not None:
+        sum_logits += scaled.sum(dim=-1)
+    new_largest = torch.maximum(largest, tile_largest)
+    sum_exp *= torch.exp(largest - new_largest)
+    sum_exp += torch.exp(scaled - new_largest[:, None]).sum(dim=-1)
+    largest.copy_(new_largest)
+    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
+    label_logit.copy_(torch.where(here, scaled.gather(1, columns[:, None]).squeeze(1), label_logit))
+
+
+def logits_to_gradient(
+    logits: Tensor,
+    first_column: int,
+    labels: Tensor,
+    log_sum_exp: Tensor,
+    grad_loss: Tensor,
+    scale: float,
+    label_weight: float,
+    other_weight: float,
+) -> None:
+    """Overwrite a tile of logits with the gradient of the losses with respect to it.
+
+    ``(exp(scale * logit - log_sum_exp) - label_weight * onehot(label) - other_weight) * grad_loss * scale``
+
+    Args:
+        logits: ``[n_t, v_t]``, columns ``first_column`` and on of this rank's.
+        labels, log_sum_exp, grad_loss: ``[n_t]``.
+    """
+    if _on_gpu(logits):
+        from megatron_tiling import softmax_kernels
+
+        softmax_kernels.logits_to_gradient(
+            logits, first_column, labels, log_sum_exp, grad_loss, scale, label_weight, other_weight
+        )
+        return
+    gradient = torch.exp(logits.to(log_sum_exp.dtype) * scale - log_sum_exp[:, None]) - other_weight
+    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
+    gradient.scatter_add_(1, columns[:, None], here[:, None].to(gradient.dtype) * -label_weight)
+    logits.copy_(gradient * (grad_loss * scale)[:, None])
+
+
+def _columns_of_labels(labels: Tensor, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Each label's column in the tile, 0 if it has none there, and whether it has one."""
+    column = labels - first_column
+    here = (column >= 0) & (column < columns)
+    return torch.where(here, column, 0), here
+
+
+def _cut(loop: CrossEntropyLoop, tokens: int, weight: Tensor, *, backward: bool) -> tuple[list[slice], list[slice]]:
+    """The tiles of one pass: the forward pass has no input gradient, and its tiles can be larger."""
+    vocabulary, hidden = weight.shape
+    token_bytes = 0
+    if backward and weight.element_size() < 4:
+        token_bytes = 4 * hidden
+        if loop.comm is not None:  # the reduction of the result begins while there are logits still
+            token_bytes += weight.element_size() * hidden
+    grad = getattr(weight, "main_grad", weight) if loop.fuse_wgrad else weight
+    return loop.tiles.cut(
+        tokens,
+        vocabulary,
+        logit_bytes=weight.element_size(),
+        token_bytes=token_bytes,
+        may_tile_tokens=grad.element_size() >= 4,
+    )
+
+
+def _on_gpu(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _longest(parts: list[slice]) -> int:
+    return max(part.stop - part.start for part in parts)

@@ -1,0 +1,390 @@
+"""The tile loop of a whole MLP whose weights are resident, as one autograd function over the dense weights.
+
+fc1 -> activation -> fc2 in T tiles: the intermediate never exists whole. The forward pass goes by tokens: a T-th of
+them with all features, the same bytes as all tokens of a feature tile, and each output is one product, as in the
+dense MLP. The backward pass goes by feature tiles, so that every slice of a weight gradient is written once: tile i
+of fc1, the activation, tile i of fc2. It recomputes the fc1 product of tiles whose pre-activation was not kept, and
+never fc2's. Tiles that keep theirs share one buffer, and their fc1 products are one GEMM in each direction.
+
+Depends on torch alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_tiling.activation import Activation
+from megatron_tiling.functional import ColumnComm, flat
+from megatron_tiling.gemm import gemm_into
+from megatron_tiling.wgrad import WeightGrad
+
+WHOLE = slice(None)
+ALIGNMENT = 16  # features: tiles begin where GEMMs and vector accesses are fast, if the weight's rows do
+TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
+
+
+@dataclass(frozen=True)
+class MLPLoop:
+    """How ``tiled_mlp`` runs.
+
+    Args:
+        parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features; for a gated linear unit
+            fc1's tile has these features of gate and of up. Boundaries are moved to multiples of ``ALIGNMENT``.
+        activation: between fc1 and fc2.
+        keep: the first so many tiles keep their pre-activations for the backward pass.
+        fuse_fc1_wgrad, fuse_fc2_wgrad: add the weight gradient to ``weight.main_grad`` in place, and give autograd
+            none.
+        fp32_accumulate: sum the input gradient over tiles in float32.
+        comm: collectives of fc1 with tensor parallelism.
+    """
+
+    parts: Sequence[int]
+    activation: Activation
+    keep: int
+    fuse_fc1_wgrad: bool = False
+    fuse_fc2_wgrad: bool = False
+    fp32_accumulate: bool = False
+    comm: ColumnComm | None = None
+
+    @cached_property
+    def tiles(self) -> list[slice]:
+        features = self.parts[-1]
+        parts = list(self.parts)
+        if features % ALIGNMENT == 0 and features >= ALIGNMENT * len(parts):
+            parts = [round(part / ALIGNMENT) * ALIGNMENT for part in parts]
+        return [slice(start, stop) for start, stop in pairwise(parts)]
+
+    @property
+    def kept(self) -> list["_Span"]:
+        """The kept tiles, if any: fc1 computes them at once."""
+        return [self._span(self.tiles[: self.keep], kept=True)] if self.keep else []
+
+    @property
+    def forward_spans(self) -> list["_Span"]:
+        """What fc1 computes at once in the forward pass: the kept tiles, and all others."""
+        recomputed = self.tiles[self.keep :]
+        return self.kept + ([self._span(recomputed, kept=False)] if recomputed else [])
+
+    @property
+    def backward_spans(self) -> list["_Span"]:
+        """Tile by tile those that are recomputed, then the kept ones at once."""
+        return [self._span([tile], kept=False) for tile in self.tiles[self.keep :]] + self.kept
+
+    def token_steps(self, tokens: int) -> list[slice]:
+        """The tokens of each step of the forward pass: as many steps as tiles, or fewer for few tokens."""
+        size = -(-tokens // len(self.tiles))
+        size = max(1, -(-size // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def _span(self, tiles: list[slice], kept: bool) -> "_Span":
+        return _Span(tiles, self.activation.halves, self.parts[-1], kept)
+
+
+def tiled_mlp(
+    hidden: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    scale: Tensor | None,
+    loop: MLPLoop,
+) -> Tensor:
+    """``(scale * activation(hidden @ fc1_weight.T + fc1_bias)) @ fc2_weight.T``, tile after tile.
+
+    Args:
+        hidden: ``[..., h]``; under sequence parallelism the rank's tokens.
+        fc1_weight: ``[halves * f, h]``, gate above up.
+        fc1_bias: ``[halves * f]`` or ``None``.
+        fc2_weight: ``[h_out, f]``.
+        scale: a factor for every token, or ``None``.
+        loop: the tiles and the options.
+
+    Returns:
+        ``[..., h_out]``, not yet reduced over tensor-parallel ranks; under sequence parallelism of all tokens.
+    """
+    output: Tensor = _TiledMLP.apply(
+        hidden, fc1_weight, fc1_bias, fc2_weight, scale, loop, torch.is_grad_enabled()
+    )
+    return output
+
+
+class _TiledMLP(torch.autograd.Function):
+    """The tile loop. Tokens ``n`` = all dimensions but the last, in steps of ``m``; ``f_i``: features of tile i, in fc1
+    those of gate and of up if gated.
+
+    ==========  ==================================================  ===================================================
+    fc1         x_j ``[m, h]``, U ``[f, h]``                        p_j ``[m, f]`` = x_j U^T; kept columns at once
+    activation  p_j, b ``[f]``, s_j ``[m]``                         a_j ``[m, f]`` = s_j * act(p_j + b)
+    fc2         a_j, W ``[h_out, f]``                               y_j ``[m, h_out]`` = a_j W^T
+    ----------  --------------------------------------------------  ---------------------------------------------------
+    fc2 dgrad   dy ``[n, h_out]``, W_i ``[h_out, f_i]``             da_i ``[n, f_i]`` = dy W_i
+    fc1         x ``[n, h]``, U_i ``[f_i, h]``                      p_i ``[n, f_i]`` = x U_i^T, unless kept
+    activation  da_i, p_i, b_i, s                                   p_i := dp_i, da_i := a_i, both in place
+    fc1 dgrad   dp_i, U_i                                           dx ``[n, h]`` = sum over i of dp_i U_i
+    fc2 wgrad   dy, a_i                                             dW_i ``[h_out, f_i]`` = dy^T a_i
+    fc1 wgrad   dp_i, x                                             dU_i ``[f_i, h]`` = dp_i^T x
+    ==========  ==================================================  ===================================================
+
+    Kept tiles come last in the backward pass: fc2 dgrad, activation and fc2 wgrad of each, then one fc1 dgrad and one
+    fc1 wgrad. The reduction of dx starts after the last dgrad and runs under the wgrads that follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        scale: Tensor | None,
+        loop: MLPLoop,
+        grad_enabled: bool,
+    ) -> Tensor:
+        gathered = hidden
+        if loop.comm is not None and loop.comm.sequence_parallel:
+            gathered = loop.comm.gather(hidden)[0]
+        output = gathered.new_empty(*gathered.shape[:-1], fc2_weight.shape[0])
+        x, y = flat(gathered), flat(output)
+        kept = None
+        for span in loop.kept:
+            kept = span.fc1(x, fc1_weight)
+        for step in loop.token_steps(x.shape[0]):
+            activated = x.new_empty(step.stop - step.start, fc2_weight.shape[1])
+            for span in loop.forward_spans:
+                pre = kept[:, step] if span.kept else span.fc1(x[step], fc1_weight)
+                operands = pre, _columns(fc1_bias, span.columns, span.halves), _tokens(scale, step)
+                loop.activation.forward(*operands, activated[:, span.columns])
+                del pre, operands
+            gemm_into(y[step], activated, fc2_weight.t(), accumulate=False)
+            del activated  # before the next one is made, or there would be two
+        if grad_enabled and any(ctx.needs_input_grad):
+            needs_input = ctx.needs_input_grad[1] or loop.keep < len(loop.tiles)
+            ctx.loop, ctx.kept_is_intact = loop, True
+            # Parameters carry main_grad, which saved tensors may lose.
+            ctx.fc1_param = fc1_weight if ctx.needs_input_grad[1] else None
+            ctx.fc2_param = fc2_weight if ctx.needs_input_grad[3] else None
+            ctx.save_for_backward(hidden if needs_input else None, fc1_weight, fc1_bias, fc2_weight, scale, kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _Backward(ctx, grad_output).run()
+
+
+class _Backward:
+    """One backward pass of ``_TiledMLP``: what its steps share."""
+
+    def __init__(self, ctx: Any, grad_output: Tensor) -> None:
+        self.ctx, self.loop = ctx, ctx.loop
+        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
+        self.hidden, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.scale, self.kept = ctx.saved_tensors
+        if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
+            self.kept = None
+        ctx.kept_is_intact = False
+        self.token_shape = grad_output.shape[:-1]
+        self.dy = flat(grad_output).contiguous()
+        self.gathering: dist.Work | None = None
+        self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
+        self.scale_grad: Tensor | None = None
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments of ``_TiledMLP``."""
+        self._start_gather()
+        spans = self.loop.backward_spans
+        dgrad = total = reducing = None
+        for span in spans:
+            pre = self.kept.detach().data if span.kept and self.kept is not None else None
+            activated = None
+            for tile in span.tiles:
+                del activated  # before the next one is made, or there would be two
+                pre, activated = self._activation(span, tile, pre)
+                if self.needs_fc2 and span.kept:
+                    self.fc2_grad.add(WHOLE, tile, self.dy, activated)
+            if span.kept:
+                activated = None  # its place is taken by the input gradient
+            if self.needs_dgrad:
+                if dgrad is None:
+                    dgrad = self.dy.new_empty(*self.token_shape, self.fc1_weight.shape[1])
+                    total = _accumulator(flat(dgrad), self.loop.fp32_accumulate and not span.whole)
+                span.dgrad(total, pre, self.fc1_weight, accumulate=span is not spans[0])
+                if span is spans[-1]:
+                    if total.dtype != dgrad.dtype:
+                        flat(dgrad).copy_(total)
+                    if self.loop.comm is not None:
+                        dgrad, reducing = self.loop.comm.reduce(dgrad)
+            if self.needs_fc2 and not span.kept:
+                self.fc2_grad.add(WHOLE, span.columns, self.dy, activated)
+            if self.needs_fc1:
+                span.wgrad(self.fc1_grad, pre, self._input())
+            del pre, activated
+        if reducing is not None:
+            reducing.wait()
+        return (
+            dgrad,
+            self.fc1_grad.result() if self.needs_fc1 else None,
+            self.bias_grad,
+            self.fc2_grad.result() if self.needs_fc2 else None,
+            self.scale_grad.to(self.scale.dtype).view_as(self.scale) if self.needs_scale else None,
+            None,
+            None,
+        )
+
+    def _activation(self, span: "_Span", tile: slice, pre: Tensor | None) -> tuple[Tensor, Tensor]:
+        """fc2's dgrad and the activation's backward: ``(dp, a)``, the first in place of a kept ``pre``."""
+        needs_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
+        width = tile.stop - tile.start
+        grad = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]
+        if needs_grad:
+            gemm_into(grad, self.dy, self.fc2_weight[:, tile], accumulate=False)
+        if pre is None:
+            pre = span.fc1(self._input(), self.fc1_weight)  # after a product that a gather of the input runs under
+        operands = span.of_tile(pre, tile), _columns(self.fc1_bias, tile, span.halves), _tokens(self.scale, WHOLE), grad
+        if not needs_grad:
+            self.loop.activation.forward(*operands)
+            return pre, grad
+        bias_grad, scale_grad = self.loop.activation.backward(
+            *operands, bias_grad=self.needs_bias, scale_grad=self.needs_scale
+        )
+        if bias_grad is not None:
+            _columns(self.bias_grad, tile, span.halves).copy_(bias_grad)
+        if scale_grad is not None:
+            self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
+        return pre, grad
+
+    @cached_property
+    def fc1_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.fc1_param, self.loop.fuse_fc1_wgrad)
+
+    @cached_property
+    def fc2_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.fc2_param, self.loop.fuse_fc2_wgrad)
+
+    def _start_gather(self) -> None:
+        comm = self.loop.comm
+        recomputes = self.kept is None or self.loop.keep < len(self.loop.tiles)
+        if not self.needs_fc1 and not recomputes:
+            return
+        if self.hidden is None:
+            raise RuntimeError(
+                "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
+                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+            )
+        if comm is not None and comm.sequence_parallel:
+            self.hidden, self.gathering = comm.gather(self.hidden, async_op=True)
+
+    def _input(self) -> Tensor:
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+        return flat(self.hidden)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Neighbouring tiles whose fc1 products are one. For a gated linear unit, the same features of gate and up.
+
+    ``pre [halves, n, width]`` below is a view of one buffer ``[n, halves * width]``, rows padded if it is scratch.
+    """
+
+    tiles: list[slice]
+    halves: int
+    intermediate: int
+    kept: bool
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.tiles[0].start, self.tiles[-1].stop)
+
+    @property
+    def whole(self) -> bool:
+        return self.columns.stop - self.columns.start == self.intermediate
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the rows of the weight are adjacent, gate's and up's."""
+        return self.halves == 1 or self.whole
+
+    def of_tile(self, pre: Tensor, tile: slice) -> Tensor:
+        """``[halves, n, f_i]`` of one of the tiles."""
+        start = self.columns.start
+        return pre[:, :, tile.start - start : tile.stop - start]
+
+    def fc1(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x [n, h]`` -> ``pre``."""
+        rows = self._rows(weight)
+        width = rows.shape[1]
+        buffer = x.new_empty(x.shape[0], self.halves, width if self.one_matrix else _padded(width))
+        pre = buffer[:, :, :width].transpose(0, 1)
+        if self.one_matrix:
+            gemm_into(_side_by_side(pre), x, rows.flatten(0, 1).t(), accumulate=False)
+        else:
+            batched_gemm_into(pre, x.expand(self.halves, -1, -1), rows.transpose(1, 2), accumulate=False)
+        return pre
+
+    def dgrad(self, total: Tensor, grad: Tensor, weight: Tensor, accumulate: bool) -> None:
+        """``grad``, shaped as ``pre`` -> ``total [n, h]``."""
+        rows = self._rows(weight)
+        if self.one_matrix:
+            gemm_into(total, _side_by_side(grad), rows.flatten(0, 1), accumulate=accumulate)
+        else:
+            for half in range(self.halves):
+                gemm_into(total, grad[half], rows[half], accumulate=accumulate or half > 0)
+
+    def wgrad(self, gradient: WeightGrad, grad: Tensor, x: Tensor) -> None:
+        """``grad``, shaped as ``pre``, and ``x [n, h]`` -> this span's rows of the gradient."""
+        rows = self._rows(gradient.tensor)
+        if self.one_matrix:
+            gemm_into(rows.flatten(0, 1), _side_by_side(grad).t(), x, accumulate=gradient.fused)
+        else:
+            batched_gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=gradient.fused)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """``[halves * f, h]`` -> ``[halves, width, h]``, a view."""
+        return weight.unflatten(0, (self.halves, -1))[:, self.columns]
+
+
+def batched_gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``gemm_into`` for ``[batch, m, n]``, ``[batch, m, k]``, ``[batch, k, n]``; any batch stride, zero too."""
+    if out.dtype == a.dtype:
+        if accumulate:
+            out.baddbmm_(a, b)
+        else:
+            torch.bmm(a, b, out=out)
+    elif out.is_cuda:
+        if accumulate:
+            torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:  # the CPU has no product of one dtype into another
+        batched_gemm_into(out, a.to(out.dtype), b.to(out.dtype), accumulate=accumulate)
+
+
+def _side_by_side(pre: Tensor) -> Tensor:
+    """``[halves, n, width]`` -> ``[n, halves * width]``, a view of the buffer."""
+    return pre.transpose(0, 1).flatten(1)
+
+
+def _columns(bias: Tensor | None, columns: slice, halves: int) -> Tensor | None:
+    """``[halves * f]`` -> ``[halves, columns]``, a view."""
+    return None if bias is None else bias.unflatten(0, (halves, -1))[:, columns]
+
+
+def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
+    return None if scale is None else scale.reshape(-1)[step]
+
+
+def _padded(width: int) -> int:
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def _accumulator(result: Tensor, fp32: bool) -> Tensor:
+    """What tiles are added to: ``result`` itself, or float32 in its place where it is narrower."""
+    widen = fp32 and result.dtype in (torch.float16, torch.bfloat16)
+    return torch.empty_like(result, dtype=torch.float32) if widen else result

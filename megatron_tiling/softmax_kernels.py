@@ -1,0 +1,114 @@
+"""Triton kernels on one tile of logits: softmax statistics of its tokens, and its gradient in place.
+
+The same two functions as in ``cross_entropy.py``, for logits of at most 32 bits on a GPU, in float32. A
+program handles a token's row or a block of it. Both kernels are bound by memory bandwidth: the first reads each
+logit once, the second reads and writes it once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
+GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+
+
+def update_statistics(
+    logits: Tensor,
+    first_column: int,
+    labels: Tensor,
+    scale: float,
+    largest: Tensor,
+    sum_exp: Tensor,
+    label_logit: Tensor,
+    sum_logits: Tensor | None,
+    argmax: Tensor | None,
+) -> None:
+    """See ``cross_entropy.update_statistics``."""
+    tokens, columns = logits.shape
+    if tokens == 0:
+        return
+    _update_statistics[(tokens,)](
+        logits, logits.stride(0), columns, first_column, labels, scale,
+        largest, sum_exp, label_logit, sum_logits, argmax,
+        BLOCK=min(STATISTICS_BLOCK, triton.next_power_of_2(columns)), num_warps=STATISTICS_WARPS,
+    )  # fmt: skip
+
+
+def logits_to_gradient(
+    logits: Tensor,
+    first_column: int,
+    labels: Tensor,
+    log_sum_exp: Tensor,
+    grad_loss: Tensor,
+    scale: float,
+    label_weight: float,
+    other_weight: float,
+) -> None:
+    """See ``cross_entropy.logits_to_gradient``."""
+    tokens, columns = logits.shape
+    if tokens == 0:
+        return
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
+    _logits_to_gradient[(tokens, triton.cdiv(columns, block))](
+        logits, logits.stride(0), columns, first_column, labels, log_sum_exp, grad_loss,
+        scale, label_weight, other_weight,
+        BLOCK=block, num_warps=GRADIENT_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _update_statistics(
+    logits_ptr, row_stride, columns, first_column, labels_ptr, scale,
+    largest_ptr, sum_exp_ptr, label_logit_ptr, sum_logits_ptr, argmax_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + token * row_stride
+    largest = tl.load(largest_ptr + token)
+    sum_exp = tl.load(sum_exp_ptr + token)
+    if argmax_ptr is not None:
+        argmax = tl.load(argmax_ptr + token)
+    if sum_logits_ptr is not None:
+        sum_logits = tl.load(sum_logits_ptr + token)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        logit = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32) * scale
+        logit = tl.where(inside, logit, float("-inf"))
+        block_largest = tl.max(logit, axis=0)
+        if argmax_ptr is not None:
+            first = tl.min(tl.where(logit == block_largest, column, columns), axis=0)
+            argmax = tl.where(block_largest > largest, (first_column + first).to(tl.int64), argmax)
+        if sum_logits_ptr is not None:
+            sum_logits += tl.sum(tl.where(inside, logit, 0.0), axis=0)
+        new_largest = tl.maximum(largest, block_largest)
+        sum_exp = sum_exp * tl.exp(largest - new_largest) + tl.sum(tl.exp(logit - new_largest), axis=0)
+        largest = new_largest
+    tl.store(largest_ptr + token, largest)
+    tl.store(sum_exp_ptr + token, sum_exp)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + token, argmax)
+    if sum_logits_ptr is not None:
+        tl.store(sum_logits_ptr + token, sum_logits)
+    label = tl.load(labels_ptr + token) - first_column
+    if (label >= 0) & (label < columns):
+        tl.store(label_logit_ptr + token, tl.load(row_ptr + label).to(tl.float32) * scale)
+
+
+@triton.jit
+def _logits_to_gradient(
+    logits_ptr, row_stride, columns, first_column, labels_ptr, log_sum_exp_ptr, grad_loss_ptr,
+    scale, label_weight, other_weight,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    pointers = logits_ptr + token * row_stride + column
+    logit = tl.load(pointers, mask=inside).to(tl.float32) * scale
+    label = tl.load(labels_ptr + token) - first_column
+    factor = tl.load(grad_loss_ptr + token) * scale
+    gradient = tl.exp(logit - tl.load(log_sum_exp_ptr + token)) - other_weight
+    gradient = tl.where(column == label, gradient - label_weight, gradient) * factor
+    tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=inside)

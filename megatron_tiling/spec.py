@@ -1,0 +1,106 @@
+"""Tiled layers through Megatron's model specs, for scripts that take `--spec` and know no other flag of ours.
+
+    pretrain_gpt.py --spec megatron_tiling.spec tiled_layer_spec --transformer-impl local ...
+
+tiles the linear layers of every decoder layer by ``DEFAULT_FACTOR``. The output layer is not part of a spec: the
+runner's ``--use-tiled-linear`` reaches it.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+from megatron_tiling.config import DEFAULT_FACTOR
+from megatron_tiling.convert import MLA_DOWN_PROJECTIONS
+from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.norm import SequenceParallelTorchNorm
+
+
+class TiledSpecProvider(LocalSpecProvider):
+    """Megatron's local backend with tiled linear layers, ``1 x factor`` column and ``factor x 1`` row layers.
+
+    Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
+    Experts are sequential MLPs, as in the local backend: grouped GEMMs cannot be tiled.
+    """
+
+    def __init__(self, factor: int = DEFAULT_FACTOR) -> None:
+        self.factor = factor
+
+    def column_parallel_linear(self) -> type:
+        return TiledColumnParallelLinear.with_splits(1, self.factor)
+
+    def row_parallel_linear(self) -> type:
+        return TiledRowParallelLinear.with_splits(self.factor, 1)
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        stock = super().layer_norm(rms_norm, for_qk, has_residual)
+        return self._replacements().get(stock, stock)
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        return functools.partial(
+            SequentialMLP,
+            submodules=MLPSubmodules(
+                linear_fc1=self.column_parallel_linear(),
+                linear_fc2=self.row_parallel_linear(),
+                activation_func=self.activation_func(),
+            ),
+        )
+
+    def tiled(self, spec: Any) -> Any:
+        """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""
+        return _replaced(spec, self._replacements())
+
+    def _replacements(self) -> dict[Any, Any]:
+        replacements: dict[Any, Any] = {
+            ColumnParallelLinear: self.column_parallel_linear(),
+            RowParallelLinear: self.row_parallel_linear(),
+        }
+        if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
+            replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
+        return replacements
+
+
+def tiled_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The decoder's local layer specs, tiled: a function that `--spec` takes (megatron-core 0.19).
+
+    Args:
+        config: Megatron's ``GPTModelConfig``.
+        vp_stage: virtual pipeline stage to build.
+    """
+    transformer = config.transformer
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    return TiledSpecProvider().tiled(block)
+
+
+def _replaced(node: Any, replacements: Mapping[Any, Any]) -> Any:
+    if isinstance(node, type):
+        return replacements.get(node, node)
+    if isinstance(node, (list, tuple)):
+        return type(node)(_replaced(child, replacements) for child in node)
+    if isinstance(node, functools.partial):
+        keywords = {name: _replaced(value, replacements) for name, value in node.keywords.items()}
+        return functools.partial(node.func, *node.args, **keywords)
+    if isinstance(node, ModuleSpec) or (dataclasses.is_dataclass(node) and type(node).__name__.endswith("Submodules")):
+        changes = {
+            field.name: _replaced(getattr(node, field.name), replacements)
+            for field in dataclasses.fields(node)
+            if field.name not in MLA_DOWN_PROJECTIONS
+        }
+        return dataclasses.replace(node, **changes)
+    return node

@@ -1,0 +1,87 @@
+"""What the scripts under torchrun share: Megatron on gloo, all pairs of options, counters."""
+
+import collections
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
+COLLECTIVES = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
+
+
+@contextmanager
+def megatron(**parallel_sizes: int) -> Iterator[None]:
+    """Megatron's process groups over gloo, on CPU tensors, for as long as the context lasts."""
+    from megatron_tiling import cpu
+
+    cpu.install(train=False)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(**parallel_sizes)
+    model_parallel_cuda_manual_seed(11)
+    try:
+        yield
+    finally:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+class Counter(TorchDispatchMode):
+    """Counts GEMMs and collectives, in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.counts[name] += 1
+        elif name in GEMMS:
+            self.counts["gemm"] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def gemms(self) -> int:
+        return self.counts["gemm"]
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        return {name: count for name, count in self.counts.items() if name != "gemm"}
+
+
+def all_pairs(options: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Few settings that together hold every pair of values of every two options (greedy, deterministic)."""
+    rng = random.Random(seed)
+    names = list(options)
+
+    def pairs_of(case: Mapping[str, Any]) -> set[Any]:
+        return {((a, repr(case[a])), (b, repr(case[b]))) for a, b in itertools.combinations(names, 2)}
+
+    missing = set()
+    for a, b in itertools.combinations(names, 2):
+        missing |= {((a, repr(x)), (b, repr(y))) for x in options[a] for y in options[b]}
+    cases = []
+    while missing:
+        candidates = [{name: rng.choice(options[name]) for name in names} for _ in range(60)]
+        best = max(candidates, key=lambda case: len(pairs_of(case) & missing))
+        missing -= pairs_of(best)
+        cases.append(best)
+    return cases
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the expected values; infinite if the shapes differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference = (actual.double() - expected.double()).norm()
+    scale = expected.double().norm()
+    return float(difference / scale) if scale > 0 else float(difference)

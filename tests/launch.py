@@ -1,0 +1,38 @@
+"""Start a script under torchrun, as a user would."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def torchrun(
+    *command: str | Path, world: int, fails: bool = False, environment: Mapping[str, str] | None = None
+) -> str:
+    """Output of ``torchrun COMMAND`` on ``world`` processes; an AssertionError with its end if it does not end well.
+
+    Args:
+        command: a script and its arguments, or ``"-m", MODULE, ARGUMENT...``.
+        fails: a non-zero exit is what is wanted.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT | dict(environment or {}),
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output[-6000:]
+    return output

@@ -1,0 +1,140 @@
+"""Activations of the tile loop: the torch path, and the Triton kernels against float64.
+
+Without a GPU the kernels run in Triton's interpreter, on the CPU.
+"""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_tiling.activation import Activation, Formula
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the import below
+kernels = pytest.importorskip("megatron_tiling.activation_kernels")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+FUNCTIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x) ** 2,
+}
+
+
+def reference(formula: Formula, gated: bool) -> Any:
+    function = FUNCTIONS[formula.kind]
+
+    def run(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        pre = pre if bias is None else pre + bias
+        if gated:
+            gate, up = pre.chunk(2, -1)
+            if formula.clamp is not None:
+                gate, up = gate.clamp(max=formula.clamp), up.clamp(-formula.clamp, formula.clamp)
+            out = function(gate) * (up + formula.linear_offset)
+        else:
+            out = function(pre)
+        return out if scale is None else out * scale.unsqueeze(-1)
+
+    return run
+
+
+def operands(
+    halves: int, rows: int, columns: int, bias: bool, scale: bool, dtype: torch.dtype, padding: int = 3
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Column slices of wider buffers: pre, bias, scale, grad."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: (2 * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+    pre = draw(rows, halves, columns + padding).transpose(0, 1)[:, :, padding:]
+    grad = draw(rows, columns + padding)[:, :columns]
+    return pre, draw(halves, columns) if bias else None, draw(rows).float() if scale else None, grad
+
+
+def error(found: Tensor | None, expected: Tensor | None) -> float:
+    assert (found is None) == (expected is None)
+    if found is None or expected is None:
+        return 0.0
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+CASES = [
+    *[(Formula(kind), gated) for kind in FUNCTIONS for gated in (False, True)],
+    (Formula("silu", clamp=1.0), True),
+    (Formula("quick_gelu", clamp=1.0, linear_offset=1.0), True),
+]
+
+
+@pytest.mark.parametrize("columns", [8, 515, 1040] if DEVICE == "cuda" else [515])
+@pytest.mark.parametrize("bias, scale", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("formula, gated", CASES, ids=str)
+def test_kernels(formula: Formula, gated: bool, bias: bool, scale: bool, columns: int) -> None:
+    rows, dtype = 19, torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    pre, bias_, scale_, grad = operands(1 + gated, rows, columns, bias, scale, dtype)
+    exact = Activation(gated, reference(formula, gated))
+    wide = [None if x is None else x.double() for x in (pre, bias_, scale_, grad)]
+    expected = torch.empty_like(wide[3])
+    exact.forward(*wide[:3], expected)
+    out = torch.full_like(grad, float("nan"))
+    kernels.activate(pre, bias_, scale_, out, **asdict(formula))
+    tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
+    assert error(out, expected) < tolerance
+    expected_grads = exact.backward(*wide, bias_grad=bias, scale_grad=scale)
+    grads = kernels.activate_backward(pre, bias_, scale_, grad, bias_grad=bias, scale_grad=scale, **asdict(formula))
+    for found, wanted in zip((pre, grad, *grads), (wide[0], wide[3], *expected_grads), strict=True):
+        assert error(found, wanted) < tolerance
+
+
+def test_kernels_leave_neighbours_alone() -> None:
+    buffer = torch.randn(5, 2, 40, device=DEVICE)
+    before, tile = buffer.clone(), buffer.transpose(0, 1)[:, :, 8:21]
+    kernels.activate_backward(
+        tile, None, None, torch.randn(5, 13, device=DEVICE), bias_grad=False, scale_grad=False, **asdict(Formula("silu"))
+    )
+    changed = (buffer != before).any(0).any(0).nonzero().flatten().tolist()
+    assert changed == list(range(8, 21))
+
+
+def test_large_values_stay_finite() -> None:
+    for kind in FUNCTIONS:
+        pre = torch.tensor([[[-1e4, -90.0, 0.0, 90.0, 1e4]]], device=DEVICE)
+        out, grad = torch.empty(1, 5, device=DEVICE), torch.ones(1, 5, device=DEVICE)
+        settings = asdict(Formula(kind))
+        kernels.activate(pre, None, None, out, **settings)
+        kernels.activate_backward(pre, None, None, grad, bias_grad=False, scale_grad=False, **settings)
+        assert out.isfinite().all() and pre.isfinite().all() and torch.equal(out, grad)
+
+
+def test_no_tokens() -> None:
+    pre, bias, scale, grad = operands(2, 0, 8, True, True, torch.float32)
+    kernels.activate(pre, bias, scale, grad, **asdict(Formula("silu")))
+    bias_grad, scale_grad = kernels.activate_backward(
+        pre, bias, scale, grad, bias_grad=True, scale_grad=True, **asdict(Formula("silu"))
+    )
+    assert torch.equal(bias_grad, torch.zeros_like(bias)) and scale_grad.shape == (0,)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_torch_path(gated: bool) -> None:
+    """Any function of torch, in place, with strided operands."""
+    function = reference(Formula("silu"), gated)
+    pre, bias, scale, grad = operands(1 + gated, 7, 10, True, True, torch.float64)
+    activation, scale = Activation(gated, function), scale.double()
+    leaves = [torch.cat(pre.unbind(0), -1), torch.cat(bias.unbind(0), -1), scale]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    expected = function(*leaves)
+    expected.backward(grad)
+    out = torch.empty_like(grad)
+    activation.forward(pre, bias, scale, out)
+    bias_grad, scale_grad = activation.backward(pre, bias, scale, grad, bias_grad=True, scale_grad=True)
+    for found, wanted in (
+        *((out, expected), (grad, expected), (torch.cat(pre.unbind(0), -1), leaves[0].grad)),
+        *((torch.cat(bias_grad.unbind(0), -1), leaves[1].grad), (scale_grad, leaves[2].grad)),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)

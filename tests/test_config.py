@@ -1,0 +1,83 @@
+"""TilingConfig and the flags: what is read, and what is refused by name."""
+
+from argparse import ArgumentParser
+
+import pytest
+
+from megatron_tiling import TilingConfig
+from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
+
+
+def parse(line: str, **megatron_args: object) -> TilingConfig | None:
+    args = add_tiling_args(ArgumentParser()).parse_args(line.split())
+    for name, value in megatron_args.items():
+        setattr(args, name, value)
+    return validate_tiling_args(args)
+
+
+def test_off_by_default() -> None:
+    assert parse("") is None
+
+
+def test_defaults() -> None:
+    config = parse("--use-tiled-linear")
+    assert config is not None
+    assert [config.splits_of(module) for module in ("qkv", "proj", "fc1", "fc2", "output")] == [
+        (1, 4), (4, 1), (1, 4), (4, 1), (1, 4),
+    ]  # fmt: skip
+
+
+def test_megatron_deepspeeds_spelling() -> None:
+    assert parse("--memory-centric-tiled-linear --tile-factor 2") == parse("--use-tiled-linear --tile-factor 2")
+
+
+def test_splits_override_the_factor() -> None:
+    config = parse("--use-tiled-linear --tile-factor 3 --tiled-linear-splits fc1=2x8 --tiled-linear-modules fc1 fc2")
+    assert config is not None
+    assert config.modules == ("fc1", "fc2")
+    assert config.splits_of("fc1") == (2, 8)
+    assert config.splits_of("fc2") == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--use-tiled-linear --tile-factor 0", "--tile-factor 0: must be at least 1"),
+        ("--use-tiled-linear --tile-factor -2", "--tile-factor -2: must be at least 1"),
+        ("--tile-factor 4", "--tile-factor does nothing without --use-tiled-linear"),
+        ("--tiled-linear-modules fc1", "--tiled-linear-modules does nothing without"),
+        ("--tiled-linear-splits fc1=1x2", "--tiled-linear-splits does nothing without"),
+        ("--tiled-linear-fp32-accumulate", "--tiled-linear-fp32-accumulate does nothing without"),
+        ("--use-tiled-linear --tiled-linear-modules fc1 mlp", "--tiled-linear-modules mlp: choose from qkv"),
+        ("--use-tiled-linear --tiled-linear-splits fc1", "fc1: write MODULE=INxOUT"),
+        ("--use-tiled-linear --tiled-linear-splits fc1=8", "fc1=8: write MODULE=INxOUT"),
+        ("--use-tiled-linear --tiled-linear-splits fc1=1x2x3", "fc1=1x2x3: write MODULE=INxOUT"),
+        ("--use-tiled-linear --tiled-linear-splits fc1=1x-2", "fc1=1x-2: write MODULE=INxOUT"),
+        ("--use-tiled-linear --tiled-linear-splits mlp=1x2", "unknown module 'mlp'"),
+        ("--use-tiled-linear --tiled-linear-splits fc1=0x2", "both numbers must be at least 1"),
+        ("--use-tiled-linear --tiled-linear-splits fc1=1x2 fc1=1x4", "fc1 is given twice"),
+        ("--use-tiled-linear --tiled-linear-modules fc2 --tiled-linear-splits fc1=1x2", "fc1 is not among the modules"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_by_name(line: str, message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse(line)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("transformer_impl", "transformer_engine", "--transformer-impl transformer_engine: .* --transformer-impl local"),
+        ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
+        ("use_megatron_fsdp", True, "with --use-megatron-fsdp:"),
+        ("use_torch_fsdp2", True, "with --use-torch-fsdp2:"),
+        ("defer_embedding_wgrad_compute", True, "with --defer-embedding-wgrad-compute:"),
+        ("tensor_parallel_num_weight_shards", 2, "with --tensor-parallel-num-weight-shards 2:"),
+        ("expert_tensor_parallel_num_weight_shards", 4, "with --expert-tensor-parallel-num-weight-shards 4:"),
+    ],
+)
+def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse("--use-tiled-linear", **{name: value})
+    assert parse("", **{name: value}) is None

@@ -1,0 +1,210 @@
+"""The tiled head against dense logits in float64, on one rank: losses, gradients, tiles, refusals."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.head_tiles import HeadTiles
+
+
+def dense_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Megatron's formulas with the logits whole: a label outside the vocabulary loses its term, not its gradient."""
+    logits = hidden @ weight.t() * scale
+    vocabulary = logits.shape[-1]
+    largest = logits.detach().max(dim=-1).values
+    log_sum = (logits - largest[..., None]).logsumexp(dim=-1)
+    inside = (labels >= 0) & (labels < vocabulary)
+    label_logit = logits.gather(-1, labels.where(inside, 0)[..., None]).squeeze(-1)
+    # A label outside the vocabulary has no term; the largest logit is a constant in all of them.
+    losses = log_sum - torch.where(inside, label_logit - largest, 0.0)
+    if label_smoothing:
+        smoothing = label_smoothing * vocabulary / (vocabulary - 1)
+        losses = (1 - smoothing) * losses - smoothing * logits.log_softmax(dim=-1).mean(dim=-1)
+    return losses
+
+
+def problem(
+    tokens: tuple[int, int], vocabulary: int, hidden_size: int, seed: int, outside: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels (some outside the vocabulary) and upstream gradients (some zero: masked)."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*tokens, hidden_size, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, hidden_size, dtype=torch.float64, generator=generator).requires_grad_()
+    low, high = (-3, vocabulary + 3) if outside else (0, vocabulary)
+    labels = torch.randint(low, high, tokens, generator=generator)
+    upstream = torch.randn(tokens, dtype=torch.float64, generator=generator)
+    upstream *= torch.rand(tokens, generator=generator) > 0.2
+    return hidden, weight, labels, upstream
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.tuples(st.integers(1, 7), st.integers(1, 3)),
+    vocabulary=st.integers(2, 40),
+    hidden_size=st.integers(1, 9),
+    token_tile=st.integers(1, 21),
+    vocabulary_tiles=st.integers(1, 40),
+    scale=st.sampled_from([1.0, 0.37, -2.0]),
+    label_smoothing=st.sampled_from([0.0, 0.0, 0.1]),
+    seed=st.integers(0, 2**16),
+)
+def test_losses_and_gradients_equal_dense(
+    tokens, vocabulary, hidden_size, token_tile, vocabulary_tiles, scale, label_smoothing, seed
+):
+    hidden, weight, labels, upstream = problem(tokens, vocabulary, hidden_size, seed)
+    expected = dense_losses(hidden, weight, labels, scale, label_smoothing)
+    gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
+
+    tiles = HeadTiles(tokens=min(token_tile, tokens[0] * tokens[1]), vocabulary=min(vocabulary_tiles, vocabulary))
+    loop = CrossEntropyLoop(tiles, scale=scale, label_smoothing=label_smoothing, keep_largest=True)
+    result = tiled_linear_cross_entropy(hidden, weight, labels, loop)
+
+    torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-10)
+    for gradient, reference in zip(
+        torch.autograd.grad(result.loss, (hidden, weight), upstream), gradients, strict=True
+    ):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10)
+    largest, argmax = (hidden @ weight.t() * scale).max(dim=-1)
+    torch.testing.assert_close(result.largest, largest.detach(), rtol=1e-10, atol=1e-10)
+    assert torch.equal(result.argmax, argmax)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_gradcheck(label_smoothing):
+    hidden, weight, labels, _ = problem((3, 2), 7, 4, seed=1, outside=False)
+    loop = CrossEntropyLoop(HeadTiles(tokens=4, vocabulary=3), scale=0.7, label_smoothing=label_smoothing)
+    assert torch.autograd.gradcheck(lambda x, w: tiled_linear_cross_entropy(x, w, labels, loop).loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs_get_no_gradient(frozen):
+    hidden, weight, labels, upstream = problem((5, 2), 11, 4, seed=2)
+    expected = torch.autograd.grad(dense_losses(hidden, weight, labels), (hidden, weight), upstream)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    trained = weight if frozen == "hidden" else hidden
+    loop = CrossEntropyLoop(HeadTiles(tokens=3, vocabulary=4))
+    tiled_linear_cross_entropy(hidden, weight, labels, loop).loss.backward(upstream)
+    torch.testing.assert_close(trained.grad, expected[frozen == "hidden"], rtol=1e-10, atol=1e-10)
+    assert (hidden if frozen == "hidden" else weight).grad is None
+
+
+@pytest.mark.parametrize("tiles", [HeadTiles(tokens=4, vocabulary=3), HeadTiles()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weight_gradient_is_added_to_main_grad(tiles, dtype):
+    hidden, weight, labels, upstream = problem((5, 2), 11, 4, seed=3)
+    expected = torch.autograd.grad(dense_losses(hidden, weight, labels), weight, upstream)[0]
+    main_grad = torch.randn_like(weight, dtype=torch.float64)
+    parameter = torch.nn.Parameter(weight.detach().to(dtype))
+    parameter.main_grad = main_grad.clone().detach()
+    parameter.grad_added_to_main_grad = False
+    loop = CrossEntropyLoop(tiles, fuse_wgrad=True)
+    result = tiled_linear_cross_entropy(hidden.detach().to(dtype), parameter, labels, loop)
+    result.loss.backward(upstream.to(dtype))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(parameter.main_grad, main_grad.detach() + expected, rtol=tolerance, atol=tolerance)
+    assert parameter.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_no_further_from_float64_than_dense(dtype):
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(64, 2, 32, generator=generator).to(dtype)
+    weight = (torch.randn(512, 32, generator=generator) * 0.3).to(dtype)
+    labels = torch.randint(0, 512, (64, 2), generator=generator)
+    upstream = torch.rand(64, 2, generator=generator)
+
+    def errors(losses_of, *, wide):
+        x, w = (copy.deepcopy(t.double() if wide else t).requires_grad_() for t in (hidden, weight))
+        losses = losses_of(x, w)
+        losses.backward(upstream.to(losses.dtype))
+        return losses.detach().double(), x.grad.double(), w.grad.double()
+
+    reference = errors(lambda x, w: dense_losses(x, w, labels), wide=True)
+    dense = errors(lambda x, w: _dense_narrow(x, w, labels), wide=False)
+    loop = CrossEntropyLoop(HeadTiles(vocabulary=8))
+    tiled = errors(lambda x, w: tiled_linear_cross_entropy(x, w, labels, loop).loss, wide=False)
+    for ours, theirs, exact in zip(tiled, dense, reference, strict=True):
+        assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
+
+
+def _dense_narrow(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    return logits.logsumexp(dim=-1) - logits.gather(-1, labels[..., None]).squeeze(-1)
+
+
+def test_no_tokens():
+    hidden = torch.zeros(0, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    loop = CrossEntropyLoop(HeadTiles(tokens=3, vocabulary=2))
+    loss = tiled_linear_cross_entropy(hidden, weight, torch.zeros(0, 2, dtype=torch.int64), loop).loss
+    loss.sum().backward()
+    assert loss.shape == (0, 2) and hidden.grad.shape == hidden.shape and not weight.grad.any()
+
+
+def test_a_non_contiguous_input():
+    hidden, weight, labels, upstream = problem((4, 3), 9, 5, seed=5)
+    turned = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    loop = CrossEntropyLoop(HeadTiles(tokens=5, vocabulary=2))
+    tiled_linear_cross_entropy(turned, weight, labels, loop).loss.backward(upstream)
+    expected = torch.autograd.grad(dense_losses(hidden, weight, labels), hidden, upstream)[0]
+    torch.testing.assert_close(turned.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tokens": 0}, "--tiled-head-tokens 0: must be at least 1"),
+        ({"memory_mib": 0}, "--tiled-head-memory-mib 0: must be at least 1"),
+        ({"vocabulary": -1}, "--tiled-linear-splits output=1x-1: must be at least 1"),
+        ({"tokens": 13}, "--tiled-head-tokens 13: a micro-batch has 12 tokens a rank"),
+        ({"vocabulary": 10}, "--tiled-linear-splits output=1x10: a rank's vocabulary has 9 columns"),
+    ],
+)
+def test_bad_tile_sizes_are_refused_by_name(sizes, message):
+    hidden, weight, labels, _ = problem((4, 3), 9, 5, seed=6)
+    with pytest.raises(ValueError) as refusal:
+        tiled_linear_cross_entropy(hidden, weight, labels, CrossEntropyLoop(HeadTiles(**sizes)))
+    assert str(refusal.value) == message
+
+
+def test_bad_shapes_and_smoothing_are_refused():
+    hidden, weight, labels, _ = problem((4, 3), 9, 5, seed=7)
+    with pytest.raises(ValueError, match=r"labels have shape \[3, 4\], the hidden states \[4, 3\] tokens"):
+        tiled_linear_cross_entropy(hidden, weight, labels.t(), CrossEntropyLoop())
+    with pytest.raises(ValueError, match=r"label_smoothing=1\.0"):
+        CrossEntropyLoop(label_smoothing=1.0)
+
+
+@given(
+    tokens=st.integers(1, 40000),
+    vocabulary=st.integers(1, 200000),
+    hidden_size=st.integers(64, 8192),
+    memory_mib=st.integers(16, 1024),
+    may_tile_tokens=st.booleans(),
+    token_tile=st.none() | st.integers(1, 5000),
+    vocabulary_tiles=st.none() | st.integers(1, 64),
+)
+def test_tiles_cover_all_logits_once_within_the_bound(
+    tokens, vocabulary, hidden_size, memory_mib, may_tile_tokens, token_tile, vocabulary_tiles
+):
+    token_bytes = 4 * hidden_size
+    parts = HeadTiles(memory_mib, token_tile, vocabulary_tiles).cut(
+        tokens, vocabulary, logit_bytes=2, token_bytes=token_bytes, may_tile_tokens=may_tile_tokens
+    )
+    for ranges, size in zip(parts, (tokens, vocabulary), strict=True):
+        assert ranges[0].start == 0 and ranges[-1].stop == size
+        assert all(one.stop == following.start for one, following in pairwise(ranges))
+        assert all(part.start < part.stop for part in ranges)
+    height, width = (max(part.stop - part.start for part in ranges) for ranges in parts)
+    if token_tile is None and vocabulary_tiles is None and may_tile_tokens:
+        slack = 256 * (2 * width + token_bytes) + 256 * 2 * height  # boundaries are rounded to blocks of 256
+        least = 4096 * 2 * height if width <= 4352 else 0
+        assert height * (2 * width + token_bytes) <= memory_mib * 2**20 + slack + least

@@ -1,0 +1,13 @@
+"""Whole models, dense against tiled: see distributed/check_models.py."""
+
+from pathlib import Path
+
+import pytest
+from launch import torchrun
+
+SCRIPTS = Path(__file__).parent / "distributed"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_models_equal_dense(world: int) -> None:
+    assert f"model checks passed at TP={world}" in torchrun(SCRIPTS / "check_models.py", world=world)

@@ -1,0 +1,94 @@
+"""The runner from the outside: what a user's mistake gets, and that importing the package does nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT, torchrun
+from test_training import COMMON, SCRIPTS, free_port
+
+#: What is asked for -> words of the one line that answers.
+MISTAKES = {
+    "--use-tiled-linear --tile-factor 0": "--tile-factor 0: must be at least 1",
+    "--use-tiled-linear --tile-factor 49": "--tile-factor 49: decoder.layers.0.self_attention.linear_proj",
+    "--use-tiled-linear --tiled-linear-splits fc1=1x81": "--tiled-linear-splits fc1=1x81: decoder.layers.0.mlp.linear_fc1",
+    "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",
+    "--use-tiled-linear --tiled-linear-splits gate=1x8": "unknown module 'gate'",
+    "--use-tiled-linear --tiled-linear-modules fc3": "--tiled-linear-modules fc3: choose from",
+    "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",
+    "--use-tiled-linear --transformer-impl transformer_engine": "use --transformer-impl local",
+    "--use-tiled-linear --use-torch-fsdp2": "--use-tiled-linear with --use-torch-fsdp2",
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and output of a training run for each mistake."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    runs = [
+        {
+            "name": str(index),
+            "port": free_port(),
+            "log": str(folder / str(index)),
+            "argv": [str(SCRIPTS / "pretrain_gpt.py"), *COMMON, "--train-iters", "2", "--global-batch-size", "2"]
+            + mistake.split(),
+        }
+        for index, mistake in enumerate(MISTAKES)
+    ]
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    output = torchrun(ROOT / "tests" / "distributed" / "train_many.py", file, world=1)
+    codes = dict(re.findall(r"^(\d+): exit (\d+)", output, re.M))
+    return {
+        mistake: (int(codes[str(index)]), Path(folder, f"{index}.0").read_text())
+        for index, mistake in enumerate(MISTAKES)
+    }
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_before_training_with_one_line(mistake: str, answers: dict[str, tuple[int, str]]) -> None:
+    code, output = answers[mistake]
+    assert code == 1
+    lines = [line for line in output.splitlines() if line.startswith("megatron_tiling: ") and MISTAKES[mistake] in line]
+    assert len(lines) == 1, output[-3000:]
+    assert "Traceback" not in output and "lm loss" not in output
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_import_loads_neither_megatron_nor_deepspeed_nor_apex() -> None:
+    done = python(
+        "import sys, megatron_tiling\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'deepspeed', 'apex'}))"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_import_of_everything_patches_nothing() -> None:
+    """Every module of the package, then Megatron's functions are still Megatron's."""
+    done = python(
+        "import importlib, pkgutil, torch, megatron_tiling\n"
+        "before = torch.zeros, torch.Tensor.to, torch.cuda.synchronize\n"
+        "for module in pkgutil.iter_modules(megatron_tiling.__path__):\n"
+        "    if module.name not in ('__main__', 'activation_kernels', 'softmax_kernels'):\n"
+        "        importlib.import_module('megatron_tiling.' + module.name)\n"
+        "import megatron.training.arguments as a, megatron.training.training as t, megatron.core.transformer.torch_norm as n\n"
+        "assert (torch.zeros, torch.Tensor.to, torch.cuda.synchronize) == before\n"
+        "stock = [a.add_megatron_arguments, a.validate_args, t.get_model, n.WrappedTorchNorm.__new__]\n"
+        "print({f.__module__.split('.')[0] for f in stock})\n"
+    )
+    assert done.stdout.strip().splitlines()[-1] == "{'megatron'}", done.stderr
+
+
+def test_usage() -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_tiling"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "usage: python -m megatron_tiling SCRIPT" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_tiling", "nowhere.py"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1 and "there is no script nowhere.py" in done.stderr

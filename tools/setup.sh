@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Make .venv, with the project, its tests' tools and the example's libraries in it. Needs Python >= 3.12 and a
+# compiler. Quick when there is nothing to do, so every command of the project starts with it.
+#
+#   tools/setup.sh            PYTHON=/path/to/python3.12 tools/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+ready=.venv/.ready-$({ pwd; cat pyproject.toml; } | cksum | tr ' ' -)
+[[ -e $ready && -x .venv/bin/python ]] && exit 0
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
+
+find_python() {
+    if [[ -n ${PYTHON:-} ]]; then
+        new_enough "$PYTHON" && echo "$PYTHON" && return
+        echo "setup: PYTHON=$PYTHON is not a Python >= 3.12" >&2
+        return 1
+    fi
+    local candidate # a pyenv shim may be on the PATH and yet refuse to run, so each one is tried
+    for candidate in python3.12 python3 "$HOME"/.pyenv/versions/3.12*/bin/python3; do
+        new_enough "$candidate" && echo "$candidate" && return
+    done
+    echo "setup: no Python >= 3.12 found as python3.12 or python3, nor in ~/.pyenv; give one as PYTHON=..." >&2
+    return 1
+}
+
+if ! new_enough .venv/bin/python; then
+    python=$(find_python)
+    echo "setup: making .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv # Debian and Ubuntu keep this in a package python3.12-venv
+fi
+echo "setup: installing megatron-tiling and what it needs into .venv (some minutes the first time)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+rm -f .venv/.ready-*
+touch "$ready"
