@@ -1,43 +1,64 @@
 """The LM head with its loss, forward and backward: Megatron's ways, Liger's, Apple's, and this package's.
 
     python benchmarks/lm_head.py [--tokens 8192 --hidden-size 4096 --vocabulary 128256]
+    torchrun --standalone --nproc-per-node TP benchmarks/lm_head.py [--sequence-parallel]
 
 All candidates share one weight, take the hidden states ``[s, 1, h]`` and return a loss per token. Times are medians
 of interleaved runs in random order, errors relative to float64. Writes a dated Markdown table into
-benchmarks/results/; peers that are not installed are left out, and named.
+benchmarks/results/; peers that are not installed are left out, and named. Under torchrun the vocabulary is divided
+among the processes, Megatron and ours are compared, and collectives are counted.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
+import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import Candidate, initialize
-from measure import Measurement, measure, step
-from megatron.core import tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from mlp_candidates import Candidate
+from mlp_measure import Measurement, measure, step
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiling.head_tiles import DEFAULT_MEMORY_MIB, HeadTiles
+from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
+from megatron_tiling.head_tiles import HeadTiles
 from megatron_tiling.lm_head import TiledOutputLayer
 
 RESULTS = Path(__file__).parent / "results"
-DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_MEMORY_MIB} MiB", "four GEMMs, nothing else"
+DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB", "four GEMMs, nothing else"
 PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy")
 GEMM_KERNELS = ("nvjet", "gemm", "cutlass", "xmma")
 
 
-def output_layer(hidden_size: int, vocabulary: int) -> ColumnParallelLinear:
+def initialize() -> int:
+    """Process groups for the tensor-parallel size that torchrun says, or one process; returns the size."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", store=dist.HashStore() if size == 1 else None, rank=rank, world_size=size)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    random.seed(1234)  # every process runs the candidates in the same order
+    torch.manual_seed(1234)
+    return size
+
+
+def output_layer(hidden_size: int, vocabulary: int, sequence_parallel: bool = False) -> ColumnParallelLinear:
     config = TransformerConfig(
         num_layers=1, hidden_size=hidden_size, num_attention_heads=32, params_dtype=torch.bfloat16, bf16=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False, sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=dist.get_world_size(),
     )  # fmt: skip
     return ColumnParallelLinear(
         hidden_size, vocabulary, config=config, init_method=config.init_method, bias=False, gather_output=False
@@ -55,20 +76,25 @@ def of_megatron(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
         parts = zip(hidden.chunk(16), labels.chunk(16), strict=True)
         return torch.cat([tensor_parallel.checkpoint(losses, False, *part) for part in parts])
 
-    named = {DENSE: losses, "Megatron-core, fused loss": fused, "Megatron-core, 16 token chunks, checkpoint": chunks}
+    named = {DENSE: losses, "Megatron-core, fused loss": fused}
+    if dist.get_world_size() == 1:
+        named["Megatron-core, 16 token chunks, checkpoint"] = chunks
     return [Candidate(name, run, [dense.weight]) for name, run in named.items()]
 
 
 def of_ours(dense: ColumnParallelLinear, labels: Tensor, bounds: list[int]) -> list[Candidate]:
     candidates = []
     for bound in bounds:
-        head = output_layer(dense.input_size, dense.output_size)
+        head = output_layer(dense.input_size, dense.output_size, dense.sequence_parallel)
         head.weight = dense.weight
         head.__class__ = TiledOutputLayer
         head.set_tiles(1, 1)
         head.head_tiles, head.keep_largest = HeadTiles(bound), False
-        run = lambda hidden, head=head: head(hidden)[0].cross_entropy(labels)
-        candidates.append(Candidate(f"ours, {bound} MiB", run, [dense.weight], (head,)))
+
+        def losses(hidden: Tensor, head: TiledOutputLayer = head) -> Tensor:
+            return head(hidden)[0].cross_entropy(labels)
+
+        candidates.append(Candidate(f"ours, {bound} MiB", losses, [dense.weight], (head,)))
     return candidates
 
 
@@ -76,8 +102,11 @@ def of_liger(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
-    run = lambda hidden: loss(dense.weight, hidden.flatten(0, 1), labels.flatten())
-    return [Candidate("Liger fused linear cross entropy", spread_over(labels, run), [dense.weight])]
+
+    def mean_loss(hidden: Tensor) -> Tensor:
+        return loss(dense.weight, hidden.flatten(0, 1), labels.flatten())
+
+    return [Candidate("Liger fused linear cross entropy", spread_over(labels, mean_loss), [dense.weight])]
 
 
 def of_cut_cross_entropy(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
@@ -85,10 +114,11 @@ def of_cut_cross_entropy(dense: ColumnParallelLinear, labels: Tensor) -> list[Ca
 
     candidates = []
     for impl in ("cce", "torch_compile"):
-        run = lambda hidden, impl=impl: linear_cross_entropy(
-            hidden.flatten(0, 1), dense.weight, labels.flatten(), impl=impl
-        )
-        candidates.append(Candidate(f"cut-cross-entropy {impl}", spread_over(labels, run), [dense.weight]))
+
+        def mean_loss(hidden: Tensor, impl: str = impl) -> Tensor:
+            return linear_cross_entropy(hidden.flatten(0, 1), dense.weight, labels.flatten(), impl=impl)
+
+        candidates.append(Candidate(f"cut-cross-entropy {impl}", spread_over(labels, mean_loss), [dense.weight]))
     return candidates
 
 
@@ -113,16 +143,23 @@ class _FourGemms(torch.autograd.Function):
 
 
 def float64_reference(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-    """Losses and gradients, 1024 tokens at a time."""
+    """Losses and gradients of all tokens, and of this process's weight; 1024 tokens at a time."""
     wide, exact = weight.double(), {"loss": [], "hidden": []}
     weight_grad = torch.zeros_like(wide)
-    for x, label, grad in zip(*(t.flatten(0, 1).split(1024) for t in (hidden, labels, upstream)), strict=True):
+    local_labels = labels - dist.get_rank() * len(weight)
+    for x, label, grad in zip(*(t.flatten(0, 1).split(1024) for t in (hidden, local_labels, upstream)), strict=True):
+        here = ((label >= 0) & (label < len(weight)))[:, None]
+        column = label[:, None].where(here, 0)
         logits = x.double() @ wide.t()
-        log_sum = logits.logsumexp(dim=-1)
-        exact["loss"].append(log_sum - logits.gather(1, label[:, None]).squeeze(1))
-        logits.sub_(log_sum[:, None]).exp_().scatter_add_(1, label[:, None], -torch.ones_like(log_sum)[:, None])
+        sum_exp, label_logit = logits.exp().sum(dim=-1), (logits.gather(1, column) * here).squeeze(1)
+        dist.all_reduce(sum_exp)  # the logits of random data are small
+        dist.all_reduce(label_logit)
+        exact["loss"].append(sum_exp.log() - label_logit)
+        logits.sub_(sum_exp.log()[:, None]).exp_().scatter_add_(1, column, -here.double())
         logits.mul_(grad.double()[:, None])
-        exact["hidden"].append(logits @ wide)
+        hidden_grad = logits @ wide
+        dist.all_reduce(hidden_grad)
+        exact["hidden"].append(hidden_grad)
         weight_grad.addmm_(logits.t(), x.double())
     return {name: torch.cat(parts) for name, parts in exact.items()} | {"weight": weight_grad}
 
@@ -131,21 +168,48 @@ def errors(candidate: Candidate, hidden: Tensor, upstream: Tensor, expected: dic
     """RMS of the difference to float64, over the RMS of the expected values."""
     losses = step(candidate, hidden, upstream).detach()
     found = {"loss": losses, "hidden": hidden.grad, "weight": candidate.parameters[0].grad}
-    return {name: float((found[name].view_as(exact) - exact).norm() / exact.norm()) for name, exact in expected.items()}
+    if losses.stride() == (0, 0):  # a mean loss, spread
+        expected = expected | {"loss": expected["loss"].mean().expand(losses.numel())}
+    return {
+        name: float((found[name].reshape(exact.shape) - exact).norm() / exact.norm())
+        for name, exact in expected.items()
+    }
 
 
-def report(results: list[Measurement], missing: dict[str, str], args: argparse.Namespace) -> str:
+class Collectives(TorchDispatchMode):
+    """Counts them by name, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(candidate: Candidate, hidden: Tensor, upstream: Tensor) -> str:
+    with Collectives() as counter:
+        step(candidate, hidden, upstream)
+    return ", ".join(f"{count} {name.strip('_')}" for name, count in sorted(counter.counts.items()) if count)
+
+
+def report(
+    results: list[Measurement], missing: dict[str, str], counts: dict[str, str], args: argparse.Namespace
+) -> str:
     by_name = {result.name: result for result in results}
     dense = by_name[DENSE]
+    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     lines = [
         f"# LM head and loss, forward + backward, {datetime.date.today()}", "",
-        f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {installed(name)}' for name in PACKAGES)}. Command:", "",
-        f"    python {' '.join(['benchmarks/lm_head.py', *sys.argv[1:]])}", "",
+        f"{dist.get_world_size()}x {torch.cuda.get_device_name()}; {versions}. Command:", "",
+        f"    {launcher()} {' '.join(['benchmarks/lm_head.py', *sys.argv[1:]])}", "",
         f"{args.tokens} tokens, h={args.hidden_size}, vocabulary {args.vocabulary}, bf16, random data; medians of "
         f"{args.repeats} interleaved runs. Memory: the peak beyond weight, input and upstream gradient, less the bytes "
-        "of the weight gradient; 'with main_grad': the same where that is held all the time and added to (ours: in "
-        "place, peers: by a hook). Errors: relative RMS against float64, of losses and of the gradients of input "
-        "and weight.", "",
+        "of the weight gradient (too little where the peak comes before that: dense, and ours at 1024 MiB); 'with "
+        "main_grad': the same where it is held all the time and added to (ours: in place, peers: by a hook). "
+        "Errors: relative RMS against float64, of losses (Liger's and Apple's: of their mean) and of the gradients "
+        "of input and weight.", "",
         "| | ms | time | MiB | with main_grad | error: loss, dx, dW |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for result in results:
@@ -154,14 +218,36 @@ def report(results: list[Measurement], missing: dict[str, str], args: argparse.N
         ratio = result.median / dense.median
         lines.append(f"| {result.name} | {result.median:.2f} | {ratio:.3f} | {memory or ' | '} | {error} |")
     lines += ["", *(f"Left out: {name} ({reason})." for name, reason in missing.items())]
+    if dist.get_world_size() > 1:
+        lines += [
+            "| collectives of a step | |",
+            "|---|---|",
+            *(f"| {name} | {count} |" for name, count in counts.items()),
+        ]
+    if LIMIT in by_name:
+        ours, limit = by_name[OURS], by_name[LIMIT]
+        gemms, limit_gemms = gemm_time(ours), gemm_time(limit)
+        others = sum(time for _, _, time in ours.kernels) - gemms
+        lines += [
+            f"Above four whole GEMMs: {ours.median - limit.median:.2f} ms, of which by the profiles below "
+            f"{gemms - limit_gemms:.2f} ms because tiles are GEMMs of their own, {others:.2f} ms in other kernels."
+        ]
     for result in results:
         if result.kernels:
             total = sum(time for _, _, time in result.kernels)
-            gemms = sum(time for name, _, time in result.kernels if any(part in name.lower() for part in GEMM_KERNELS))
-            lines += ["", f"Kernels of one step, {result.name}: {total:.2f} ms, {gemms:.2f} in GEMMs", ""]
+            lines += ["", f"Kernels of one step, {result.name}: {total:.2f} ms, {gemm_time(result):.2f} in GEMMs", ""]
             lines += ["| kernel | calls | ms |", "|---|---|---|"]
             lines += [f"| `{name[:100]}` | {calls} | {time:.3f} |" for name, calls, time in result.kernels[:14]]
     return "\n".join(lines) + "\n"
+
+
+def gemm_time(result: Measurement) -> float:
+    return sum(time for name, _, time in result.kernels if any(part in name.lower() for part in GEMM_KERNELS))
+
+
+def launcher() -> str:
+    size = dist.get_world_size()
+    return "python" if size == 1 else f"torchrun --standalone --nproc-per-node {size}"
 
 
 def installed(package: str) -> str:
@@ -176,36 +262,46 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--memory-mib", type=int, nargs="+", default=[160, DEFAULT_MEMORY_MIB, 1024])
+    parser.add_argument("--memory-mib", type=int, nargs="+", default=[160, DEFAULT_HEAD_MEMORY_MIB, 1024])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    initialize()
-    dense = output_layer(args.hidden_size, args.vocabulary)
-    hidden = torch.randn(args.tokens, 1, args.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tensor_parallel_size = initialize()
+    dense = output_layer(args.hidden_size, args.vocabulary, args.sequence_parallel)
+    whole = torch.randn(args.tokens, 1, args.hidden_size, device="cuda", dtype=torch.bfloat16)
     labels = torch.randint(0, args.vocabulary, (args.tokens, 1), device="cuda")
     upstream = torch.full((args.tokens, 1), 1 / args.tokens, device="cuda")
-    expected = float64_reference(hidden.detach(), dense.weight.detach(), labels, upstream)
-    expected = {name: exact.to("cpu", torch.float64) for name, exact in expected.items()}
+    expected = float64_reference(whole, dense.weight.detach(), labels, upstream)
+    expected = {name: exact.cpu() for name, exact in expected.items()}
+    hidden = whole
+    if args.sequence_parallel:
+        hidden, shard = (t.chunk(tensor_parallel_size)[dist.get_rank()] for t in (whole, expected["hidden"]))
+        expected["hidden"] = shard
+    hidden = hidden.clone().requires_grad_()
 
     candidates, missing = of_megatron(dense, labels), {}
-    for peers in (of_liger, of_cut_cross_entropy):
+    for peers in (of_liger, of_cut_cross_entropy) if tensor_parallel_size == 1 else ():
         try:
             candidates += peers(dense, labels)
         except ImportError as error:
             missing[peers.__name__.removeprefix("of_")] = str(error)
     candidates += of_ours(dense, labels, args.memory_mib)
-    candidates.append(Candidate(LIMIT, lambda hidden: _FourGemms.apply(hidden, dense.weight), [dense.weight]))
+    if tensor_parallel_size == 1:
+        candidates.append(Candidate(LIMIT, lambda hidden: _FourGemms.apply(hidden, dense.weight), [dense.weight]))
     results = measure(candidates, hidden, upstream, args.repeats, {DENSE, OURS, LIMIT})
+    counts = {candidate.name: collectives(candidate, hidden, upstream) for candidate in candidates}
     expected = {name: exact.cuda() for name, exact in expected.items()}
     for candidate, result in zip(candidates, results, strict=True):
         if candidate.name != LIMIT:
             result.errors = errors(candidate, hidden, upstream, expected)
-    args.results.mkdir(parents=True, exist_ok=True)
-    text = report(results, missing, args)
-    (args.results / f"{datetime.date.today()}-lm-head.md").write_text(text)
-    print(text)
-    torch.distributed.destroy_process_group()
+    text = report(results, missing, counts, args)
+    if dist.get_rank() == 0:
+        kind = f"-tp{tensor_parallel_size}{'-sp' * args.sequence_parallel}" if tensor_parallel_size > 1 else ""
+        args.results.mkdir(parents=True, exist_ok=True)
+        (args.results / f"{datetime.date.today()}-lm-head{kind}.md").write_text(text)
+        print(text)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,19 @@ MODEL = """
 KINDS = {"dense": ["--no-gradient-accumulation-fusion"], "tiled": ["--use-tiled-linear"]}
 
 
-def train(args: argparse.Namespace, tp: int, kind: str) -> list[float]:
-    """Losses of one run; its log is left in the output folder."""
+def train(args: argparse.Namespace, tp: int, kind: str, first_gpu: int) -> list[float]:
+    """Losses of one run on ``tp`` GPUs; its log is left in the output folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
     command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(tp)]
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
     command += ["--tokenizer-model", args.tokenizer_model, *KINDS[kind]]
     log = args.output / f"loss_parity.tp{tp}.{kind}.log"
     with log.open("w") as file:
-        environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + rank) for rank in range(tp)),
+            "PYTHONWARNINGS": "ignore",
+        }
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     text = log.read_text()
     losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
@@ -52,6 +58,19 @@ def train(args: argparse.Namespace, tp: int, kind: str) -> list[float]:
     if tiled != (kind == "tiled"):
         raise SystemExit(f"{kind} at TP={tp}: the startup table says otherwise: {log}")
     return losses
+
+
+def train_all(args: argparse.Namespace) -> Iterator[tuple[tuple[int, str], list[float]]]:
+    """Dense and tiled side by side where there are GPUs for both, else one after the other."""
+    for tp in args.tensor_parallel:
+        together = torch.cuda.device_count() >= 2 * tp
+        with ThreadPoolExecutor(2 if together else 1) as pool:
+            runs = {
+                kind: pool.submit(train, args, tp, kind, index * tp if together else 0)
+                for index, kind in enumerate(KINDS)
+            }
+            for kind, run in runs.items():
+                yield (tp, kind), run.result()
 
 
 def difference(a: list[float], b: list[float]) -> str:
@@ -107,7 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    curves = {(tp, kind): train(args, tp, kind) for tp in args.tensor_parallel for kind in KINDS}
+    curves = dict(train_all(args))
     text = report(curves, args)
     (args.output / "loss_parity.md").write_text(text)
     plot(curves, args.output / "loss_parity.png")

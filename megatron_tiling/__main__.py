@@ -3,21 +3,26 @@
     torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
 """
 
+import argparse
 import importlib.util
 import os
 import runpy
 import sys
 
-USAGE = "usage: python -m megatron_tiling SCRIPT [ARGS of the script, and those of the tiled linear group]"
+from megatron_tiling.arguments import add_tiling_args
+
+USAGE = "python -m megatron_tiling SCRIPT [ARGS of the script, and those below]"
 
 
 def main() -> None:
     """Install the plugin, then run the script as ``__main__``."""
+    parser = add_tiling_args(argparse.ArgumentParser(usage=USAGE, description="Run a Megatron-LM script, tiled."))
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        raise SystemExit(USAGE)
+        parser.print_help()
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
     script = sys.argv[1]
     if not os.path.isfile(script):
-        raise SystemExit(f"megatron_tiling: there is no script {script}\n{USAGE}")
+        parser.error(f"there is no script {script}")
     sys.argv = sys.argv[1:]
     # As for `python SCRIPT`, and before Megatron is imported: a script in a Megatron-LM tree uses that tree.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))

@@ -51,7 +51,7 @@ class Activation:
 
     def forward(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> None:
         """Write the activation into ``out [n, f]``."""
-        if self._has_kernel(pre):
+        if self.formula is not None and _on_kernels(pre):
             from megatron_tiling.activation_kernels import activate
 
             activate(pre, bias, scale, out, **asdict(self.formula))
@@ -66,7 +66,7 @@ class Activation:
         Returns:
             The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
         """
-        if self._has_kernel(pre):
+        if self.formula is not None and _on_kernels(pre):
             from megatron_tiling.activation_kernels import activate_backward
 
             return activate_backward(
@@ -85,8 +85,9 @@ class Activation:
         grad.copy_(out.detach())
         return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
 
-    def _has_kernel(self, pre: Tensor) -> bool:
-        return self.formula is not None and pre.is_cuda and pre.dtype in KERNEL_DTYPES
+
+def _on_kernels(pre: Tensor) -> bool:
+    return pre.is_cuda and pre.dtype in KERNEL_DTYPES
 
 
 def _joined(halves: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_tiling.config import DEFAULT_FACTOR, MODULES, TilingConfig
+from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, TilingConfig
 
 #: Flags that mean nothing without --use-tiled-linear; all of them default to None or False.
 COMPANIONS = {
@@ -11,6 +11,9 @@ COMPANIONS = {
     "tiled_linear_modules": "--tiled-linear-modules",
     "tiled_linear_splits": "--tiled-linear-splits",
     "tiled_linear_fp32_accumulate": "--tiled-linear-fp32-accumulate",
+    "tiled_mlp_keep": "--tiled-mlp-keep",
+    "tiled_head_memory_mib": "--tiled-head-memory-mib",
+    "tiled_head_tokens": "--tiled-head-tokens",
 }
 
 #: Megatron flags that tiled layers do not work with: attribute, values that are fine, what to do instead.
@@ -71,6 +74,25 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="Sum over tiles in float32 where activations are bf16 or fp16; costs a float32 copy of what is summed.",
     )
+    group.add_argument(
+        "--tiled-mlp-keep",
+        metavar="N|all",
+        help="Tiles of an MLP that keep their pre-activations for the backward pass; the others compute their fc1 "
+        "product again. 0 takes the least memory. Default all: nothing but the activation is computed again.",
+    )
+    group.add_argument(
+        "--tiled-head-memory-mib",
+        type=int,
+        metavar="MIB",
+        help="Bound for what the loss of a tiled output layer holds at once: one tile of logits, and the input "
+        f"gradient in float32. Default {DEFAULT_HEAD_MEMORY_MIB}.",
+    )
+    group.add_argument(
+        "--tiled-head-tokens",
+        type=int,
+        metavar="N",
+        help="Tokens of one tile of logits. Default: chosen from --tiled-head-memory-mib.",
+    )
     return parser
 
 
@@ -93,4 +115,19 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
         if value not in supported:
             flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
             raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
-    return TilingConfig.from_args(args)
+    config = TilingConfig.from_args(args)
+    tokens = micro_batch_tokens(args)
+    if config.head_tokens is not None and tokens is not None and config.head_tokens > tokens:
+        raise ValueError(
+            f"--tiled-head-tokens {config.head_tokens}: a micro-batch has {tokens} tokens on a rank, and no tile can "
+            "have more; lower it"
+        )
+    return config
+
+
+def micro_batch_tokens(args: Namespace) -> int | None:
+    """Tokens of one micro-batch on a rank, if the flags say so."""
+    sequence, batch = getattr(args, "seq_length", None), getattr(args, "micro_batch_size", None)
+    if sequence is None or batch is None:
+        return None
+    return int(sequence * batch // getattr(args, "context_parallel_size", 1))

@@ -10,6 +10,7 @@ COLUMN_MODULES = ("qkv", "fc1", "output")
 ROW_MODULES = ("proj", "fc2")
 MODULES = ("qkv", "proj", "fc1", "fc2", "output")
 DEFAULT_FACTOR = 4
+DEFAULT_HEAD_MEMORY_MIB = 272
 
 
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -36,6 +37,19 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     return splits
 
 
+def parse_keep(keep: str | None) -> int | None:
+    """``"all"`` -> ``None``, ``"2"`` -> 2.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if keep is None or keep == "all":
+        return None
+    if not (keep.isascii() and keep.isdigit()):
+        raise ValueError(f"--tiled-mlp-keep {keep}: write a number of tiles, or all")
+    return int(keep)
+
+
 @dataclass(frozen=True)
 class TilingConfig:
     """Which layers become tiled, and their grids.
@@ -48,6 +62,11 @@ class TilingConfig:
         fuse_wgrad: add weight gradients straight into ``main_grad`` (Megatron's gradient accumulation fusion,
             without apex). ``None`` follows the built layers' own setting.
         fp32_accumulate: sum over tiles in float32 where activations are narrower.
+        mlp_keep: tiles of an MLP that keep their pre-activations for the backward pass, the others recompute their
+            fc1 product; ``None`` is all of them.
+        head_memory_mib: bound for what the LM head's loss holds at once: a tile of logits and the float32 sum of the
+            input gradient.
+        head_tokens: tokens of one tile of logits; ``None`` lets the bound choose.
 
     Raises:
         ValueError: on any value out of range, naming the flag to change.
@@ -58,10 +77,19 @@ class TilingConfig:
     splits: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
+    mlp_keep: int | None = None
+    head_memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
+    head_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"--tile-factor {self.factor}: must be at least 1")
+        for flag, value, least in (
+            ("--tile-factor", self.factor, 1),
+            ("--tiled-mlp-keep", self.mlp_keep, 0),
+            ("--tiled-head-memory-mib", self.head_memory_mib, 1),
+            ("--tiled-head-tokens", self.head_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{flag} {value}: must be at least {least}")
         unknown = [module for module in self.modules if module not in MODULES]
         if unknown or not self.modules:
             raise ValueError(
@@ -86,6 +114,11 @@ class TilingConfig:
             "modules": tuple(MODULES if args.tiled_linear_modules is None else args.tiled_linear_modules),
             "splits": parse_splits(args.tiled_linear_splits or ()),
             "fp32_accumulate": bool(args.tiled_linear_fp32_accumulate),
+            "mlp_keep": parse_keep(args.tiled_mlp_keep),
+            "head_memory_mib": (
+                DEFAULT_HEAD_MEMORY_MIB if args.tiled_head_memory_mib is None else args.tiled_head_memory_mib
+            ),
+            "head_tokens": args.tiled_head_tokens,
         }
         return cls(**(settings | overrides))
 

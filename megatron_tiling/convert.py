@@ -1,19 +1,23 @@
-"""tile(model, config): the stock linear layers of a built model become tiled ones, in place.
+"""tile(model, config): a built model's linear layers, MLPs and LM head become tiled ones, in place.
 
-Nothing is drawn, copied or moved: a layer's class and its grid are set. To be called before the model is wrapped
-by Float16Module and DDP.
+Nothing is drawn, copied or moved: the class and the grid of a module are set. To be called before the model is
+wrapped by Float16Module and DDP.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
 
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.grid import TileGrid
+from megatron_tiling.grid import ALIGNMENT, TileGrid
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.lm_head import convert_head
+from megatron_tiling.mlp import convert_mlp
 
 #: Attribute name of a layer in its parent module -> the module name that flags use.
 MODULE_OF_ATTRIBUTE = {
@@ -35,13 +39,16 @@ TILED_CLASSES = {ColumnParallelLinear: TiledColumnParallelLinear, RowParallelLin
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer: its dense shape ``[out, in]`` on this rank and its grid, or why it stayed dense."""
+    """What became of one layer: its dense shape ``[out, in]`` on this rank, its grid if tiled, and a note.
+
+    The note says why a layer stayed dense, and for fc1, fc2 and the output layer how their tiles are used.
+    """
 
     name: str
     shape: tuple[int, int]
     grid: TileGrid | None
     element_size: int
-    reason: str = ""
+    note: str = ""
 
     @property
     def tile_mib(self) -> float:
@@ -53,7 +60,10 @@ class LayerReport:
 
 
 def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
-    """Turn the model's stock column and row layers into tiled ones, and say what was done with each linear layer.
+    """Turn a model's stock linear layers into tiled ones, and say what was done with each of them.
+
+    MLPs whose two layers are tiled become ``TiledMLP`` where their grids match, and the output layer of a language
+    model, if tiled, one whose loss is computed tile by tile.
 
     Args:
         model: one built model chunk (GPTModel, HybridModel, or a part), not yet wrapped.
@@ -70,26 +80,60 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
         if module is None or reason:
             reports.append(LayerReport(name, shape, None, size, reason))
             continue
-        in_splits, out_splits = config.splits_of(module)
-        try:
-            grid = TileGrid(shape[1], shape[0], in_splits, out_splits)
-        except ValueError as error:
-            flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
-            value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor)
+        grid = _grid(name, module, shape, config)
+        if module == "fc2" and config.mlp_keep is not None and config.mlp_keep > grid.in_splits:
             raise ValueError(
-                f"{flag}{value}: {name} has [out, in] = {list(shape)} on each rank, and {error}; "
-                f"lower it, or give --tiled-linear-splits {module}=INxOUT for this module alone"
-            ) from None
+                f"--tiled-mlp-keep {config.mlp_keep}: {name} has {grid.in_splits} tiles; give at most that many, or all"
+            )
         chosen.append((layer, grid))
         reports.append(LayerReport(name, shape, grid, size))
     for layer, grid in chosen:
         make_tiled(layer, grid.in_splits, grid.out_splits, config)
-    return reports
+    notes = _convert_mlps(model, config) | _convert_heads(model, config)
+    return [replace(report, note=report.note or notes.get(report.name, "")) for report in reports]
+
+
+def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig) -> TileGrid:
+    in_splits, out_splits = config.splits_of(module)
+    try:
+        return TileGrid(shape[1], shape[0], in_splits, out_splits, alignment=ALIGNMENT)
+    except ValueError as error:
+        flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
+        value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor)
+        raise ValueError(
+            f"{flag}{value}: {name} has [out, in] = {list(shape)} on each rank, and {error}; "
+            f"lower it, or give --tiled-linear-splits {module}=INxOUT for this module alone"
+        ) from None
+
+
+def _convert_mlps(model: torch.nn.Module, config: TilingConfig) -> dict[str, str]:
+    """Notes by the names of the linear layers in MLPs."""
+    notes: dict[str, str] = {}
+    for name, mlp in model.named_modules():
+        if isinstance(mlp, MLP) and isinstance(mlp.linear_fc1, TiledColumnParallelLinear):
+            reason = convert_mlp(mlp, config.mlp_keep)
+            kept = "all" if config.mlp_keep is None else str(config.mlp_keep)
+            note = f"stock MLP: {reason}" if reason else f"TiledMLP, keep {kept}"
+            notes |= {f"{name}.{child}".removeprefix("."): note for child in ("linear_fc1", "linear_fc2")}
+    return notes
+
+
+def _convert_heads(model: torch.nn.Module, config: TilingConfig) -> dict[str, str]:
+    """Notes by the names of output layers."""
+    notes: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LanguageModule) and isinstance(
+            getattr(module, "output_layer", None), TiledColumnParallelLinear
+        ):
+            reason = convert_head(module, config)
+            note = f"logits whole: {reason}" if reason else "loss in tiles of logits"
+            notes[f"{name}.output_layer".removeprefix(".")] = note
+    return notes
 
 
 def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: TilingConfig) -> None:
     """One stock layer, in place."""
-    tiled_class = TILED_CLASSES[type(layer)]  # type: ignore[index]
+    tiled_class = TILED_CLASSES[type(layer)]
     layer.__class__ = tiled_class
     assert isinstance(layer, (TiledColumnParallelLinear, TiledRowParallelLinear))
     layer.set_tiles(in_splits, out_splits, fp32_accumulate=config.fp32_accumulate)
@@ -104,11 +148,12 @@ def table(reports: list[LayerReport]) -> str:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", report.name)
         grid = f"{report.grid}" if report.grid else "dense"
         shape = " x ".join(map(str, report.shape))
-        lines.setdefault((pattern, shape, grid, f"{report.tile_mib:.2f}", report.reason), []).append(report.name)
-    rows = [("module", "layers", "shape [out x in]", "in x out", "tile MiB", "")]
+        lines.setdefault((pattern, shape, grid, f"{report.tile_mib:.2f}", report.note), []).append(report.name)
+    rows: list[tuple[str, ...]] = [("module", "layers", "shape [out x in]", "in x out", "tile MiB", "")]
     rows += [(key[0], str(len(names)), *key[1:]) for key, names in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -1,4 +1,4 @@
-"""Matrix products that write into, or add to, a view of an existing tensor. cuBLAS on GPUs, no copies, no temporaries."""
+"""Matrix products that write into, or add to, a view of an existing tensor: no copies, no temporaries."""
 
 import torch
 from torch import Tensor

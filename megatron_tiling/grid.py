@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
+#: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
+ALIGNMENT = 16
+
+
 def partition_uniform(num_items: int, num_parts: int) -> list[int]:
     """Boundaries ``[0, ..., num_items]`` of ``num_parts`` ranges; the first ones take the remainder.
 
@@ -29,6 +33,7 @@ class TileGrid:
         in_splits, out_splits: tiles along the columns and along the rows.
         paired: the rows are the two halves ``[gate | up]`` of a gated linear unit, and out-tile ``o`` holds the
             same features of both halves. ``out_parts`` then counts features of one half.
+        alignment: tiles begin at multiples of it where the features are a multiple of it, and enough.
 
     Raises:
         ValueError: a split is not within ``[1, features]``, or ``paired`` rows are odd in number.
@@ -42,6 +47,7 @@ class TileGrid:
     in_splits: int = 1
     out_splits: int = 1
     paired: bool = False
+    alignment: int = 1
 
     def __post_init__(self) -> None:
         if self.paired and self.out_features % 2:
@@ -64,11 +70,17 @@ class TileGrid:
 
     @cached_property
     def in_parts(self) -> list[int]:
-        return partition_uniform(self.in_features, self.in_splits)
+        return self._partition(self.in_features, self.in_splits)
 
     @cached_property
     def out_parts(self) -> list[int]:
-        return partition_uniform(self.tiled_out_features, self.out_splits)
+        return self._partition(self.tiled_out_features, self.out_splits)
+
+    def _partition(self, features: int, splits: int) -> list[int]:
+        blocks, rest = divmod(features, self.alignment)
+        if rest or blocks < splits:
+            return partition_uniform(features, splits)
+        return [block * self.alignment for block in partition_uniform(blocks, splits)]
 
     def columns(self, in_tile: int) -> slice:
         return slice(self.in_parts[in_tile], self.in_parts[in_tile + 1])

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
+from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
 from megatron_tiling.grid import partition_uniform
 
 MIB = 2**20
-DEFAULT_MEMORY_MIB = 272
 #: Long tiles begin at multiples of the widest tile of cuBLAS's kernels; short ones are divided evenly.
 ALIGNMENT, ALIGN_FROM = 256, 2048
 #: Narrower tiles spend their time reading and writing the sum of the input gradient.
@@ -32,7 +32,7 @@ class HeadTiles:
         ValueError: a number below 1, naming its flag.
     """
 
-    memory_mib: int = DEFAULT_MEMORY_MIB
+    memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
     tokens: int | None = None
     vocabulary: int | None = None
 
@@ -45,13 +45,13 @@ class HeadTiles:
             if value is not None and value < 1:
                 raise ValueError(f"{flag}{value}: must be at least 1")
 
-    def check(self, tokens: int, vocabulary: int) -> None:
-        """Refuse sizes beyond the ``tokens`` of a micro-batch and the ``vocabulary`` columns of a rank.
+    def check(self, tokens: int | None, vocabulary: int) -> None:
+        """Refuse sizes beyond the ``tokens`` of a micro-batch, if known, and the ``vocabulary`` columns of a rank.
 
         Raises:
             ValueError: naming value, limit and flag.
         """
-        if self.tokens is not None and 0 < tokens < self.tokens:
+        if self.tokens is not None and tokens and self.tokens > tokens:
             raise ValueError(f"--tiled-head-tokens {self.tokens}: a micro-batch has {tokens} tokens a rank")
         if self.vocabulary is not None and self.vocabulary > vocabulary:
             raise ValueError(

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megatron_tiling.functional import ColumnComm, TileLoop, tiled_linear
-from megatron_tiling.grid import TileGrid
+from megatron_tiling.grid import ALIGNMENT, TileGrid
 from megatron_tiling.tiling import TiledLinearReturnBias
 
 
@@ -33,7 +33,6 @@ class _TiledParallelLinear(torch.nn.Module):
     weight: Any
     bias: Any
     gradient_accumulation_fusion: bool
-    gtp_remat_size: int
     grid: TileGrid
     combine_out_splits: bool
     fp32_accumulate: bool
@@ -65,7 +64,8 @@ class _TiledParallelLinear(torch.nn.Module):
                 "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
             )
         rows, columns = self._shard_shape()
-        self.grid = TileGrid(columns, rows, in_splits, out_splits, paired=paired and not combine_out_splits)
+        paired = paired and not combine_out_splits
+        self.grid = TileGrid(columns, rows, in_splits, out_splits, paired, ALIGNMENT)
         self.combine_out_splits = combine_out_splits
         self.fp32_accumulate = fp32_accumulate
 
@@ -92,7 +92,7 @@ class _TiledParallelLinear(torch.nn.Module):
             combine_out_splits=self.combine_out_splits,
             linear_cls=lambda *args, **kwargs: next(views),
         )
-        tiles.out_parts = grid.out_parts
+        tiles.in_parts, tiles.out_parts = grid.in_parts, grid.out_parts
         return tiles
 
     def _forward_impl(
@@ -112,7 +112,7 @@ class _TiledParallelLinear(torch.nn.Module):
         comm = None
         if sequence_parallel or allreduce_dgrad:
             assert tp_group is not None
-            comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, _mpu_buffer)
+            comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
         loop = TileLoop(
             self.grid, self.combine_out_splits, gradient_accumulation_fusion, self.fp32_accumulate, comm
         )
@@ -138,6 +138,9 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
     """
 
     input_is_already_split = False
+    gather_output: bool
+    input_size: int
+    output_size_per_partition: int
 
     def __init__(
         self,
@@ -173,7 +176,7 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
             raise ValueError("combine_out_splits=False returns a list of tiles, which gather_output=True cannot gather")
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Any, Tensor | None]:
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> stock's output, or a list of tiles, and bias.
 
@@ -185,7 +188,10 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
                 f"a column layer takes one tensor, every rank the same features; it was given {len(input_)} parts"
             )
         self._check_gather(bool(runtime_gather_output))
-        return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
+        result: tuple[Any, Tensor | None] = super().forward(
+            input_, weight=weight, runtime_gather_output=runtime_gather_output
+        )
+        return result
 
 
 class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
@@ -203,6 +209,10 @@ class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
         ValueError: the grid does not fit the shard; ``combine_out_splits=False``, which a row layer's reduction over
             tensor-parallel ranks leaves no room for; sharded weights (GTP).
     """
+
+    input_is_parallel: bool
+    output_size: int
+    input_size_per_partition: int
 
     def __init__(
         self,
@@ -249,8 +259,8 @@ class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
             self.grid.check_parts([part.shape[-1] for part in input_])
             if getattr(self.config, "cpu_offloading", False):
                 raise ValueError("an already split input cannot be offloaded to the CPU; leave out --cpu-offloading")
-        output: tuple[Tensor, Tensor | None] = super().forward(input_)  # type: ignore[arg-type]
-        return output
+        result: tuple[Tensor, Tensor | None] = super().forward(input_)
+        return result
 
 
 class _TileView(torch.nn.Module):
@@ -283,7 +293,7 @@ def _chosen(default: tuple[int, int], in_splits: int | None, out_splits: int | N
     return (default[0] if in_splits is None else in_splits, default[1] if out_splits is None else out_splits)
 
 
-def _mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Megatron's shared gather buffer, the same that stock layers use."""
     buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")
     return buffer

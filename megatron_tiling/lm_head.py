@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.cross_entropy import CrossEntropyLoop
 from megatron_tiling.functional import ColumnComm, TileLoop
-from megatron_tiling.head_tiles import DEFAULT_MEMORY_MIB, HeadTiles
-from megatron_tiling.layers import TiledColumnParallelLinear, _mpu_buffer
+from megatron_tiling.head_tiles import HeadTiles
+from megatron_tiling.layers import TiledColumnParallelLinear, mpu_buffer
 from megatron_tiling.lazy_logits import LazyLogits, lazy_linear
 
 
@@ -69,7 +69,7 @@ class TiledOutputLayer(TiledColumnParallelLinear):
         if tp_group is not None and tp_group.size() > 1:
             group = tp_group
             if sequence_parallel or allreduce_dgrad:
-                comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, _mpu_buffer)
+                comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
         tiles = self.head_tiles
         if tiles.tokens is not None:
             tokens = math.prod(input.shape[:-1]) * (tp_group.size() if sequence_parallel else 1)
@@ -98,22 +98,13 @@ def compute_language_model_loss(model: LanguageModule, labels: Tensor, logits: T
     return losses
 
 
-def convert_head(
-    model: LanguageModule,
-    config: TilingConfig,
-    *,
-    memory_mib: int = DEFAULT_MEMORY_MIB,
-    tokens: int | None = None,
-    batch_tokens: int | None = None,
-) -> str:
+def convert_head(model: LanguageModule, config: TilingConfig) -> str:
     """Compute the model's loss tile by tile from now on. In place; nothing is drawn or copied.
 
     Args:
         model: a built model or pipeline stage with an ``output_layer``, not yet wrapped.
-        config: ``splits["output"]`` fixes the number of vocabulary tiles; otherwise the memory bound chooses it.
-        memory_mib: bound for one tile of logits and the float32 sum of the input gradient together.
-        tokens: tokens of a tile; ``None`` chooses.
-        batch_tokens: tokens of a micro-batch on each rank, if known, to check ``tokens`` against.
+        config: ``splits["output"]`` fixes the number of vocabulary tiles and ``head_tokens`` the tokens of a tile;
+            otherwise ``head_memory_mib`` chooses them.
 
     Returns:
         Why the head stays as it is, or ``""``.
@@ -141,12 +132,13 @@ def convert_head(
             f"--tiled-linear-splits output={in_splits}x{out_splits}: the LM head is tiled over tokens and vocabulary; "
             f"write output=1x{out_splits}"
         )
-    tiles = HeadTiles(memory_mib, tokens, out_splits if "output" in config.splits else None)
-    tiles.check(batch_tokens or 0, layer.output_size_per_partition)
+    vocabulary = layer.output_size_per_partition
+    tiles = HeadTiles(config.head_memory_mib, config.head_tokens, out_splits if "output" in config.splits else None)
+    tiles.check(tokens=None, vocabulary=vocabulary)
     built_stock = type(layer) is ColumnParallelLinear
     layer.__class__ = TiledOutputLayer
     if built_stock:
-        layer.set_tiles(in_splits, out_splits, fp32_accumulate=config.fp32_accumulate)
+        layer.set_tiles(in_splits, min(out_splits, vocabulary), fp32_accumulate=config.fp32_accumulate)
         if config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = config.fuse_wgrad
     layer.head_tiles = tiles

@@ -27,7 +27,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.activation import Activation, Formula
 from megatron_tiling.functional import ColumnComm
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear, _mpu_buffer
+from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear, mpu_buffer
 from megatron_tiling.mlp_loop import MLPLoop, tiled_mlp
 
 #: Activation functions that the kernels know, outside Megatron's fused ones.
@@ -101,7 +101,7 @@ class TiledSharedExpertMLP(SharedExpertMLP, TiledMLP):
 TILED_MLP_CLASSES: dict[type[MLP], type[TiledMLP]] = {MLP: TiledMLP, SharedExpertMLP: TiledSharedExpertMLP}
 
 
-def convert_mlp(mlp: torch.nn.Module, keep: int | None = None) -> str:
+def convert_mlp(mlp: Any, keep: int | None = None) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place.
 
     Args:
@@ -169,18 +169,19 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
     return tiled_mlp(hidden_states, fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
 
 
-def _comm(fc1: TiledColumnParallelLinear) -> ColumnComm | None:
+def _comm(fc1: Any) -> ColumnComm | None:
     """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
     if fc1.explicit_expert_comm or not (fc1.sequence_parallel or fc1.allreduce_dgrad):
         return None
-    return ColumnComm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad, _mpu_buffer)
+    return ColumnComm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad, mpu_buffer)
 
 
 def activation_of(mlp: MLP, scaled: bool) -> Activation:
     """What stands between fc1 and fc2 in stock's ``MLP.forward``: that very code, and the formula for GPU kernels."""
 
     def stock(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        return MLP.forward(_BetweenLayers(mlp, bias), pre, scale)[0]  # type: ignore[arg-type, no-any-return]
+        output: Tensor = MLP.forward(_BetweenLayers(mlp, bias), pre, scale)[0]
+        return output
 
     return Activation(mlp.config.gated_linear_unit, stock, _formula(mlp, scaled))
 
@@ -237,7 +238,7 @@ def _changed(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
 
 def _reads_no_input(hook: Callable[..., Any]) -> bool:
     """Whether a pre-hook is there for the weights: those of Megatron's DDP, which wait for gathered parameters."""
-    return getattr(hook, "__module__", "").startswith("megatron.core.distributed.")
+    return getattr(hook, "__module__", "").startswith("megatron.core.distributed.distributed_data_parallel")
 
 
 @torch.compiler.disable

@@ -23,10 +23,10 @@ from torch.autograd.function import once_differentiable
 from megatron_tiling.activation import Activation
 from megatron_tiling.functional import ColumnComm, flat
 from megatron_tiling.gemm import gemm_into
+from megatron_tiling.grid import ALIGNMENT
 from megatron_tiling.wgrad import WeightGrad
 
 WHOLE = slice(None)
-ALIGNMENT = 16  # features: tiles begin where GEMMs and vector accesses are fast, if the weight's rows do
 TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
 
 
@@ -36,7 +36,7 @@ class MLPLoop:
 
     Args:
         parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features; for a gated linear unit
-            fc1's tile has these features of gate and of up. Boundaries are moved to multiples of ``ALIGNMENT``.
+            fc1's tile has these features of gate and of up.
         activation: between fc1 and fc2.
         keep: the first so many tiles keep their pre-activations for the backward pass.
         fuse_fc1_wgrad, fuse_fc2_wgrad: add the weight gradient to ``weight.main_grad`` in place, and give autograd
@@ -55,11 +55,7 @@ class MLPLoop:
 
     @cached_property
     def tiles(self) -> list[slice]:
-        features = self.parts[-1]
-        parts = list(self.parts)
-        if features % ALIGNMENT == 0 and features >= ALIGNMENT * len(parts):
-            parts = [round(part / ALIGNMENT) * ALIGNMENT for part in parts]
-        return [slice(start, stop) for start, stop in pairwise(parts)]
+        return [slice(start, stop) for start, stop in pairwise(self.parts)]
 
     @property
     def kept(self) -> list["_Span"]:
@@ -108,9 +104,7 @@ def tiled_mlp(
     Returns:
         ``[..., h_out]``, not yet reduced over tensor-parallel ranks; under sequence parallelism of all tokens.
     """
-    output: Tensor = _TiledMLP.apply(
-        hidden, fc1_weight, fc1_bias, fc2_weight, scale, loop, torch.is_grad_enabled()
-    )
+    output: Tensor = _TiledMLP.apply(hidden, fc1_weight, fc1_bias, fc2_weight, scale, loop, torch.is_grad_enabled())
     return output
 
 
@@ -157,7 +151,7 @@ class _TiledMLP(torch.autograd.Function):
         for step in loop.token_steps(x.shape[0]):
             activated = x.new_empty(step.stop - step.start, fc2_weight.shape[1])
             for span in loop.forward_spans:
-                pre = kept[:, step] if span.kept else span.fc1(x[step], fc1_weight)
+                pre = span.fc1(x[step], fc1_weight) if kept is None or not span.kept else kept[:, step]
                 operands = pre, _columns(fc1_bias, span.columns, span.halves), _tokens(scale, step)
                 loop.activation.forward(*operands, activated[:, span.columns])
                 del pre, operands
@@ -182,8 +176,10 @@ class _Backward:
     """One backward pass of ``_TiledMLP``: what its steps share."""
 
     def __init__(self, ctx: Any, grad_output: Tensor) -> None:
-        self.ctx, self.loop = ctx, ctx.loop
+        self.ctx = ctx
+        self.loop: MLPLoop = ctx.loop
         self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
+        self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
         self.hidden, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.scale, self.kept = ctx.saved_tensors
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = None
@@ -191,6 +187,7 @@ class _Backward:
         self.token_shape = grad_output.shape[:-1]
         self.dy = flat(grad_output).contiguous()
         self.gathering: dist.Work | None = None
+        self.dgrad: Tensor | None = None
         self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
         self.scale_grad: Tensor | None = None
 
@@ -198,65 +195,81 @@ class _Backward:
         """The gradients of all arguments of ``_TiledMLP``."""
         self._start_gather()
         spans = self.loop.backward_spans
-        dgrad = total = reducing = None
+        reducing = None
         for span in spans:
-            pre = self.kept.detach().data if span.kept and self.kept is not None else None
-            activated = None
-            for tile in span.tiles:
-                del activated  # before the next one is made, or there would be two
-                pre, activated = self._activation(span, tile, pre)
-                if self.needs_fc2 and span.kept:
-                    self.fc2_grad.add(WHOLE, tile, self.dy, activated)
-            if span.kept:
-                activated = None  # its place is taken by the input gradient
+            grad, activated = self._through_activation(span)
             if self.needs_dgrad:
-                if dgrad is None:
-                    dgrad = self.dy.new_empty(*self.token_shape, self.fc1_weight.shape[1])
-                    total = _accumulator(flat(dgrad), self.loop.fp32_accumulate and not span.whole)
-                span.dgrad(total, pre, self.fc1_weight, accumulate=span is not spans[0])
+                self._add_dgrad(span, grad)
                 if span is spans[-1]:
-                    if total.dtype != dgrad.dtype:
-                        flat(dgrad).copy_(total)
-                    if self.loop.comm is not None:
-                        dgrad, reducing = self.loop.comm.reduce(dgrad)
-            if self.needs_fc2 and not span.kept:
+                    reducing = self._reduce_dgrad()
+            if self.needs_fc2 and activated is not None:
                 self.fc2_grad.add(WHOLE, span.columns, self.dy, activated)
             if self.needs_fc1:
-                span.wgrad(self.fc1_grad, pre, self._input())
-            del pre, activated
+                span.wgrad(self.fc1_grad, grad, self.input)
+            del grad, activated  # before the next ones are made, or there would be two of each
         if reducing is not None:
             reducing.wait()
         return (
-            dgrad,
+            self.dgrad,
             self.fc1_grad.result() if self.needs_fc1 else None,
             self.bias_grad,
             self.fc2_grad.result() if self.needs_fc2 else None,
-            self.scale_grad.to(self.scale.dtype).view_as(self.scale) if self.needs_scale else None,
+            None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype).view_as(self.scale),
             None,
             None,
         )
 
-    def _activation(self, span: "_Span", tile: slice, pre: Tensor | None) -> tuple[Tensor, Tensor]:
-        """fc2's dgrad and the activation's backward: ``(dp, a)``, the first in place of a kept ``pre``."""
-        needs_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
-        width = tile.stop - tile.start
-        grad = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]
-        if needs_grad:
-            gemm_into(grad, self.dy, self.fc2_weight[:, tile], accumulate=False)
-        if pre is None:
-            pre = span.fc1(self._input(), self.fc1_weight)  # after a product that a gather of the input runs under
-        operands = span.of_tile(pre, tile), _columns(self.fc1_bias, tile, span.halves), _tokens(self.scale, WHOLE), grad
-        if not needs_grad:
+    def _through_activation(self, span: "_Span") -> tuple[Tensor, Tensor | None]:
+        """The gradient of a span's pre-activation, and the activation where fc2's wgrad is still to be done.
+
+        It is done here for kept tiles, so that activations of two of them never exist, nor one beside dx.
+        """
+        pre = self.kept.detach().data if span.kept and self.kept is not None else None
+        for tile in span.tiles:
+            width = tile.stop - tile.start
+            grad = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]
+            if self.needs_activation_grad:
+                gemm_into(grad, self.dy, self.fc2_weight[:, tile], accumulate=False)
+            if pre is None:  # after a product that a gather of the input runs under
+                pre = span.fc1(self.input, self.fc1_weight)
+            self._activation_backward(span, tile, span.of_tile(pre, tile), grad)
+            if not span.kept:
+                return pre, grad
+            if self.needs_fc2:
+                self.fc2_grad.add(WHOLE, tile, self.dy, grad)
+            del grad
+        assert pre is not None
+        return pre, None
+
+    def _activation_backward(self, span: "_Span", tile: slice, pre: Tensor, grad: Tensor) -> None:
+        """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
+        operands = pre, _columns(self.fc1_bias, tile, span.halves), _tokens(self.scale, WHOLE), grad
+        if not self.needs_activation_grad:
             self.loop.activation.forward(*operands)
-            return pre, grad
+            return
         bias_grad, scale_grad = self.loop.activation.backward(
             *operands, bias_grad=self.needs_bias, scale_grad=self.needs_scale
         )
-        if bias_grad is not None:
-            _columns(self.bias_grad, tile, span.halves).copy_(bias_grad)
+        if bias_grad is not None and self.bias_grad is not None:
+            self.bias_grad.unflatten(0, (span.halves, -1))[:, tile] = bias_grad
         if scale_grad is not None:
             self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
-        return pre, grad
+
+    def _add_dgrad(self, span: "_Span", grad: Tensor) -> None:
+        first = self.dgrad is None
+        if self.dgrad is None:
+            widen = self.loop.fp32_accumulate and not span.whole and self.dy.dtype.itemsize < 4
+            dtype = torch.float32 if widen else self.dy.dtype
+            self.dgrad = self.dy.new_empty(*self.token_shape, self.fc1_weight.shape[1], dtype=dtype)
+        span.dgrad(flat(self.dgrad), grad, self.fc1_weight, accumulate=not first)
+
+    def _reduce_dgrad(self) -> dist.Work | None:
+        assert self.dgrad is not None
+        self.dgrad = self.dgrad.to(self.dy.dtype)
+        if self.loop.comm is None:
+            return None
+        self.dgrad, work = self.loop.comm.reduce(self.dgrad)
+        return work
 
     @cached_property
     def fc1_grad(self) -> WeightGrad:
@@ -279,10 +292,11 @@ class _Backward:
         if comm is not None and comm.sequence_parallel:
             self.hidden, self.gathering = comm.gather(self.hidden, async_op=True)
 
-    def _input(self) -> Tensor:
+    @cached_property
+    def input(self) -> Tensor:
+        """``[n, h]``, once the gather has ended."""
         if self.gathering is not None:
             self.gathering.wait()
-            self.gathering = None
         return flat(self.hidden)
 
 
@@ -377,14 +391,8 @@ def _columns(bias: Tensor | None, columns: slice, halves: int) -> Tensor | None:
 
 
 def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
-    return None if scale is None else scale.reshape(-1)[step]
+    return None if scale is None else scale.reshape(-1).contiguous()[step]
 
 
 def _padded(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
-
-
-def _accumulator(result: Tensor, fp32: bool) -> Tensor:
-    """What tiles are added to: ``result`` itself, or float32 in its place where it is narrower."""
-    widen = fp32 and result.dtype in (torch.float16, torch.bfloat16)
-    return torch.empty_like(result, dtype=torch.float32) if widen else result

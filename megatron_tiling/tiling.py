@@ -88,7 +88,7 @@ class TiledLinear(torch.nn.Module):
             self.copy_params_from(init_linear)
 
     def forward(self, input_: Any) -> Any:
-        """``[..., in_features]``, or a sequence of ``in_splits`` tensors -> ``[..., out_features]``, or a list of tiles.
+        """``[..., in_features]`` or its ``in_splits`` parts -> ``[..., out_features]``, or a list of out-tiles.
 
         Raises:
             ValueError: the input is split into another number of parts than ``in_splits``.
@@ -167,7 +167,7 @@ class TiledLinear(torch.nn.Module):
                 f"cannot copy a weight {tuple(weight.shape)} into tiles of [{sum(out_sizes)}, {sum(in_sizes)}]"
             )
         if (bias is not None) != self.use_bias:
-            raise ValueError(f"bias={self.use_bias} here, but the layer to copy has {'a' if bias is not None else 'no'} bias")
+            raise ValueError(f"bias={self.use_bias} here, but the layer to copy has {'no' if bias is None else 'a'} bias")
         for out_id, rows in enumerate(_slices(out_sizes)):
             for tile, columns in zip(self._row(out_id), _slices(in_sizes), strict=True):
                 _copy_param(tile.weight, weight[rows, columns])
@@ -229,7 +229,8 @@ class _WriteColumns(torch.autograd.Function):
 def _join(tiles: Iterable[Tensor], sizes: Sequence[int]) -> Tensor:
     """``torch.cat(tiles, dim=-1)``, each tile being written and dropped before the next one is made."""
     iterator = iter(tiles)
-    tile = next(iterator)
+    tile: Tensor | None = next(iterator)
+    assert tile is not None
     if len(sizes) == 1:
         return tile
     if tile.shape[-1] != sizes[0]:  # a tile module that gathers its output: its width is its own business
@@ -249,7 +250,7 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
     """Shape of a tile's weight, also while ZeRO-3 has partitioned it away (``ds_shape``)."""
-    return getattr(tile.weight, "ds_shape", None) or tile.weight.shape  # type: ignore[union-attr, return-value]
+    return getattr(tile.weight, "ds_shape", None) or tile.weight.shape  # type: ignore[return-value]
 
 
 def _copy_param(param: Any, value: Tensor) -> None:

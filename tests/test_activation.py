@@ -51,7 +51,10 @@ def operands(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Column slices of wider buffers: pre, bias, scale, grad."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: (2 * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return (2 * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
     pre = draw(rows, halves, columns + padding).transpose(0, 1)[:, :, padding:]
     grad = draw(rows, columns + padding)[:, :columns]
     return pre, draw(halves, columns) if bias else None, draw(rows).float() if scale else None, grad
@@ -94,9 +97,8 @@ def test_kernels(formula: Formula, gated: bool, bias: bool, scale: bool, columns
 def test_kernels_leave_neighbours_alone() -> None:
     buffer = torch.randn(5, 2, 40, device=DEVICE)
     before, tile = buffer.clone(), buffer.transpose(0, 1)[:, :, 8:21]
-    kernels.activate_backward(
-        tile, None, None, torch.randn(5, 13, device=DEVICE), bias_grad=False, scale_grad=False, **asdict(Formula("silu"))
-    )
+    grad, settings = torch.randn(5, 13, device=DEVICE), asdict(Formula("silu"))
+    kernels.activate_backward(tile, None, None, grad, bias_grad=False, scale_grad=False, **settings)
     changed = (buffer != before).any(0).any(0).nonzero().flatten().tolist()
     assert changed == list(range(8, 21))
 

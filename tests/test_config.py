@@ -48,6 +48,13 @@ def test_splits_override_the_factor() -> None:
         ("--tiled-linear-modules fc1", "--tiled-linear-modules does nothing without"),
         ("--tiled-linear-splits fc1=1x2", "--tiled-linear-splits does nothing without"),
         ("--tiled-linear-fp32-accumulate", "--tiled-linear-fp32-accumulate does nothing without"),
+        ("--tiled-mlp-keep all", "--tiled-mlp-keep does nothing without"),
+        ("--tiled-head-tokens 5", "--tiled-head-tokens does nothing without"),
+        ("--tiled-head-memory-mib 5", "--tiled-head-memory-mib does nothing without"),
+        ("--use-tiled-linear --tiled-mlp-keep -1", "--tiled-mlp-keep -1: write a number of tiles, or all"),
+        ("--use-tiled-linear --tiled-mlp-keep none", "--tiled-mlp-keep none: write a number of tiles, or all"),
+        ("--use-tiled-linear --tiled-head-tokens 0", "--tiled-head-tokens 0: must be at least 1"),
+        ("--use-tiled-linear --tiled-head-memory-mib 0", "--tiled-head-memory-mib 0: must be at least 1"),
         ("--use-tiled-linear --tiled-linear-modules fc1 mlp", "--tiled-linear-modules mlp: choose from qkv"),
         ("--use-tiled-linear --tiled-linear-splits fc1", "fc1: write MODULE=INxOUT"),
         ("--use-tiled-linear --tiled-linear-splits fc1=8", "fc1=8: write MODULE=INxOUT"),
@@ -63,6 +70,19 @@ def test_bad_settings_are_refused_by_name(line: str, message: str) -> None:
     with pytest.raises(ValueError) as refusal:
         parse(line)
     assert message in str(refusal.value)
+
+
+def test_head_tokens_within_a_micro_batch() -> None:
+    sizes = {"seq_length": 32, "micro_batch_size": 4, "context_parallel_size": 2}
+    assert parse("--use-tiled-linear --tiled-head-tokens 64", **sizes) is not None
+    with pytest.raises(ValueError, match="--tiled-head-tokens 65: a micro-batch has 64 tokens"):
+        parse("--use-tiled-linear --tiled-head-tokens 65", **sizes)
+
+
+@pytest.mark.parametrize(("keep", "tiles"), [("all", None), ("0", 0), ("3", 3)])
+def test_mlp_keep(keep: str, tiles: int | None) -> None:
+    config = parse(f"--use-tiled-linear --tiled-mlp-keep {keep}")
+    assert config is not None and config.mlp_keep == tiles
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,13 @@ def test_paired_tile_holds_the_same_features_of_gate_and_up() -> None:
     assert grid.row_ranges(1) == (slice(3, 5), slice(10, 12))
 
 
+def test_aligned_tiles_begin_at_multiples_where_the_features_allow_it() -> None:
+    assert TileGrid(160, 8, 3, 1, alignment=16).in_parts == [0, 64, 112, 160]
+    assert TileGrid(8, 320, 1, 3, paired=True, alignment=16).out_parts == [0, 64, 112, 160]
+    assert TileGrid(150, 8, 3, 1, alignment=16).in_parts == [0, 50, 100, 150]  # rows begin anywhere as it is
+    assert TileGrid(32, 8, 3, 1, alignment=16).in_parts == [0, 11, 22, 32]  # too few for whole blocks
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [

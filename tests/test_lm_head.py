@@ -1,24 +1,13 @@
-"""The tiled LM head inside stock models (under torchrun), and what convert_head refuses or leaves alone."""
+"""The tiled LM head inside stock models, under torchrun."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import torchrun
 
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).parent / "distributed" / "check_lm_head.py"
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_stock_model_trains_alike(tensor_parallel):
-    script = HERE / "distributed" / "check_lm_head.py"
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*torchrun, "--nproc-per-node", str(tensor_parallel), str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=HERE.parent,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    assert "tiled equals stock" in run.stdout
+    assert "tiled equals stock" in torchrun(SCRIPT, world=tensor_parallel)

@@ -18,6 +18,8 @@ MISTAKES = {
     "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",
     "--use-tiled-linear --tiled-linear-splits gate=1x8": "unknown module 'gate'",
     "--use-tiled-linear --tiled-linear-modules fc3": "--tiled-linear-modules fc3: choose from",
+    "--use-tiled-linear --tiled-mlp-keep 5": "--tiled-mlp-keep 5: decoder.layers.0.mlp.linear_fc2 has 4 tiles",
+    "--use-tiled-linear --tiled-head-tokens 49": "--tiled-head-tokens 49: a micro-batch has 48 tokens",
     "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",
     "--use-tiled-linear --transformer-impl transformer_engine": "use --transformer-impl local",
     "--use-tiled-linear --use-torch-fsdp2": "--use-tiled-linear with --use-torch-fsdp2",
@@ -85,10 +87,16 @@ def test_import_of_everything_patches_nothing() -> None:
     assert done.stdout.strip().splitlines()[-1] == "{'megatron'}", done.stderr
 
 
-def test_usage() -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_tiling"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "usage: python -m megatron_tiling SCRIPT" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_tiling", "nowhere.py"], capture_output=True, text=True, cwd=ROOT
+def runner(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_tiling", *arguments], capture_output=True, text=True, cwd=ROOT
     )
-    assert done.returncode == 1 and "there is no script nowhere.py" in done.stderr
+
+
+def test_usage() -> None:
+    done = runner("--help")
+    assert done.returncode == 0 and "python -m megatron_tiling SCRIPT" in done.stdout
+    assert "--use-tiled-linear" in done.stdout
+    assert runner().returncode == 2
+    done = runner("nowhere.py", "--use-tiled-linear")
+    assert done.returncode == 2 and "there is no script nowhere.py" in done.stderr

@@ -172,9 +172,12 @@ def gemms(log: str) -> list[int]:
 
 
 def tiles(log: str) -> list[int]:
-    """Tiles of all layers in each startup table: a step runs each of them forward, in dgrad and in wgrad."""
+    """Tiles that a step runs one by one, forward, in dgrad and in wgrad, by each startup table.
+
+    Those of an MLP and of the output layer are left out: their loops merge some of them.
+    """
     tables = log.split("megatron_tiling: tiled linear layers")[1:]
-    rows = [re.findall(r"^\S+ +(\d+) +\d+ x \d+ +(\d+)x(\d+) ", table, re.M) for table in tables]
+    rows = [re.findall(r"^\S+ +(\d+) +\d+ x \d+ +(\d+)x(\d+) +[\d.]+$", table, re.M) for table in tables]
     return [sum(int(layers) * int(i) * int(o) for layers, i, o in table) for table in rows]
 
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-ready=.venv/.ready-$({ pwd; cat pyproject.toml; } | cksum | tr ' ' -)
+ready=.venv/.ready-$({ pwd; cat pyproject.toml tools/constraints.txt; } | cksum | tr ' ' -)
 [[ -e $ready && -x .venv/bin/python ]] && exit 0
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
@@ -31,6 +31,7 @@ if ! new_enough .venv/bin/python; then
     "$python" -m venv --clear .venv # Debian and Ubuntu keep this in a package python3.12-venv
 fi
 echo "setup: installing megatron-tiling and what it needs into .venv (some minutes the first time)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint tools/constraints.txt --editable '.[dev]'
 rm -f .venv/.ready-*
 touch "$ready"

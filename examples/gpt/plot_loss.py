@@ -47,9 +47,10 @@ def compare(tiled_log: Path, dense_log: Path, picture: Path) -> str:
     iterations = sorted(tiled)
     gaps = [abs(dense[i] - tiled[i]) for i in iterations]
     draw(iterations, [dense[i] for i in iterations], [tiled[i] for i in iterations], gaps, picture)
-    first, last = iterations[0], iterations[-1]
+    first, last, end = iterations[0], iterations[-1], iterations[-20:]
     return (
-        f"tiled: loss {tiled[first]:.4f} at iteration {first}, {tiled[last]:.4f} at iteration {last}; "
+        f"tiled: first loss {tiled[first]:.4f}, last {tiled[last]:.4f} at iteration {last} "
+        f"(mean of the last {len(end)}: {sum(tiled[i] for i in end) / len(end):.4f}); "
         f"largest |dense - tiled| {max(gaps):.1e}; curves in {picture}"
     )
 

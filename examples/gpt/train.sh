@@ -37,7 +37,7 @@ else
     cores=$(getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=$((cores > 2 ? cores / 2 : 1))
     size=(--num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 8 --kv-channels 32
-        --seq-length 128 --max-position-embeddings 128 --micro-batch-size 8 --global-batch-size 8)
+        --seq-length 64 --max-position-embeddings 64 --micro-batch-size 16 --global-batch-size 16)
 fi
 model=(--swiglu --normalization RMSNorm --group-query-attention --num-query-groups 4
     --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights
@@ -45,7 +45,7 @@ model=(--swiglu --normalization RMSNorm --group-query-attention --num-query-grou
 # Plain torch, since neither TransformerEngine nor apex need be there; both runs alike, to compare like with like.
 plain=(--transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
     --no-gradient-accumulation-fusion)
-training=(--train-iters 240 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20
+training=(--train-iters 220 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 20
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --seed 1234
     --eval-interval 1000000 --eval-iters 0 --log-interval 1)
 corpus=(--data-path $data --split 990,10,0

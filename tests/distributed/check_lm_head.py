@@ -32,7 +32,7 @@ OPTIONS: dict[str, list[Any]] = {
     "main_grad": [None, torch.float32],
     "scale": [None, 0.25],
     "dtype": [torch.float32, torch.bfloat16],
-    "tokens": [None, 1, 7, 24],
+    "tokens": [None, 1, 7, 100],
     "vocabulary": [None, 3, 4],
     "per_token_loss": [False, True],
     "mode": ["train", "train", "eval", "no_grad"],
@@ -143,8 +143,8 @@ def check(case: dict[str, Any]) -> None:
     model = build(case)
     dense, dense_counter, dense_whole = step(model, case["mode"])
     splits = {} if case["vocabulary"] is None else {"output": (1, case["vocabulary"])}
-    config = TilingConfig(splits=splits, fuse_wgrad=case["main_grad"] is not None)
-    assert convert_head(model, config, tokens=case["tokens"], batch_tokens=SEQUENCE * BATCH) == ""
+    config = TilingConfig(splits=splits, fuse_wgrad=case["main_grad"] is not None, head_tokens=case["tokens"])
+    assert convert_head(model, config) == ""
     assert type(model.output_layer) is TiledOutputLayer
     for _ in range(2):  # the second micro-batch meets what the first has left behind
         tiled, counter, whole = step(model, case["mode"], case["main_grad"])
@@ -163,7 +163,7 @@ def check(case: dict[str, Any]) -> None:
     expected = {name: count for name, count in expected.items() if count}
     assert counter.collectives == expected, f"{counter.collectives}, expected {expected}"
     assert dense_whole
-    if case["vocabulary"] or case["tokens"] not in (None, 24):
+    if case["vocabulary"] or case["tokens"] not in (None, 100):
         assert not whole, f"{whole} tensors as large as all logits"
 
 
@@ -174,6 +174,8 @@ def check_other_uses() -> None:
     uses: dict[str, Callable[[Any, dict[str, Tensor]], Tensor]] = {
         "no labels": lambda model, inputs: model(**(inputs | {"labels": None})).exp(),
         "output_processor": lambda model, inputs: model(**inputs, output_processor=z_loss),
+        "label smoothing": lambda model, inputs: model(**inputs, output_processor=smoothed),
+        "Megatron's own loss": lambda model, inputs: model(**inputs, output_processor=smoothed_by_megatron),
         "hooked": hooked,
         "gathered": lambda model, inputs: model(**(inputs | {"labels": None}), runtime_gather_output=True),
         "labels after a look": looked_at,
@@ -198,6 +200,25 @@ def z_loss(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels:
     logits, _ = output_layer(hidden_states, weight=output_weight)
     losses: Tensor = helpers["compute_language_model_loss"](labels, logits)
     return losses + 1e-2 * torch.logsumexp(logits.float(), dim=-1).square().t()
+
+
+def smoothed(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any) -> Tensor:
+    from megatron_tiling.lazy_logits import LazyLogits
+
+    logits, _ = output_layer(hidden_states, weight=output_weight)
+    if not isinstance(logits, LazyLogits):
+        return smoothed_by_megatron(hidden_states, output_layer, output_weight, labels)
+    return logits.cross_entropy(labels.t(), label_smoothing=0.1)
+
+
+def smoothed_by_megatron(
+    hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any
+) -> Tensor:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits, _ = output_layer(hidden_states, weight=output_weight)
+    losses: Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous(), label_smoothing=0.1)
+    return losses
 
 
 def hooked(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -229,9 +250,8 @@ def check_refusals() -> None:
     refusals: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"output": (2, 4)}, {}, "--tiled-linear-splits output=2x4: the LM head is tiled over tokens and vocabulary"),
         ({"output": (1, 89)}, {}, "--tiled-linear-splits output=1x89: a rank's vocabulary has"),
-        ({}, {"tokens": 0}, "--tiled-head-tokens 0: must be at least 1"),
-        ({}, {"tokens": 25, "batch_tokens": 24}, "--tiled-head-tokens 25: a micro-batch has 24 tokens"),
-        ({}, {"memory_mib": 0}, "--tiled-head-memory-mib 0: must be at least 1"),
+        ({}, {"head_tokens": 0}, "--tiled-head-tokens 0: must be at least 1"),
+        ({}, {"head_memory_mib": 0}, "--tiled-head-memory-mib 0: must be at least 1"),
         ({}, {}, "--cross-entropy-fusion-impl te"),
     ]
     for splits, sizes, message in refusals:
@@ -239,7 +259,7 @@ def check_refusals() -> None:
         if "fusion-impl" in message:
             model.config.cross_entropy_loss_fusion, model.config.cross_entropy_fusion_impl = True, "te"
         try:
-            convert_head(model, TilingConfig(splits=splits), **sizes)
+            convert_head(model, TilingConfig(splits=splits, **sizes))
         except ValueError as error:
             assert str(error).startswith(message), error
         else:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import GEMMS, Counter, all_pairs, megatron, relative_error
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TP = int(os.environ.get("WORLD_SIZE", "1"))

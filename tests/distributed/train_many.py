@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_tiling import __main__ as runner
-from megatron_tiling import cpu, functional, gemm, wgrad
+from megatron_tiling import cpu, cross_entropy, functional, gemm, mlp_loop, wgrad
 
 
 def count_gemms() -> None:
@@ -29,7 +29,7 @@ def count_gemms() -> None:
         counts["gemm"] += 1
         stock(*args, **kwargs)
 
-    for module in (functional, wgrad):
+    for module in (functional, wgrad, mlp_loop, cross_entropy):
         module.gemm_into = counted
     torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
         print(f"GEMMs: {counts['gemm']}"),

@@ -1,10 +1,11 @@
-"""The Markdown table and the picture of a benchmark's JSON record: ``python benchmarks/report.py RECORD.json``."""
+"""The Markdown table and the picture of a benchmark's JSON record: ``python benchmarks/mlp_report.py RECORD.json``."""
 
 import json
 import sys
 from pathlib import Path
 
 DENSE = "dense Megatron-core"
+MEMORY = "memory_with_main_grad_mib"
 
 
 def write(path: Path) -> None:
@@ -14,7 +15,7 @@ def write(path: Path) -> None:
     try:
         plot(record, path.with_suffix(".png"))
     except ImportError:
-        print(f"matplotlib is not installed: run `python benchmarks/report.py {path}` where it is")
+        print(f"matplotlib is not installed: run `python benchmarks/mlp_report.py {path}` where it is")
 
 
 def markdown(record: dict, stem: str) -> str:
@@ -32,6 +33,8 @@ def markdown(record: dict, stem: str) -> str:
         "",
         f"![time and memory]({stem}.png)",
     ]
+    if note := record.get("note"):
+        lines += ["", note]
     for run in record["runs"]:
         lines += ["", *_section(run)]
     return "\n".join(lines) + "\n"
@@ -55,6 +58,9 @@ def _section(run: dict) -> list[str]:
     absolute = ", ".join(f"{name} {value:.2e}" for name, value in dense["errors"].items())
     lines += ["", f"Dense's errors: {absolute}."]
     lines += [f"Left out: {name} ({reason})." for name, reason in run["missing"].items()]
+    lines += ["", "Activation kernels of a feature tile, TB/s (each operand read or written once):", ""]
+    lines += ["| | features | forward | backward |", "|---|---|---|---|"]
+    lines += [f"| {name} | {width} | {fwd:.2f} | {bwd:.2f} |" for name, width, fwd, bwd in run["activations"]]
     for row in run["candidates"]:
         if row["kernels"]:
             lines += ["", f"Kernels of one step, {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
@@ -64,7 +70,7 @@ def _section(run: dict) -> list[str]:
 
 
 def plot(record: dict, path: Path) -> None:
-    """Time over memory, both relative to dense: a panel a size."""
+    """Time over memory, both relative to dense: a panel a size. The line joins what nothing beats on both axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,23 +79,28 @@ def plot(record: dict, path: Path) -> None:
     figure, panels = plt.subplots(1, len(record["runs"]), figsize=(7 * len(record["runs"]), 5.5), squeeze=False)
     for panel, run in zip(panels[0], record["runs"], strict=True):
         dense = next(row for row in run["candidates"] if row["name"] == DENSE)
-        frontier = []
-        for row in run["candidates"]:
-            if ", fp32" in row["name"]:
-                continue
-            memory, time = row["memory_mib"] / dense["memory_mib"], row["median"] / dense["median"]
-            ours = row["name"].startswith("ours")
-            panel.scatter(memory, time, color="tab:green" if ours else "tab:gray", zorder=3)
-            panel.annotate(row["name"].removeprefix("ours: "), (memory, time), (5, 4), textcoords="offset points", fontsize=7)
-            if "TiledMLP" in row["name"] and ours:
-                frontier.append((memory, time))
+        points = {
+            row["name"]: (row[MEMORY] / dense[MEMORY], row["median"] / dense["median"])
+            for row in run["candidates"]
+            if ", fp32" not in row["name"]
+        }
+        for name, (memory, time) in points.items():
+            panel.scatter(memory, time, color="tab:green" if name.startswith("ours") else "tab:gray", zorder=3)
+            label, left = name.removeprefix("ours: ").replace("Megatron-core, ", ""), memory > 0.85
+            offset, side = ((-6, 3), "right") if left else ((6, 3), "left")
+            panel.annotate(label, (memory, time), offset, textcoords="offset points", ha=side, fontsize=7)
+        frontier = [point for point in points.values() if not any(_better(other, point) for other in points.values())]
         panel.plot(*zip(*sorted(frontier), strict=True), color="tab:green", linewidth=0.8)
         panel.set_title(f"h={run['hidden_size']}, ffn={run['ffn_hidden_size']}, {run['tokens']} tokens, {run['gpu']}")
-        panel.set_xlabel("peak memory beyond weight gradients, of dense")
+        panel.set_xlabel("peak memory beyond weights and main_grad, of dense")
         panel.set_ylabel("time forward + backward, of dense")
         panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def _better(other: tuple[float, float], point: tuple[float, float]) -> bool:
+    return other != point and other[0] <= point[0] and other[1] <= point[1]
 
 
 if __name__ == "__main__":

@@ -90,7 +90,10 @@ def of_ours(dense: MLP, choices: list[tuple[int, int | None, bool]]) -> list[Can
         assert not reason, reason
         kept = {None: "all", 0: "none"}.get(keep, str(keep))
         name = f"ours: TiledMLP T={tiles} keep {kept}" + (", fp32" if fp32 else "")
-        run = lambda hidden, mlp=mlp: mlp(hidden)[0]
+
+        def run(hidden: Tensor, mlp: MLP = mlp) -> Tensor:
+            return mlp(hidden)[0]
+
         candidates.append(Candidate(name, run, parameters, tuple(mlp.children())))
     return candidates
 
@@ -122,8 +125,8 @@ def of_deepspeed(dense: MLP) -> list[Candidate]:
 
     def alst(hidden: Tensor) -> Tensor:  # it chunks the dimension before the last: [tokens, h]
         tokens = hidden.flatten(0, 1)
-        forward = lambda mlp, shard: mlp(shard)[0]
-        return AlstTiledMLP.apply(forward, dense, tokens, 4, list(dense.parameters())).view_as(hidden)
+        output = AlstTiledMLP.apply(lambda mlp, shard: mlp(shard)[0], dense, tokens, 4, list(dense.parameters()))
+        return output.view_as(hidden)
 
     candidates.append(Candidate("DeepSpeed ALST TiledMLP T=4", alst, list(dense.parameters())))
     return candidates

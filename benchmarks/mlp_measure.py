@@ -3,13 +3,16 @@
 import contextlib
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from candidates import Candidate
+from mlp_candidates import Candidate
 from torch import Tensor
+
+from megatron_tiling.activation import Activation, Formula
 
 MIB = 2**20
 HEAD_START = 2_000_000  # GPU cycles of waiting, in which the CPU runs ahead: launch latency is no one's time
@@ -42,7 +45,7 @@ def step(candidate: Candidate, hidden: Tensor, grad_output: Tensor) -> Tensor:
 def measure(
     candidates: list[Candidate], hidden: Tensor, grad_output: Tensor, repeats: int, profiled: set[str]
 ) -> list[Measurement]:
-    """Every candidate ``repeats`` times. Dense comes first in warm-up, so that its kernels are compiled for its shape."""
+    """Every candidate ``repeats`` times. Dense warms up first, so that its kernels are compiled for its shape."""
     results = {candidate.name: Measurement(candidate.name) for candidate in candidates}
     for candidate in candidates:
         for _ in range(3):
@@ -133,13 +136,51 @@ def reference(hidden: Tensor, fc1: Tensor, fc2: Tensor, grad_output: Tensor) -> 
     return dict(zip(("output", "hidden", "fc1", "fc2"), (output.detach(), *grads), strict=True))
 
 
-def errors(
-    candidate: Candidate, hidden: Tensor, grad_output: Tensor, expected: dict[str, Tensor]
-) -> dict[str, float]:
+def errors(candidate: Candidate, hidden: Tensor, grad_output: Tensor, expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative RMS errors of a candidate whose parameters are fc1's and fc2's weights."""
     output = step(candidate, hidden, grad_output).detach()
     fc1, fc2 = (parameter.grad for parameter in candidate.parameters)
     found = {"output": output, "hidden": hidden.grad, "fc1": fc1, "fc2": fc2}
-    return {
-        name: float((found[name].double() - exact).norm() / exact.norm()) for name, exact in expected.items()
-    }
+    return {name: float((found[name].double() - exact).norm() / exact.norm()) for name, exact in expected.items()}
+
+
+def activation_bandwidths(tokens: int, ffn_hidden_size: int) -> list[tuple[str, int, float, float]]:
+    """``(activation, features, TB/s forward, TB/s backward)`` on column tiles of a whole pre-activation."""
+    cases = [
+        ("SwiGLU", "silu", True, False),
+        ("GeGLU, bias", "gelu_tanh", True, True),
+        ("GELU, bias", "gelu_tanh", False, True),
+    ]
+    rows = []
+    copied = torch.empty(tokens, ffn_hidden_size, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * copied.nbytes / seconds(lambda: torch.empty_like(copied).copy_(copied)) / 1e12
+    rows.append(("copy", ffn_hidden_size, rate, rate))
+    for name, kind, gated, bias in cases:
+        halves = 1 + gated
+        activation = Activation(gated, function=None, formula=Formula(kind))
+        whole = torch.randn(tokens, halves, ffn_hidden_size, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+        biases = torch.randn(halves, ffn_hidden_size, device="cuda", dtype=torch.bfloat16) if bias else None
+        for width in (ffn_hidden_size, ffn_hidden_size // 4, ffn_hidden_size // 8, ffn_hidden_size // 3):
+            tile = slice(ffn_hidden_size - width, ffn_hidden_size)
+            pre, grad = whole[:, :, tile], torch.randn_like(copied[:, :width])
+            operands = pre, None if biases is None else biases[:, tile], None, grad
+            forward = seconds(partial(activation.forward, *operands))
+            backward = seconds(partial(activation.backward, *operands, bias_grad=bias, scale_grad=False))
+            moved = grad.nbytes * (halves + 1)
+            rows.append((name, width, moved / forward / 1e12, 2 * moved / backward / 1e12))
+    return rows
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of ten."""
+    times = []
+    for _ in range(12):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1000)
+    return statistics.median(times[2:])

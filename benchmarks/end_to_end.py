@@ -1,0 +1,155 @@
+"""Step time and peak memory of whole training steps on the stock trainer, one GPU a run.
+
+    python benchmarks/end_to_end.py --script PRETRAIN_GPT --output FOLDER [--gpus 4]
+
+Six Llama-style layers, h=4096, ffn=14336, 8 query groups, sequence 4096, micro-batch 1, global batch 4, bf16, local
+implementation. Each candidate is a process of its own on one GPU; with several GPUs the candidates are spread over
+them, and dense runs on each of them, so that every ratio is taken on one GPU.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MODEL = """
+    --num-layers 6 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
+    --num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096 --swiglu --disable-bias-linear
+    --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 4 --bf16
+    --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --clip-grad 1.0 --seed 1234
+    --transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion --mock-data --tokenizer-type NullTokenizer
+    --eval-interval 1000000 --eval-iters 0 --log-interval 1
+""".split()
+PLAIN = "--no-gradient-accumulation-fusion"
+TILED = "--use-tiled-linear --tile-factor 4"
+BODY = f"{TILED} --tiled-linear-modules qkv proj fc1 fc2"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    vocabulary: int
+    flags: str
+
+
+SMALL, LARGE = 32000, 128256
+CANDIDATES = [
+    Candidate("dense", SMALL, PLAIN),
+    Candidate("dense, recompute mlp", SMALL, f"{PLAIN} --recompute-granularity selective --recompute-modules mlp"),
+    Candidate("dense, mlp_chunks_for_training=4", SMALL, f"{PLAIN} --mlp-chunks-for-training 4"),
+    Candidate("tiled but the output layer, keep all", SMALL, BODY),
+    Candidate("tiled but the output layer, keep none", SMALL, f"{BODY} --tiled-mlp-keep 0"),
+    Candidate("tiled but the output layer, keep all, no fusion", SMALL, f"{BODY} {PLAIN}"),
+    Candidate("tiled, keep all", SMALL, TILED),
+    Candidate("tiled, keep none", SMALL, f"{TILED} --tiled-mlp-keep 0"),
+    Candidate("dense", LARGE, PLAIN),
+    Candidate("tiled, keep all", LARGE, TILED),
+    Candidate("tiled, keep none", LARGE, f"{TILED} --tiled-mlp-keep 0"),
+]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    milliseconds: float
+    mib: float
+
+
+def run(candidate: Candidate, gpu: int, args: argparse.Namespace) -> Measurement | str:
+    """Median of the steps after the warm-up, and the peak; or why there is neither."""
+    flags = [*MODEL, *candidate.flags.split(), "--vocab-size", str(candidate.vocabulary - 1)]
+    flags += ["--train-iters", str(args.iterations)]
+    log = args.output / f"{candidate.name.replace(' ', '_')}.{candidate.vocabulary}.gpu{gpu}.log"
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(29600 + gpu),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "megatron_tiling", str(args.script), *flags]
+    with log.open("w") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    text = log.read_text()
+    times = [float(time) for time in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", text)]
+    peaks = re.findall(r"max allocated: ([0-9.]+)", text)
+    if len(times) != args.iterations or not peaks:
+        error = re.findall(r"^.*(?:Error|megatron_tiling:).*$", text, re.M)
+        return error[-1][:150] if error else f"failed, see {log.name}"
+    return Measurement(statistics.median(times[args.warm_up :]), float(peaks[-1]))
+
+
+def run_all(args: argparse.Namespace) -> list[tuple[Candidate, int, Measurement | str]]:
+    """Every candidate on one GPU, beside dense of its vocabulary on the same GPU."""
+    queues: list[list[Candidate]] = [[] for _ in range(args.gpus)]
+    others = [candidate for candidate in CANDIDATES if candidate.name != "dense"]
+    for index, candidate in enumerate(others):
+        queue = queues[index % args.gpus]
+        dense = next(c for c in CANDIDATES if c.name == "dense" and c.vocabulary == candidate.vocabulary)
+        queue += [candidate] if dense in queue else [dense, candidate]
+
+    def work(gpu: int) -> list[tuple[Candidate, int, Measurement | str]]:
+        return [(candidate, gpu, run(candidate, gpu, args)) for candidate in queues[gpu]]
+
+    with ThreadPoolExecutor(args.gpus) as pool:
+        return [row for rows in pool.map(work, range(args.gpus)) for row in rows]
+
+
+def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.Namespace) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    lines = [
+        f"# Training steps end to end, {datetime.date.today()}",
+        "",
+        f"{torch.cuda.get_device_name()}, one GPU a run, {args.gpus} runs side by side; {versions}; no apex, no",
+        "TransformerEngine, so dense runs without gradient accumulation fusion. Command:",
+        "",
+        f"    python {' '.join(sys.argv)}",
+        "",
+        f"Median of {args.iterations - args.warm_up} steps, against dense on the same GPU; peak of",
+        "`torch.cuda.max_memory_allocated` over the run, as Megatron logs it.",
+    ]
+    for vocabulary in (SMALL, LARGE):
+        lines += ["", f"Vocabulary {vocabulary}:", "", "| | ms a step | time | peak MB | GPU |", "|---|---|---|---|---|"]
+        dense = {gpu: m for c, gpu, m in rows if c.name == "dense" and c.vocabulary == vocabulary}
+        for candidate, gpu, measured in rows:
+            if candidate.vocabulary != vocabulary:
+                continue
+            base = dense[gpu]
+            if isinstance(measured, str) or isinstance(base, str):
+                lines.append(f"| {candidate.name} | {measured if isinstance(measured, str) else base} | | | {gpu} |")
+                continue
+            ratio = measured.milliseconds / base.milliseconds
+            lines.append(
+                f"| {candidate.name} | {measured.milliseconds:.1f} | {ratio:.3f} | {measured.mib:.0f} | {gpu} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Step time and peak memory on the stock trainer.")
+    parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=5)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = report(run_all(args), args)
+    (args.output / "end_to_end.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The tiled LM head on a GPU: its kernels against the torch form in float64, its errors, a stock model."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tiling import cross_entropy
+from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.head_tiles import HeadTiles
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DTYPES = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
+"""Rounding of a gradient stored in the dtype, a little over half its epsilon."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 1000, 0), (64, 8192, 300), (5, 4097, 8192), (3, 1, 0)])
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_kernels_equal_float64(dtype, shape, scale, smooth):
+    tokens, columns, first = shape
+    logits = (torch.randn(tokens, columns + 7, device="cuda") * 3).to(dtype)[:, :columns]
+    labels = torch.randint(-2, columns + first + 5, (tokens,), device="cuda")
+    upstream = torch.linspace(-1, 1, tokens, device="cuda")
+    found = [_run(logits.to(wide), first, labels, scale, upstream, smooth) for wide in (dtype, torch.float64)]
+    for ours, exact in zip(*found, strict=True):
+        if ours.is_floating_point():
+            tolerance = DTYPES[dtype] if ours.dtype == dtype else 2e-6
+            assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+        else:
+            assert torch.equal(ours, exact)
+
+
+def _run(
+    logits: Tensor, first: int, labels: Tensor, scale: float, upstream: Tensor, smooth: bool
+) -> tuple[Tensor, ...]:
+    """Statistics of two equal tiles of logits, and the gradient of one."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    largest = torch.full((len(logits),), -math.inf, device="cuda", dtype=wide)
+    sum_exp, label_logit, sum_logits = (torch.zeros_like(largest) for _ in range(3))
+    argmax = torch.zeros_like(labels)
+    for _ in range(2):
+        cross_entropy.update_statistics(
+            logits, first, labels, scale, largest, sum_exp, label_logit, sum_logits if smooth else None, argmax
+        )
+    gradient = logits.clone()
+    weights = (0.9, 0.1 / logits.shape[1]) if smooth else (1.0, 0.0)
+    cross_entropy.logits_to_gradient(
+        gradient, first, labels, largest + sum_exp.log(), upstream.to(wide), scale, *weights
+    )
+    return largest, sum_exp, label_logit, sum_logits, argmax, gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("main_grad", [False, True])
+@pytest.mark.parametrize("tiles", [HeadTiles(), HeadTiles(tokens=500, vocabulary=7), HeadTiles(memory_mib=8)])
+def test_no_further_from_float64_than_dense(dtype, main_grad, tiles):
+    hidden = torch.randn(512, 2, 768, device="cuda").to(dtype)
+    weight = (torch.randn(10007, 768, device="cuda") * 0.05).to(dtype)
+    labels = torch.randint(0, 10007, (512, 2), device="cuda")
+    upstream = torch.rand(512, 2, device="cuda")
+
+    def dense(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+        return logits.logsumexp(dim=-1) - logits.gather(-1, labels[..., None]).squeeze(-1)
+
+    def tiled(hidden: Tensor, weight: Tensor) -> Tensor:
+        if main_grad:
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        loop = CrossEntropyLoop(tiles, fuse_wgrad=main_grad)
+        return tiled_linear_cross_entropy(hidden, weight, labels, loop).loss
+
+    def errors(losses_of, exact=None, wide=dtype):
+        x, w = (tensor.detach().to(wide).requires_grad_() for tensor in (hidden, weight))
+        losses = losses_of(x, w)
+        losses.backward(upstream.to(losses.dtype))
+        found = [losses.detach(), x.grad, w.main_grad if hasattr(w, "main_grad") else w.grad]
+        return (
+            found if exact is None else [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+        )
+
+    exact = errors(dense, wide=torch.float64)
+    # One weight gradient that is narrower than float32 and sums over token tiles is rounded once a tile.
+    rounded_often = tiles.tokens is not None and not main_grad and dtype != torch.float32
+    for name, ours, theirs in zip(
+        ("loss", "hidden", "weight"), errors(tiled, exact), errors(dense, exact), strict=True
+    ):
+        slack = 2.0 if name == "weight" and rounded_often else 1.05
+        assert ours <= slack * theirs + 1e-6, f"{name}: {ours:.2e}, dense {theirs:.2e}"
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    """One process with Megatron's process groups."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    started = not torch.distributed.is_initialized()
+    if started:
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    if started:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("prediction_heads", [0, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stock_model_trains_alike(megatron, tied, prediction_heads):
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_tiling.config import TilingConfig
+    from megatron_tiling.lm_head import convert_head
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=256, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, bf16=True,
+        params_dtype=torch.bfloat16, mtp_num_layers=prediction_heads or None, masked_softmax_fusion=False,
+    )  # fmt: skip
+    layer = get_gpt_layer_local_spec()
+    heads = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if prediction_heads else None
+    model = GPTModel(
+        config, layer, 5120, 128, share_embeddings_and_output_weights=tied, position_embedding_type="rope",
+        mtp_block_spec=heads,
+    ).bfloat16().cuda()  # fmt: skip
+    tokens, labels = torch.randint(0, 5120, (2, 2, 128), device="cuda")
+    positions = torch.arange(128, device="cuda").expand(2, 128)
+    mask = torch.ones(1, 1, 128, 128, device="cuda").triu(1).bool()
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        losses = model(tokens, positions, mask, labels=labels)
+        losses.mean().backward()
+        return [losses.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    dense = step()
+    assert convert_head(model, TilingConfig(splits={"output": (1, 5)}, head_tokens=100)) == ""
+    for ours, theirs in zip(step(), dense, strict=True):
+        assert (ours.double() - theirs).norm() <= 1e-2 * theirs.double().norm()
