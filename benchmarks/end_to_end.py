@@ -27,7 +27,8 @@ MODEL = """
     --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 4 --bf16
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --clip-grad 1.0 --seed 1234
-    --transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion --mock-data --tokenizer-type NullTokenizer
+    --transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
+    --mock-data --tokenizer-type NullTokenizer
     --eval-interval 1000000 --eval-iters 0 --log-interval 1
 """.split()
 PLAIN = "--no-gradient-accumulation-fusion"
@@ -121,7 +122,13 @@ def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.
         "`torch.cuda.max_memory_allocated` over the run, as Megatron logs it.",
     ]
     for vocabulary in (SMALL, LARGE):
-        lines += ["", f"Vocabulary {vocabulary}:", "", "| | ms a step | time | peak MB | GPU |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"Vocabulary {vocabulary}:",
+            "",
+            "| | ms a step | time | peak MB | GPU |",
+            "|---|---|---|---|---|",
+        ]
         dense = {gpu: m for c, gpu, m in rows if c.name == "dense" and c.vocabulary == vocabulary}
         for candidate, gpu, measured in rows:
             if candidate.vocabulary != vocabulary:

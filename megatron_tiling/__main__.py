@@ -1,6 +1,6 @@
 """Run an unmodified Megatron-LM script with tiled linear layers.
 
-    torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
+torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
 """
 
 import argparse

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-
 #: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
 ALIGNMENT = 16
 

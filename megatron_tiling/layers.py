@@ -113,9 +113,7 @@ class _TiledParallelLinear(torch.nn.Module):
         if sequence_parallel or allreduce_dgrad:
             assert tp_group is not None
             comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
-        loop = TileLoop(
-            self.grid, self.combine_out_splits, gradient_accumulation_fusion, self.fp32_accumulate, comm
-        )
+        loop = TileLoop(self.grid, self.combine_out_splits, gradient_accumulation_fusion, self.fp32_accumulate, comm)
         return tiled_linear(input, weight, bias, loop)
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ tiles the linear layers of every decoder layer by ``DEFAULT_FACTOR``. The output
 runner's ``--use-tiled-linear`` reaches it.
 """
 
-import dataclasses
+import copy
 import functools
 import importlib.util
 from collections.abc import Mapping
@@ -96,11 +96,10 @@ def _replaced(node: Any, replacements: Mapping[Any, Any]) -> Any:
     if isinstance(node, functools.partial):
         keywords = {name: _replaced(value, replacements) for name, value in node.keywords.items()}
         return functools.partial(node.func, *node.args, **keywords)
-    if isinstance(node, ModuleSpec) or (dataclasses.is_dataclass(node) and type(node).__name__.endswith("Submodules")):
-        changes = {
-            field.name: _replaced(getattr(node, field.name), replacements)
-            for field in dataclasses.fields(node)
-            if field.name not in MLA_DOWN_PROJECTIONS
-        }
-        return dataclasses.replace(node, **changes)
+    if isinstance(node, ModuleSpec) or type(node).__name__.endswith("Submodules"):
+        changed = copy.copy(node)
+        for name, child in vars(node).items():
+            if name not in MLA_DOWN_PROJECTIONS:
+                setattr(changed, name, _replaced(child, replacements))
+        return changed
     return node

@@ -167,7 +167,9 @@ class TiledLinear(torch.nn.Module):
                 f"cannot copy a weight {tuple(weight.shape)} into tiles of [{sum(out_sizes)}, {sum(in_sizes)}]"
             )
         if (bias is not None) != self.use_bias:
-            raise ValueError(f"bias={self.use_bias} here, but the layer to copy has {'no' if bias is None else 'a'} bias")
+            raise ValueError(
+                f"bias={self.use_bias} here, but the layer to copy has {'no' if bias is None else 'a'} bias"
+            )
         for out_id, rows in enumerate(_slices(out_sizes)):
             for tile, columns in zip(self._row(out_id), _slices(in_sizes), strict=True):
                 _copy_param(tile.weight, weight[rows, columns])

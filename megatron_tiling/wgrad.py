@@ -1,7 +1,5 @@
 """Where the weight gradient of a tile loop goes: a new tensor for autograd, or straight into ``main_grad``."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -37,15 +35,8 @@ class WeightGrad:
             return self.tensor
         if not hasattr(self._weight, "grad_added_to_main_grad"):
             return None
-        # A gradient, though unused, keeps DDP's hooks on the main backward thread (megatron's layers.py says why).
+        # A gradient, though nobody reads it, keeps DDP's hooks on the main backward thread: see LinearWithGrad-
+        # AccumulationAndAsyncCommunication in megatron-core's tensor_parallel/layers.py. DDP drops it at once.
         self._weight.grad_added_to_main_grad = True
-        shape, dtype, device = self._weight.shape, self._weight.dtype, self._weight.device
-        if getattr(self._weight, "zero_out_wgrad", False):
-            return torch.zeros(shape, dtype=dtype, device=device)
-        return _placeholder(shape, dtype, device).detach()
-
-
-@lru_cache(maxsize=64)
-def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that stands for a gradient nobody reads, one for all layers of a shape."""
-    return torch.empty(shape, dtype=dtype, device=device)
+        make = torch.zeros_like if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like
+        return make(self._weight)

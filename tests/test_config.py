@@ -88,7 +88,11 @@ def test_mlp_keep(keep: str, tiles: int | None) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("transformer_impl", "transformer_engine", "--transformer-impl transformer_engine: .* --transformer-impl local"),
+        (
+            "transformer_impl",
+            "transformer_engine",
+            "--transformer-impl transformer_engine: .* --transformer-impl local",
+        ),
         ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
         ("use_megatron_fsdp", True, "with --use-megatron-fsdp:"),
         ("use_torch_fsdp2", True, "with --use-torch-fsdp2:"),

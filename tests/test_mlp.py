@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_tiling import mlp_loop
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-from megatron_tiling.mlp import TiledMLP, TiledSharedExpertMLP, activation_of, convert_mlp
+from megatron_tiling.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
 
 HIDDEN, FFN = 6, 11  # 11 features: uneven tiles for every number of tiles but 1
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -14,7 +14,7 @@ from test_training import COMMON, SCRIPTS, free_port
 MISTAKES = {
     "--use-tiled-linear --tile-factor 0": "--tile-factor 0: must be at least 1",
     "--use-tiled-linear --tile-factor 49": "--tile-factor 49: decoder.layers.0.self_attention.linear_proj",
-    "--use-tiled-linear --tiled-linear-splits fc1=1x81": "--tiled-linear-splits fc1=1x81: decoder.layers.0.mlp.linear_fc1",
+    "--use-tiled-linear --tiled-linear-splits fc1=1x81": "fc1=1x81: decoder.layers.0.mlp.linear_fc1",
     "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",
     "--use-tiled-linear --tiled-linear-splits gate=1x8": "unknown module 'gate'",
     "--use-tiled-linear --tiled-linear-modules fc3": "--tiled-linear-modules fc3: choose from",
@@ -30,13 +30,13 @@ MISTAKES = {
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Exit code and output of a training run for each mistake."""
     folder = tmp_path_factory.mktemp("mistakes")
+    script = [str(SCRIPTS / "pretrain_gpt.py"), "--train-iters", "2", "--global-batch-size", "2"]
     runs = [
         {
             "name": str(index),
             "port": free_port(),
             "log": str(folder / str(index)),
-            "argv": [str(SCRIPTS / "pretrain_gpt.py"), *COMMON, "--train-iters", "2", "--global-batch-size", "2"]
-            + mistake.split(),
+            "argv": [*script, *COMMON, *mistake.split()],
         }
         for index, mistake in enumerate(MISTAKES)
     ]
@@ -79,7 +79,8 @@ def test_import_of_everything_patches_nothing() -> None:
         "for module in pkgutil.iter_modules(megatron_tiling.__path__):\n"
         "    if module.name not in ('__main__', 'activation_kernels', 'softmax_kernels'):\n"
         "        importlib.import_module('megatron_tiling.' + module.name)\n"
-        "import megatron.training.arguments as a, megatron.training.training as t, megatron.core.transformer.torch_norm as n\n"
+        "import megatron.training.arguments as a, megatron.training.training as t\n"
+        "import megatron.core.transformer.torch_norm as n\n"
         "assert (torch.zeros, torch.Tensor.to, torch.cuda.synchronize) == before\n"
         "stock = [a.add_megatron_arguments, a.validate_args, t.get_model, n.WrappedTorchNorm.__new__]\n"
         "print({f.__module__.split('.')[0] for f in stock})\n"

@@ -45,7 +45,9 @@ class Layout:
 ATTENTION = {"self_attention.linear_qkv": "1x4", "self_attention.linear_proj": "4x1"}
 MLP = {"mlp.linear_fc1": "1x4", "mlp.linear_fc2": "4x1"}
 LAYOUTS = [
-    Layout("GELU, bias, tied, TP=2", 2, "--tensor-model-parallel-size 2", table=ATTENTION | MLP | {"output_layer": "1x4"}),
+    Layout(
+        "GELU, bias, tied, TP=2", 2, "--tensor-model-parallel-size 2", table=ATTENTION | MLP | {"output_layer": "1x4"}
+    ),
     Layout(
         "Llama, sequence parallel, factor 3",
         2,
@@ -58,7 +60,12 @@ LAYOUTS = [
         2,
         f"--tensor-model-parallel-size 2 --no-gradient-accumulation-fusion {LLAMA}",
         "--use-tiled-linear --tile-factor 8 --tiled-linear-modules fc1 fc2 proj --tiled-linear-splits fc1=2x4",
-        {"mlp.linear_fc1": "2x4", "mlp.linear_fc2": "8x1", "self_attention.linear_qkv": "dense", "output_layer": "dense"},
+        {
+            "mlp.linear_fc1": "2x4",
+            "mlp.linear_fc2": "8x1",
+            "self_attention.linear_qkv": "dense",
+            "output_layer": "dense",
+        },
     ),
     Layout("DP=2, factor 1", 2, "", "--use-tiled-linear --tile-factor 1", {"mlp.linear_fc1": "1x1"}),
     Layout(
@@ -88,7 +95,8 @@ LAYOUTS = [
     Layout(
         "next-token heads",
         2,
-        "--tensor-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope --untie-embeddings-and-output-weights",
+        "--tensor-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope "
+        "--untie-embeddings-and-output-weights",
         table=ATTENTION | MLP | {"mtp.layers.*.eh_proj": "dense", "mtp.layers.*.mtp_model_layer.mlp.linear_fc1": "1x4"},
     ),
     Layout(

@@ -121,7 +121,13 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     for name, parameter in stock.named_parameters():
         twin = dict(tiled.named_parameters())[name]
         assert torch.equal(parameter, twin), f"{name} is not drawn alike"
-        for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride", "allreduce", "sequence_parallel"):
+        for attribute in (
+            "tensor_model_parallel",
+            "partition_dim",
+            "partition_stride",
+            "allreduce",
+            "sequence_parallel",
+        ):
             assert getattr(parameter, attribute, None) == getattr(twin, attribute, None), (name, attribute)
     if case["bias"]:
         with torch.no_grad():

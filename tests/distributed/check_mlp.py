@@ -1,6 +1,6 @@
 """TiledMLP at one tensor-parallel size: all pairs of options equal stock, with stock's collectives.
 
-    torchrun --standalone --nproc-per-node TP tests/distributed/check_mlp.py
+torchrun --standalone --nproc-per-node TP tests/distributed/check_mlp.py
 """
 
 import copy

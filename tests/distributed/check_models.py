@@ -1,6 +1,6 @@
 """Whole models, dense and tiled in place: the same outputs, gradients, parameters and checkpoint entries.
 
-    torchrun --standalone --nproc-per-node 2 tests/distributed/check_models.py
+torchrun --standalone --nproc-per-node 2 tests/distributed/check_models.py
 """
 
 import copy
@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -129,7 +128,10 @@ def check_refusals() -> None:
     """A grid that does not fit names layer, number, limit and flag, and changes no layer."""
     for config, words in (
         (TilingConfig(factor=300), ("--tile-factor 300", "linear_proj", "in_splits=300")),
-        (TilingConfig(splits={"fc2": (41, 1)}), ("--tiled-linear-splits fc2=41x1", "linear_fc2", "in_splits=41", str(40 // TP))),
+        (
+            TilingConfig(splits={"fc2": (41, 1)}),
+            ("--tiled-linear-splits fc2=41x1", "linear_fc2", "in_splits=41", str(40 // TP)),
+        ),
     ):
         model = gpt()
         try:
@@ -142,24 +144,21 @@ def check_refusals() -> None:
     config = make_config()
     options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.normal_, "bias": False}
     row = {"input_is_parallel": False, "skip_bias_add": False}
+    column, row_layer = TiledColumnParallelLinear, TiledRowParallelLinear
+    parallel = row | {"input_is_parallel": True}
+    apart = {"combine_out_splits": False}
+    x = torch.randn(2, 8)
     for build, words in (
-        (lambda: TiledColumnParallelLinear(8, 8, combine_out_splits=False, gather_output=True, **options), "gather_output=True"),
-        (lambda: TiledRowParallelLinear(8, 8, combine_out_splits=False, **row, **options), "must combine_out_splits"),
-        (lambda: TiledColumnParallelLinear(8, 8, out_splits=2, **options)([torch.randn(2, 8)]), "takes one tensor"),
+        (lambda: column(8, 8, gather_output=True, **apart, **options), "gather_output=True"),
+        (lambda: column(8, 8, **apart, **options)(x, runtime_gather_output=True), "combine_out_splits=False"),
+        (lambda: column(8, 8, out_splits=2, **options)([x]), "takes one tensor"),
+        (lambda: row_layer(8, 8, **apart, **row, **options), "must combine_out_splits"),
+        (lambda: row_layer(8, 8, in_splits=2, **row, **options)([x, x]), "input_is_parallel=True"),
         (
-            lambda: TiledColumnParallelLinear(8, 8, combine_out_splits=False, **options)(
-                torch.randn(2, 8), runtime_gather_output=True
-            ),
-            "combine_out_splits=False",
-        ),
-        (lambda: TiledRowParallelLinear(8, 8, in_splits=2, **row, **options)([torch.randn(2, 4)] * 2), "input_is_parallel=True"),
-        (
-            lambda: TiledRowParallelLinear(8, 8, in_splits=2, **(row | {"input_is_parallel": True}), **options)(
-                [torch.randn(2, 2)] * 3
-            ),
+            lambda: row_layer(8, 8, in_splits=2, **parallel, **options)([x, x, x]),
             "split into 3 parts, but the layer has in_splits=2",
         ),
-    ):  # fmt: skip
+    ):
         expect_error(build, words)
     config.defer_embedding_wgrad_compute = True
     expect_error(lambda: TiledColumnParallelLinear(8, 8, **options), "--defer-embedding-wgrad-compute")
@@ -178,10 +177,22 @@ def check_lists_between_layers() -> None:
     """fc1's list of out-tiles goes into fc2 as its list of in-tiles; for a gated MLP each is [gate_i | up_i]."""
     config = make_config(gated_linear_unit=True, add_bias_linear=False)
     features = 40
-    options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.normal_, "bias": False, "skip_bias_add": True}
+    options: dict[str, Any] = {
+        "config": config,
+        "init_method": torch.nn.init.normal_,
+        "bias": False,
+        "skip_bias_add": True,
+    }
     torch.manual_seed(0)
     fc1 = TiledColumnParallelLinear(
-        32, 2 * features, gather_output=False, stride=2, tp_comm_buffer_name="fc1", out_splits=3, combine_out_splits=False, **options
+        32,
+        2 * features,
+        gather_output=False,
+        stride=2,
+        tp_comm_buffer_name="fc1",
+        out_splits=3,
+        combine_out_splits=False,
+        **options,
     )
     fc2 = TiledRowParallelLinear(features, 32, input_is_parallel=True, in_splits=3, **options)
     x = torch.randn(SEQUENCE, BATCH, 32)
