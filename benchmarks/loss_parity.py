@@ -3,23 +3,22 @@
     python benchmarks/loss_parity.py --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \\
         --tensor-parallel 2 4 --output FOLDER
 
-Each tensor-parallel size trains a bf16 Llama-style GPT twice, with the same seed and data, dense and with
---use-tiled-linear. The yardstick is the difference between two dense runs at different tensor-parallel sizes, which
-differ by nothing but the order of sums. Writes loss_parity.md and, with matplotlib, loss_parity.png.
+Each tensor-parallel size trains a bf16 Llama-style GPT with the same seed and data, dense and tiled. The yardstick
+is a second dense run with half the micro-batch: it differs from the first by nothing but the order of sums. Tiled
+runs come without and with gradient accumulation fusion, which adds weight gradients in float32 where dense, without
+apex, rounds each to bf16. Writes loss_parity.md and, with matplotlib, loss_parity.png.
 """
 
 import argparse
 import datetime
 import importlib.metadata
-import itertools
 import os
+import queue
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,44 +32,51 @@ MODEL = """
     --eval-interval 1000000 --eval-iters 0 --log-interval 1 --split 990,10,0
     --tokenizer-type GPTSentencePieceTokenizer
 """.split()
-KINDS = {"dense": ["--no-gradient-accumulation-fusion"], "tiled": ["--use-tiled-linear"]}
+PLAIN = "--no-gradient-accumulation-fusion"
+KINDS = {
+    "dense": [PLAIN],
+    "dense, half the micro-batch": [PLAIN, "--micro-batch-size", "2"],
+    "tiled, no fusion": ["--use-tiled-linear", PLAIN],
+    "tiled": ["--use-tiled-linear"],
+}
 
 
-def train(args: argparse.Namespace, tp: int, kind: str, first_gpu: int) -> list[float]:
-    """Losses of one run on ``tp`` GPUs; its log is left in the output folder."""
+def train(args: argparse.Namespace, tp: int, kind: str, places: "queue.Queue[int]") -> list[float]:
+    """Losses of one run on ``tp`` GPUs from a free place on; its log is left in the output folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
     command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(tp)]
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
     command += ["--tokenizer-model", args.tokenizer_model, *KINDS[kind]]
-    log = args.output / f"loss_parity.tp{tp}.{kind}.log"
+    log = args.output / f"loss_parity.tp{tp}.{kind.replace(', ', '_').replace(' ', '_')}.log"
+    first_gpu = places.get()
+    environment = os.environ | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + rank) for rank in range(tp)),
+        "PYTHONWARNINGS": "ignore",
+    }
     with log.open("w") as file:
-        environment = os.environ | {
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + rank) for rank in range(tp)),
-            "PYTHONWARNINGS": "ignore",
-        }
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    places.put(first_gpu)
     text = log.read_text()
     losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
     if status or len(losses) != args.iterations:
         raise SystemExit(f"{kind} at TP={tp} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
-    tiled = "megatron_tiling: tiled linear layers" in text
-    if tiled != (kind == "tiled"):
+    if ("megatron_tiling: tiled linear layers" in text) != kind.startswith("tiled"):
         raise SystemExit(f"{kind} at TP={tp}: the startup table says otherwise: {log}")
     return losses
 
 
-def train_all(args: argparse.Namespace) -> Iterator[tuple[tuple[int, str], list[float]]]:
-    """Dense and tiled side by side where there are GPUs for both, else one after the other."""
+def train_all(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
+    """All kinds at all sizes, side by side where there are GPUs for it."""
+    curves = {}
     for tp in args.tensor_parallel:
-        together = torch.cuda.device_count() >= 2 * tp
-        with ThreadPoolExecutor(2 if together else 1) as pool:
-            runs = {
-                kind: pool.submit(train, args, tp, kind, index * tp if together else 0)
-                for index, kind in enumerate(KINDS)
-            }
-            for kind, run in runs.items():
-                yield (tp, kind), run.result()
+        places: queue.Queue[int] = queue.Queue()
+        for first_gpu in range(0, torch.cuda.device_count() - tp + 1, tp):
+            places.put(first_gpu)
+        with ThreadPoolExecutor(places.qsize()) as pool:
+            runs = {kind: pool.submit(train, args, tp, kind, places) for kind in KINDS}
+            curves |= {(tp, kind): run.result() for kind, run in runs.items()}
+    return curves
 
 
 def difference(a: list[float], b: list[float]) -> str:
@@ -79,9 +85,6 @@ def difference(a: list[float], b: list[float]) -> str:
 
 
 def report(curves: dict[tuple[int, str], list[float]], args: argparse.Namespace) -> str:
-    sizes = sorted({tp for tp, _ in curves})
-    pairs: list[tuple[Any, Any]] = [((tp, "dense"), (tp, "tiled")) for tp in sizes]
-    pairs += [((a, "dense"), (b, "dense")) for a, b in itertools.pairwise(sizes)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
     lines = [
         f"# Loss parity, {datetime.date.today()}",
@@ -92,10 +95,14 @@ def report(curves: dict[tuple[int, str], list[float]], args: argparse.Namespace)
         "",
         f"Largest and mean difference of the loss over {args.iterations} iterations:",
         "",
-        "| runs compared | largest | mean |",
+        "| against dense | largest | mean |",
         "|---|---|---|",
     ]
-    lines += [f"| TP={a[0]} {a[1]} / TP={b[0]} {b[1]} | {difference(curves[a], curves[b])} |" for a, b in pairs]
+    lines += [
+        f"| TP={tp} {kind} | {difference(curves[tp, 'dense'], curve)} |"
+        for (tp, kind), curve in curves.items()
+        if kind != "dense"
+    ]
     lines += ["", "| run | first loss | last loss |", "|---|---|---|"]
     lines += [f"| TP={tp} {kind} | {curve[0]:.4f} | {curve[-1]:.4f} |" for (tp, kind), curve in curves.items()]
     return "\n".join(lines) + "\n"
@@ -109,7 +116,7 @@ def plot(curves: dict[tuple[int, str], list[float]], path: Path) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for (tp, kind), curve in curves.items():
-        axes.plot(curve, label=f"TP={tp} {kind}", linestyle="-" if kind == "dense" else "--")
+        axes.plot(curve, label=f"TP={tp} {kind}", linestyle="--" if kind.startswith("tiled") else "-", linewidth=1)
     axes.set(xlabel="iteration", ylabel="loss")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -126,7 +133,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    curves = dict(train_all(args))
+    curves = train_all(args)
     text = report(curves, args)
     (args.output / "loss_parity.md").write_text(text)
     plot(curves, args.output / "loss_parity.png")

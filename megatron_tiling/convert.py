@@ -110,11 +110,13 @@ def _convert_mlps(model: torch.nn.Module, config: TilingConfig) -> dict[str, str
     """Notes by the names of the linear layers in MLPs."""
     notes: dict[str, str] = {}
     for name, mlp in model.named_modules():
-        if isinstance(mlp, MLP) and isinstance(mlp.linear_fc1, TiledColumnParallelLinear):
+        children = ("linear_fc1", "linear_fc2")
+        tiled = (TiledColumnParallelLinear, TiledRowParallelLinear)
+        if isinstance(mlp, MLP) and any(isinstance(getattr(mlp, child), tiled) for child in children):
             reason = convert_mlp(mlp, config.mlp_keep)
             kept = "all" if config.mlp_keep is None else str(config.mlp_keep)
             note = f"stock MLP: {reason}" if reason else f"TiledMLP, keep {kept}"
-            notes |= {f"{name}.{child}".removeprefix("."): note for child in ("linear_fc1", "linear_fc2")}
+            notes |= {f"{name}.{child}".removeprefix("."): note for child in children}
     return notes
 
 

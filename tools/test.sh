@@ -9,4 +9,7 @@ export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -m pytest tests/*_gpu.py tests/test_activation.py
+fi
+CUDA_VISIBLE_DEVICES= python -m pytest "$@" # over gloo: also where there are GPUs

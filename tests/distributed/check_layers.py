@@ -31,7 +31,7 @@ COMMON = {
     "micro_batches": [1, 2],
 }
 COLUMN = COMMON | {
-    "gather": ["no", "layer", "runtime"],
+    "gather": ["no", "layer", "at runtime", "layer, not at runtime"],
     "sequence_parallel": [False, True],
     "disable_grad_reduce": [False, True],
     "weight_argument": [False, True],
@@ -97,7 +97,7 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     }
     if kind == "column":
         options |= {
-            "gather_output": case["gather"] == "layer",
+            "gather_output": case["gather"].startswith("layer"),
             "disable_grad_reduce": case["disable_grad_reduce"],
             "skip_weight_param_allocation": case["weight_argument"],
             "stride": case["stride"],
@@ -168,8 +168,8 @@ def run(layer: Any, case: dict[str, Any], kind: str, tiled: bool) -> dict[str, A
     arguments: dict[str, Any] = {}
     if kind == "column" and case["weight_argument"]:
         arguments["weight"] = weight
-    if kind == "column" and case["gather"] == "runtime":
-        arguments["runtime_gather_output"] = True
+    if kind == "column" and case["gather"].endswith("at runtime"):
+        arguments["runtime_gather_output"] = case["gather"] == "at runtime"
 
     if not tiled and case["shape"] == ():  # stock's backward pass fails on 1-D inputs: one token stands for them
         given = x[None]

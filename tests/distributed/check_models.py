@@ -160,6 +160,12 @@ def check_refusals() -> None:
         ),
     ):
         expect_error(build, words)
+    sharded = ColumnParallelLinear(8, 8, **options)
+    sharded.gtp_remat_size = 2
+    expect_error(
+        lambda: tile(torch.nn.ModuleDict({"linear_fc1": sharded}), TilingConfig()),
+        "--tensor-parallel-num-weight-shards",
+    )
     config.defer_embedding_wgrad_compute = True
     expect_error(lambda: TiledColumnParallelLinear(8, 8, **options), "--defer-embedding-wgrad-compute")
 
