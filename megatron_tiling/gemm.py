@@ -8,19 +8,20 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out = a @ b`` or ``out += a @ b``, in place.
 
     Args:
-        out: ``[m, n]``, any row stride; the dtype of ``a`` and ``b``, or float32 for narrower operands.
-        a, b: ``[m, k]`` and ``[k, n]``, possibly transposed views.
+        out: ``[m, n]``, any row stride, or a batch ``[k, m, n]``, any batch stride; the dtype of ``a`` and ``b``, or
+            float32 for narrower operands.
+        a, b: ``[m, k]`` and ``[k, n]``, possibly transposed views, or batches of them (stride 0: one for all).
         accumulate: add to what ``out`` holds. ``False`` does not read it.
     """
-    if out.dtype == a.dtype:
+    if out.dtype != a.dtype and not out.is_cuda:  # the CPU has no product of one dtype into another
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    batched = out.dim() == 3
+    if out.dtype != a.dtype:
         if accumulate:
-            out.addmm_(a, b)
+            (torch.baddbmm if batched else torch.addmm)(out, a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(a, b, out=out)
-    elif out.is_cuda:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # the CPU has no product of one dtype into another
-        gemm_into(out, a.to(out.dtype), b.to(out.dtype), accumulate=accumulate)
+            (torch.bmm if batched else torch.mm)(a, b, out_dtype=out.dtype, out=out)
+    elif accumulate:
+        (out.baddbmm_ if batched else out.addmm_)(a, b)
+    else:
+        (torch.bmm if batched else torch.mm)(a, b, out=out)

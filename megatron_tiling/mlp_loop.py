@@ -339,7 +339,7 @@ class _Span:
         if self.one_matrix:
             gemm_into(_side_by_side(pre), x, rows.flatten(0, 1).t(), accumulate=False)
         else:
-            batched_gemm_into(pre, x.expand(self.halves, -1, -1), rows.transpose(1, 2), accumulate=False)
+            gemm_into(pre, x.expand(self.halves, -1, -1), rows.transpose(1, 2), accumulate=False)
         return pre
 
     def dgrad(self, total: Tensor, grad: Tensor, weight: Tensor, accumulate: bool) -> None:
@@ -357,27 +357,11 @@ class _Span:
         if self.one_matrix:
             gemm_into(rows.flatten(0, 1), _side_by_side(grad).t(), x, accumulate=gradient.fused)
         else:
-            batched_gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=gradient.fused)
+            gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=gradient.fused)
 
     def _rows(self, weight: Tensor) -> Tensor:
         """``[halves * f, h]`` -> ``[halves, width, h]``, a view."""
         return weight.unflatten(0, (self.halves, -1))[:, self.columns]
-
-
-def batched_gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """``gemm_into`` for ``[batch, m, n]``, ``[batch, m, k]``, ``[batch, k, n]``; any batch stride, zero too."""
-    if out.dtype == a.dtype:
-        if accumulate:
-            out.baddbmm_(a, b)
-        else:
-            torch.bmm(a, b, out=out)
-    elif out.is_cuda:
-        if accumulate:
-            torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.bmm(a, b, out_dtype=out.dtype, out=out)
-    else:  # the CPU has no product of one dtype into another
-        batched_gemm_into(out, a.to(out.dtype), b.to(out.dtype), accumulate=accumulate)
 
 
 def _side_by_side(pre: Tensor) -> Tensor:
