@@ -119,6 +119,8 @@ def _patch_torch() -> None:
     torch._dynamo.config.disable = True  # Megatron's jit_fuser is torch.compile: minutes of C++ on a CPU
     _patch_device_names()
     cuda: Any = torch.cuda
+    # deepspeed asks torch to answer this from NVML, which is to say from device_count
+    cuda.is_available = lambda: False
     # topology: one pretended device a local rank
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.current_device = lambda: 0
