@@ -4,7 +4,6 @@ torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
 """
 
 import argparse
-import importlib.util
 import os
 import runpy
 import sys
@@ -40,20 +39,11 @@ def main() -> None:
     from megatron_tiling.provider import install
 
     install()
-    _use_built_dataset_helpers()
     try:
         runpy.run_path(script, run_name="__main__")
     finally:  # scripts leave this to process exit, where gloo's threads now and then abort
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _use_built_dataset_helpers() -> None:
-    """The wheel ships the C++ dataset helpers built, but not the Makefile that the trainer calls to build them."""
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        import megatron.core.datasets.utils as utils
-
-        utils.compile_helpers = lambda: None
 
 
 if __name__ == "__main__":

@@ -181,12 +181,9 @@ def _patch_training() -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
-    try:
-        import megatron.legacy.fused_kernels as fused_kernels  # 0.16's trainer builds CUDA kernels
+    from megatron_tiling.compat import drop_cuda_kernel_builds
 
-        fused_kernels.load = lambda args: None
-    except ImportError:
-        pass
+    drop_cuda_kernel_builds()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists, for TP > 1 ...
     arguments.get_device_arch_version = lambda: 8  # ... on what it takes for an Ampere GPU
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)

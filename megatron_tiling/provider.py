@@ -11,11 +11,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_tiling import compat
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import table, tile
@@ -67,11 +69,9 @@ def install() -> None:
     _wrap(arguments.add_megatron_arguments, _with_tiling_args)
     _wrap(arguments.validate_args, _with_validation)
     _wrap(training.get_model, _with_tiled_provider)
-    if importlib.util.find_spec("megatron.training.models"):  # 0.19: models are built from a config
-        import megatron.training.argument_utils as argument_utils
-
-        _wrap(argument_utils.gpt_config_from_args, _with_tiling_hook)
-        _wrap(argument_utils.hybrid_config_from_args, _with_tiling_hook)
+    _use_built_dataset_helpers()
+    for config_from_args in compat.model_config_functions():
+        _wrap(config_from_args, _with_tiling_hook)
 
 
 def _wrap(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
@@ -82,6 +82,15 @@ def _wrap(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
             for attribute, value in list(vars(module).items()):
                 if value is function:
                     setattr(module, attribute, wrapped)
+
+
+def _use_built_dataset_helpers() -> None:
+    """The wheel ships the C++ dataset helpers built, but not the Makefile that the trainer calls to build them."""
+    import megatron.core.datasets.utils as utils
+
+    makefile = Path(utils.__file__).with_name("Makefile")
+    if not makefile.exists() and _found("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = lambda: None
 
 
 def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: ArgumentParser) -> ArgumentParser:

@@ -16,10 +16,10 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+from megatron_tiling import compat
 from megatron_tiling.config import DEFAULT_FACTOR
 from megatron_tiling.convert import MLA_DOWN_PROJECTIONS
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
@@ -42,18 +42,17 @@ class TiledSpecProvider(LocalSpecProvider):
     def row_parallel_linear(self) -> type:
         return TiledRowParallelLinear.with_splits(self.factor, 1)
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        stock = super().layer_norm(rms_norm, for_qk, has_residual)
+    def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().layer_norm(*args, **kwargs)
         return self._replacements().get(stock, stock)
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        return functools.partial(
-            SequentialMLP,
-            submodules=MLPSubmodules(
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
+        return compat.sequential_experts(
+            MLPSubmodules(
                 linear_fc1=self.column_parallel_linear(),
                 linear_fc2=self.row_parallel_linear(),
                 activation_func=self.activation_func(),
-            ),
+            )
         )
 
     def tiled(self, spec: Any) -> Any:
@@ -70,8 +69,8 @@ class TiledSpecProvider(LocalSpecProvider):
         return replacements
 
 
-def tiled_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The decoder's local layer specs, tiled: a function that `--spec` takes (megatron-core 0.19).
+def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The decoder's local layer specs, tiled.
 
     Args:
         config: Megatron's ``GPTModelConfig``.
@@ -86,6 +85,14 @@ def tiled_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         vp_stage=vp_stage,
     )
     return TiledSpecProvider().tiled(block)
+
+
+#: What `--spec megatron_tiling.spec tiled_layer_spec` finds, in the form that this Megatron takes.
+tiled_layer_spec: Any = (
+    _tiled_block_spec
+    if compat.spec_may_be_a_function()
+    else compat.LayerSpecFromArgs(lambda layer: TiledSpecProvider().tiled(layer))
+)
 
 
 def _replaced(node: Any, replacements: Mapping[Any, Any]) -> Any:

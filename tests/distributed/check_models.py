@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 tests/distributed/check_models.py
 """
 
 import copy
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -232,6 +233,7 @@ def check_generation() -> None:
                         inputs["position_ids"][:, start:stop],
                         inputs["attention_mask"][:, :, start:stop, :stop],
                         inference_context=context,
+                        runtime_gather_output=True,
                     )
                 )
             context.sequence_len_offset += stop - start
@@ -241,6 +243,9 @@ def check_generation() -> None:
 
 def check_hybrid() -> None:
     """Attention and MLP layers of a HybridModel. (Mamba layers and stock's final norm need CUDA packages.)"""
+    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
+        print("not run: this megatron-core has no hybrid model (0.16 and 0.17 call theirs Mamba)")
+        return
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
@@ -300,7 +305,9 @@ def check_spec_provider() -> None:
     assert_same(step(tiled, **batch()), step(gpt(), **batch()))
     provider = TiledSpecProvider(factor=2)
     assert issubclass(provider.column_parallel_linear(), TiledColumnParallelLinear)
-    assert provider.grouped_mlp_modules(True).keywords["submodules"].linear_fc1 is provider.column_parallel_linear()
+    experts = provider.grouped_mlp_modules(True)
+    submodules = experts[1] if isinstance(experts, tuple) else experts.keywords["submodules"]
+    assert submodules.linear_fc1 is provider.column_parallel_linear()
 
 
 def check_copies() -> None:

@@ -4,12 +4,14 @@
 
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
+With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
 """
 
 import collections
 import contextlib
 import json
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -47,7 +49,12 @@ def train(run: dict[str, Any]) -> None:
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
         count_gemms()
-        runner.main()
+        if run.get("runner", True):
+            runner.main()
+        else:
+            sys.argv = cpu.with_default_args(run["argv"])
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            torch.distributed.destroy_process_group()
         status = 0
     except SystemExit as ending:
         print(ending)

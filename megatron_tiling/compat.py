@@ -1,0 +1,98 @@
+"""The one place that knows Megatron versions apart: megatron-core 0.16 to 0.19, told by what they have."""
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+#: Functions of ``megatron.training.argument_utils`` whose configs carry ``pre_wrap_hooks``.
+CONFIG_FUNCTIONS = ("gpt_config_from_args", "hybrid_config_from_args")
+
+
+def model_config_functions() -> list[Callable[..., Any]]:
+    """The functions that turn arguments into a config from which the trainer builds a model.
+
+    0.18 builds hybrid models in this way, 0.19 GPT models too; all others come from a model provider.
+    """
+    if not _exists("megatron.training.models"):
+        return []
+    import megatron.training.argument_utils as argument_utils
+
+    return [getattr(argument_utils, name) for name in CONFIG_FUNCTIONS if hasattr(argument_utils, name)]
+
+
+def drop_cuda_kernel_builds() -> None:
+    """0.16's trainer builds CUDA kernels as it starts; later ones have none."""
+    try:
+        import megatron.legacy.fused_kernels as fused_kernels
+    except ImportError:
+        return
+    fused_kernels.load = lambda args: None
+
+
+def sequential_experts(submodules: Any) -> Any:
+    """What a backend's ``grouped_mlp_modules`` returns for these sequential MLPs; 0.16: class and submodules."""
+    if "moe_use_legacy_grouped_gemm" in inspect.signature(LocalSpecProvider.grouped_mlp_modules).parameters:
+        return SequentialMLP, submodules
+    return functools.partial(SequentialMLP, submodules=submodules)
+
+
+def spec_may_be_a_function() -> bool:
+    """Whether ``--spec MODULE NAME`` may name a function of the model's config (0.19), and not only a spec."""
+    return _exists("megatron.training.models.gpt")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
+
+
+class LayerSpecFromArgs(ModuleSpec):
+    """The layer spec that the trainer's arguments ask for, for ``--spec`` of 0.16 to 0.18, which take an object.
+
+    Such an object is there before the arguments are parsed, so this one looks at them when a model is built.
+
+    Args:
+        rewrite: what to make of the local layer spec.
+    """
+
+    def __init__(self, rewrite: Callable[[Any], Any]) -> None:
+        self.rewrite = rewrite
+        super().__init__(TransformerLayer)
+
+    @property
+    def submodules(self) -> Any:
+        """Those of every layer of the model.
+
+        Raises:
+            SystemExit: the model's layers differ, as dense and expert layers do.
+        """
+        from megatron.training import get_args
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        args = get_args()
+        layers = get_gpt_decoder_layer_specs(
+            core_transformer_config_from_args(args),
+            use_transformer_engine=False,
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+        )
+        if any(layer is not layers[0] for layer in layers):
+            raise SystemExit(
+                "megatron_tiling: --spec with layers that differ (--moe-layer-freq) needs megatron-core 0.19; "
+                "use python -m megatron_tiling SCRIPT --use-tiled-linear"
+            )
+        return self.rewrite(layers[0]).submodules
+
+    @submodules.setter
+    def submodules(self, value: None) -> None:
+        """The dataclass sets its default."""
