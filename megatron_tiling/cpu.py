@@ -164,7 +164,16 @@ def _patch_device_names() -> None:
     tensor.cuda = lambda self, *args, **kwargs: self
 
 
+def _saving_worker(*args: Any) -> None:
+    """The process that writes asynchronous checkpoints, which starts bare and asks the CUDA runtime."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    _patch_torch()
+    PersistentAsyncCaller.async_loop(*args)
+
+
 def _patch_core() -> None:
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.tensor_parallel.random as tp_random
 
     from megatron_tiling.norm import allow_sequence_parallel
@@ -173,6 +182,8 @@ def _patch_core() -> None:
         torch.set_rng_state(state)
 
     tp_random._set_cuda_rng_state = set_rng_state
+    if hasattr(async_utils, "PersistentAsyncCaller"):
+        async_utils.PersistentAsyncCaller.async_loop = _saving_worker
 
     allow_sequence_parallel()  # a CPU has no fused norm
 

@@ -22,7 +22,8 @@ import torch
 import megatron_tiling
 from megatron_tiling import cpu
 
-if not torch.cuda.is_available() and not cpu.installed():
+# A checkpoint is written by helper processes, which import this script under another name.
+if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
     sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")
 
 # Adds --use-tiled-linear and its companions to Megatron's parser, and to its trainer the step that makes each

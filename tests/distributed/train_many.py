@@ -5,19 +5,26 @@
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
+With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
+``kill_while_saving``.
 """
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import runpy
+import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tiling import __main__ as runner
 from megatron_tiling import cpu, cross_entropy, functional, gemm, mlp_loop, wgrad
@@ -39,6 +46,46 @@ def count_gemms() -> None:
     )
 
 
+def kill_while_saving(folder: str, operation: int, delay: float = 0) -> None:
+    """Send SIGKILL to this rank and its helper processes at its N-th file operation in ``folder`` that writes.
+
+    Negative operations stand for the tracker file: -1 is before it is opened.
+
+    Args:
+        folder: where the run saves.
+        operation: from 0; read-only opens do not count.
+        delay: seconds from the operation to the kill, for moments in the middle of writing.
+    """
+    os.setpgid(0, 0)
+    writes, places = itertools.count(), (folder, os.path.realpath(folder))
+    tracker = Path(folder, "latest_checkpointed_iteration.txt")
+    tracker_opened = threading.Event()
+
+    def kill() -> None:
+        # Megatron truncates the tracker file before it writes it, and stops at an empty one: not a moment to test.
+        while tracker_opened.is_set() and not tracker.stat().st_size:
+            time.sleep(1e-4)
+        os.killpg(0, signal.SIGKILL)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.mkdir", "os.rename"):
+            return
+        path = os.fspath(arguments[0]) if isinstance(arguments[0], (str, os.PathLike)) else ""
+        if not path.startswith(places) or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        opens_tracker = path.endswith(tracker.name)
+        if opens_tracker if operation == -1 else next(writes) == operation:
+            print(f"killed {delay * 1e3:.1f} ms after {event} {os.path.basename(path)}", flush=True)
+            if delay:
+                threading.Timer(delay, kill).start()
+            else:
+                os.killpg(0, signal.SIGKILL)
+        if opens_tracker:
+            tracker_opened.set()
+
+    sys.addaudithook(watch)
+
+
 def train(run: dict[str, Any]) -> None:
     """One run, in a forked child of this rank. Never returns."""
     status = 1
@@ -49,6 +96,8 @@ def train(run: dict[str, Any]) -> None:
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
         count_gemms()
+        if "kill" in run:
+            kill_while_saving(**run["kill"])
         if run.get("runner", True):
             runner.main()
         else:
@@ -70,6 +119,8 @@ def train(run: dict[str, Any]) -> None:
 def main() -> None:
     cpu.install()  # imports Megatron's trainer, once
     torch.set_num_threads(1)
+    # A run's first save would spawn this helper, which imports the run's script: many seconds.
+    filesystem_async.get_write_results_queue("fork")
     for run in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()
         if child == 0:
