@@ -56,6 +56,23 @@ def parts_of(x: Tensor, case: dict[str, Any]) -> tuple[Any, Tensor]:
     return given, leaf
 
 
+def tiled_like(
+    dense: torch.nn.Linear, case: dict[str, Any], tiled_class: type[TiledLinear] = TiledLinear, **options: Any
+) -> TiledLinear:
+    return tiled_class(
+        case["in_features"],
+        case["out_features"],
+        bias=case["bias"],
+        in_splits=case["in_splits"],
+        out_splits=case["out_splits"],
+        input_is_already_split=case["as_list"],
+        combine_out_splits=case["combine"],
+        init_linear=dense,
+        dtype=torch.float64,
+        **options,
+    )
+
+
 def assert_close(actual: Tensor | None, expected: Tensor | None) -> None:
     assert (actual is None) == (expected is None)
     if actual is not None and expected is not None:
@@ -66,17 +83,7 @@ def assert_close(actual: Tensor | None, expected: Tensor | None) -> None:
 @settings(max_examples=150, deadline=None)
 def test_tiled_linear_is_linear(case: dict[str, Any]) -> None:
     dense, x, upstream = dense_and_input(case)
-    tiled = TiledLinear(
-        case["in_features"],
-        case["out_features"],
-        bias=case["bias"],
-        in_splits=case["in_splits"],
-        out_splits=case["out_splits"],
-        input_is_already_split=case["as_list"],
-        combine_out_splits=case["combine"],
-        init_linear=dense,
-        dtype=torch.float64,
-    )
+    tiled = tiled_like(dense, case)
     given, leaf = parts_of(x, case)
     output = tiled(given)
     if not case["combine"]:
@@ -96,18 +103,7 @@ def test_tiled_linear_is_linear(case: dict[str, Any]) -> None:
 @settings(max_examples=100, deadline=None)
 def test_return_bias_is_linear(case: dict[str, Any]) -> None:
     dense, x, upstream = dense_and_input(case)
-    tiled = TiledLinearReturnBias(
-        case["in_features"],
-        case["out_features"],
-        bias=case["bias"],
-        in_splits=case["in_splits"],
-        out_splits=case["out_splits"],
-        input_is_already_split=case["as_list"],
-        combine_out_splits=case["combine"],
-        linear_cls=LinearWithBias,
-        init_linear=dense,
-        dtype=torch.float64,
-    )
+    tiled = tiled_like(dense, case, TiledLinearReturnBias, linear_cls=LinearWithBias)
     given, leaf = parts_of(x, case)
     result = tiled(given)
     if not case["combine"]:
