@@ -52,7 +52,7 @@ class PairedTiles(TiledLinearReturnBias):
 
 
 def tile_product(input_: Tensor, weight: Parameter) -> Tensor:
-    """``input_ @ weight.T``: ``[..., in_i]``, ``[out_o, in_i]`` -> ``[..., out_o]`` in the input's, or autocast's, dtype."""
+    """``input_ @ weight.T``: ``[..., in_i]``, ``[out_o, in_i]`` -> ``[..., out_o]``, in the dtype of input or autocast."""
     output: Tensor = _TileProduct.apply(autocast(input_), weight)
     return output
 
