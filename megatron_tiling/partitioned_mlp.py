@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
 from megatron_tiling.mlp import LAYERS, TiledMLP, activation_of, unfit
-from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
-from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart, regathered_in_backward
+from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear, column_input
+from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.
 ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "megatron_fsdp.")
@@ -50,7 +45,10 @@ class PartitionedMLP(TiledMLP):
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         activation = activation_of(self, scaled=per_token_scale is not None)
         scale = None if per_token_scale is None else per_token_scale.reshape(-1)
-        hidden, saving = _entered(fc1, hidden_states)
+        communicates = not fc1.explicit_expert_comm
+        hidden, saving = column_input(
+            hidden_states, communicates and fc1.sequence_parallel, communicates and fc1.allreduce_dgrad, fc1.tp_group
+        )
         output: Tensor | None = None
         with saving:
             for index, unit in enumerate(self.tiles):
@@ -58,10 +56,8 @@ class PartitionedMLP(TiledMLP):
                 columns = fc2.grid.columns(index)
                 bias = None if fc1.bias is None else fc1.bias.unflatten(0, (activation.halves, -1))[:, columns]
                 part = unit(hidden, activation=activation, bias=bias, scale=scale, keep=keep)
-                if output is None:
-                    output = part
-                else:  # the first sum is a new tensor, which nothing else holds
-                    output = output + part if index == 1 else output.add_(part)
+                # The first sum is a new tensor, which nothing else holds: the others are added in place.
+                output = part if output is None else output + part if index == 1 else output.add_(part)
         assert output is not None
         return output
 
@@ -111,16 +107,6 @@ def convert_partitioned_mlp(mlp: Any, keep: int | None = 0) -> str:
     mlp.__class__ = PARTITIONED_MLP_CLASSES[type(mlp)]
     mlp.keep = keep
     return ""
-
-
-def _entered(fc1: Any, hidden: Tensor) -> tuple[Tensor, AbstractContextManager[None]]:
-    """The input as fc1's product takes it, and the context in which it may be saved for the backward pass."""
-    if not fc1.explicit_expert_comm and fc1.sequence_parallel:
-        whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=fc1.tp_group)
-        return whole, regathered_in_backward(whole, hidden, fc1.tp_group)
-    if not fc1.explicit_expert_comm and fc1.allreduce_dgrad:
-        return copy_to_tensor_model_parallel_region(hidden, group=fc1.tp_group), nullcontext()
-    return hidden, nullcontext()
 
 
 def _is_engine_hook(hook: Callable[..., Any]) -> bool:

@@ -221,6 +221,10 @@ class _MLPTile(torch.autograd.Function):
             dgrad = (pre @ fc1).view(input_.shape)
         if needs_fc1:
             fc1_grad = pre.t() @ x
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        if scale_grad is not None:
+            scale_grad = scale_grad.to(scale.dtype)
         return dgrad, fc1_grad, fc2_grad, bias_grad, scale_grad, None, None
 
 
@@ -230,7 +234,7 @@ def _halves(pre: Tensor, activation: Activation) -> Tensor:
 
 
 @contextmanager
-def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
     """What runs inside keeps the rank's shard in place of the gathered input, as Megatron's layers do.
 
     The backward passes of all tiles together gather it once more.
@@ -262,14 +266,16 @@ def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessG
 class _Regathered:
     """An input that is gathered for the first tile that needs it in the backward pass, and dropped after the last."""
 
-    def __init__(self, shard: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, shard: Tensor, group: dist.ProcessGroup | None) -> None:
         self.shard, self.group = shard.contiguous(), group
         self.uses = self.left = 0
         self.full: Tensor | None = None
 
     def take(self) -> Tensor:
         if self.full is None:
-            self.full = self.shard.new_empty(self.shard.shape[0] * self.group.size(), *self.shard.shape[1:])
+            self.full = self.shard.new_empty(
+                self.shard.shape[0] * dist.get_world_size(self.group), *self.shard.shape[1:]
+            )
             dist.all_gather_into_tensor(self.full, self.shard, group=self.group)
             self.left = self.uses
         full = self.full
