@@ -172,10 +172,10 @@ class TiledLinear(torch.nn.Module):
             )
         for out_id, rows in enumerate(_slices(out_sizes)):
             for tile, columns in zip(self._row(out_id), _slices(in_sizes), strict=True):
-                _copy_param(tile.weight, weight[rows, columns])
+                copy_param(tile.weight, weight[rows, columns])
                 if tile.bias is not None:
                     assert isinstance(bias, Tensor)
-                    _copy_param(tile.bias, bias[rows])
+                    copy_param(tile.bias, bias[rows])
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -255,15 +255,20 @@ def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
     return getattr(tile.weight, "ds_shape", None) or tile.weight.shape  # type: ignore[return-value]
 
 
-def _copy_param(param: Any, value: Tensor) -> None:
-    with _gathered(param):
+def copy_param(param: Any, value: Tensor) -> None:
+    """Copy into a parameter, also one that ZeRO-3 has partitioned; that is a collective."""
+    with gathered(param, write=True):
         param.copy_(value)
 
 
-def _gathered(param: Any) -> AbstractContextManager[Any]:
+def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
+    """A parameter is whole inside, also one that ZeRO-3 has partitioned; that is a collective.
+
+    ``write`` keeps what was written: the values of data-parallel rank 0.
+    """
     if not hasattr(param, "ds_id"):
         return nullcontext()
     import deepspeed  # a parameter that ZeRO-3 owns: deepspeed is loaded already
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0)
-    return gathered
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0 if write else None)
+    return whole

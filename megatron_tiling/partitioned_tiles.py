@@ -1,0 +1,326 @@
+"""Tiles as modules that own their weights, for engines that partition parameters (ZeRO-3, FSDP).
+
+Such an engine gathers a module's parameters around its forward call, and again around the backward pass of what it
+returned. So each tile is one module, called once a forward pass, whose work is one autograd function.
+
+Hazard: an engine swaps a parameter's data or frees its storage between the two passes. These functions keep the
+parameter and read it again in the backward pass; a saved tensor would keep the gathered weight alive, or be empty.
+
+Depends on torch alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from megatron_tiling.activation import Activation
+from megatron_tiling.functional import flat
+from megatron_tiling.tiling import TiledLinearReturnBias, copy_param
+
+
+class _TileModule(torch.nn.Module):
+    """A module with tiles of weights: loaded with the dense weight they are part of, or by their own keys."""
+
+    weight_names: tuple[str, ...] = ("weight",)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in self.weight_names:
+            value, tile = state_dict.get(prefix + name), getattr(self, name)
+            if value is None or value.numel() == 0:  # ZeRO-3 saves nothing for what it has partitioned
+                continue
+            if tuple(value.shape) != tuple(whole_shape(tile)):
+                error_msgs.append(f"{prefix}{name}: cannot load {list(value.shape)} into {list(whole_shape(tile))}")
+            else:
+                with torch.no_grad():
+                    copy_param(tile, value)
+
+
+def whole_shape(parameter: Parameter) -> torch.Size:
+    """The shape of a parameter, also while ZeRO-3 has partitioned it away."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class WeightTile(_TileModule):
+    """One tile of a layer's weight. The bias, if any, is the layer's.
+
+    Args:
+        weight: ``[out_o, in_i]``; for a paired tile the gate's rows above the up's.
+    """
+
+    def __init__(self, weight: Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", None)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """``[..., in_i]`` -> ``[..., out_o]``, and no bias."""
+        return tile_product(input_, self.weight), None
+
+    def extra_repr(self) -> str:
+        return "in_features={1}, out_features={0}".format(*whole_shape(self.weight))
+
+
+class PairedTiles(TiledLinearReturnBias):
+    """Out-tiles ``[gate_o | up_o]``, joined as ``[gate | up]``."""
+
+    def _combine_output_splits(self, outputs: Iterable[tuple[Tensor, None]]) -> tuple[Tensor, None]:
+        gates, ups = zip(*(output.chunk(2, dim=-1) for output, _ in outputs), strict=True)
+        return torch.cat((*gates, *ups), dim=-1), None
+
+
+def tile_product(input_: Tensor, weight: Parameter) -> Tensor:
+    """``[..., in_i]`` and ``[out_o, in_i]`` -> ``input_ @ weight.T`` in the dtype of input or autocast."""
+    output: Tensor = _TileProduct.apply(autocast(input_), weight)
+    return output
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that autocast asks for, if it is on."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+class _TileProduct(torch.autograd.Function):
+    """The product of one tile. Tokens ``n`` = all dimensions but the last.
+
+    =======  ==========================================  ===========================
+    forward  x ``[n, in_i]``, W ``[out_o, in_i]``         y ``[n, out_o]`` = x W^T
+    dgrad    dy ``[n, out_o]``, W                         dx ``[n, in_i]`` = dy W
+    wgrad    dy, x                                        dW ``[out_o, in_i]`` = dy^T x
+    =======  ==========================================  ===========================
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, weight: Parameter) -> Tensor:
+        _, needs_wgrad = ctx.needs_input_grad
+        ctx.weight = weight
+        ctx.save_for_backward(input_ if needs_wgrad else None)
+        output = flat(input_) @ weight.to(input_.dtype).t()
+        return output.view(*input_.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (input_,) = ctx.saved_tensors
+        weight: Parameter = ctx.weight
+        needs_dgrad, needs_wgrad = ctx.needs_input_grad
+        dy = flat(grad_output)
+        dgrad = wgrad = None
+        if needs_dgrad:
+            dgrad = dy @ weight.to(dy.dtype)
+            dgrad = dgrad.view(*grad_output.shape[:-1], dgrad.shape[-1])
+        if needs_wgrad:
+            wgrad = (dy.t() @ flat(input_)).to(weight.dtype)
+        return dgrad, wgrad
+
+
+class MLPTile(_TileModule):
+    """Tile i of fc1 and tile i of fc2, gathered together: once forward and once backward.
+
+    Args:
+        fc1: ``[halves * f_i, h]``, of a gated linear unit the gate's rows above the up's.
+        fc2: ``[h_out, f_i]``.
+    """
+
+    weight_names = ("fc1", "fc2")
+
+    def __init__(self, fc1: Parameter, fc2: Parameter) -> None:
+        super().__init__()
+        self.fc1 = fc1
+        self.fc2 = fc2
+
+    def forward(
+        self,
+        input_: Tensor,
+        *,
+        activation: Activation | None = None,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        keep: bool = False,
+        part: str = "",
+    ) -> Tensor:
+        """``scale * activation(input_ @ fc1.T + bias) @ fc2.T``, or the product with one ``part``.
+
+        Args:
+            input_: ``[..., h]``; ``[..., f_i]`` for ``part="fc2"``.
+            activation: between fc1 and fc2.
+            bias: ``[halves, f_i]``, of fc1.
+            scale: ``[n]``, a factor for every token.
+            keep: keep the pre-activation for the backward pass, instead of computing it again.
+            part: ``"fc1"`` or ``"fc2"``, for layers that are called one by one.
+        """
+        if part:
+            return tile_product(input_, getattr(self, part))
+        assert activation is not None
+        output: Tensor = _MLPTile.apply(input_, self.fc1, self.fc2, bias, scale, activation, keep)
+        return output
+
+
+class MLPTilePart(_TileModule):
+    """A layer's tile whose weight is in an ``MLPTile``: stands in the layer's grid, and owns nothing."""
+
+    def __init__(self, unit: MLPTile, part: str) -> None:
+        super().__init__()
+        self._unit, self._part = (unit,), part  # in a tuple: not a submodule
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Parameter:
+        parameter: Parameter = getattr(self._unit[0], self._part)
+        return parameter
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        return self._unit[0](input_, part=self._part), None
+
+
+class _MLPTile(torch.autograd.Function):
+    """One tile of an MLP. Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear
+    unit twice as many in U, b and p.
+
+    ==========  =========================================  ================================
+    fc1         x ``[n, h]``, U ``[f, h]``                 p ``[n, f]`` = x U^T
+    activation  p, b ``[f]``, s ``[n]``                    a ``[n, f]`` = s * act(p + b)
+    fc2         a, W ``[h_out, f]``                        y ``[n, h_out]`` = a W^T
+    ----------  -----------------------------------------  --------------------------------
+    fc2 dgrad   dy ``[n, h_out]``, W                       da ``[n, f]`` = dy W
+    fc1         x, U                                       p, unless kept
+    activation  da, p, b, s                                p := dp, da := a, both in place
+    fc2 wgrad   dy, a                                      dW ``[h_out, f]`` = dy^T a
+    fc1 dgrad   dp, U                                      dx ``[n, h]`` = dp U
+    fc1 wgrad   dp, x                                      dU ``[f, h]`` = dp^T x
+    ==========  =========================================  ================================
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_: Tensor,
+        fc1: Parameter,
+        fc2: Parameter,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        activation: Activation,
+        keep: bool,
+    ) -> Tensor:
+        pre = flat(input_) @ fc1.t()
+        activated = pre.new_empty(pre.shape[0], fc2.shape[1])
+        activation.forward(_halves(pre, activation), bias, scale, activated)
+        output = activated @ fc2.t()
+        ctx.activation, ctx.kept_is_intact = activation, keep
+        ctx.fc1, ctx.fc2 = fc1, fc2
+        needs_input = ctx.needs_input_grad[1] or not keep
+        ctx.save_for_backward(input_ if needs_input else None, bias, scale, pre if keep else None)
+        return output.view(*input_.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input_, bias, scale, kept = ctx.saved_tensors
+        needs_dgrad, needs_fc1, needs_fc2, needs_bias, needs_scale, *_ = ctx.needs_input_grad
+        needs_activation_grad = needs_dgrad or needs_fc1 or needs_bias or needs_scale
+        fc1, fc2, activation = ctx.fc1, ctx.fc2, ctx.activation
+        dy = flat(grad_output).contiguous()
+
+        if ctx.kept_is_intact:  # the gradient will overwrite it
+            pre = kept.detach().data
+            ctx.kept_is_intact = False
+        elif input_ is None:
+            raise RuntimeError(
+                "a second backward pass through an MLP whose fc1 is frozen, after the first one used up the kept "
+                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+            )
+        else:
+            pre = flat(input_) @ fc1.t()
+        bias_grad = scale_grad = dgrad = fc1_grad = fc2_grad = None
+        if needs_activation_grad:
+            activated = dy @ fc2
+            bias_grad, scale_grad = activation.backward(
+                _halves(pre, activation), bias, scale, activated, bias_grad=needs_bias, scale_grad=needs_scale
+            )
+        else:
+            activated = pre.new_empty(pre.shape[0], fc2.shape[1])
+            activation.forward(_halves(pre, activation), bias, scale, activated)
+        if needs_fc2:
+            fc2_grad = dy.t() @ activated
+        del activated
+        if needs_dgrad:
+            dgrad = (pre @ fc1).view(*grad_output.shape[:-1], fc1.shape[1])
+        if needs_fc1:
+            fc1_grad = pre.t() @ flat(input_)
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        if scale_grad is not None:
+            scale_grad = scale_grad.to(scale.dtype)
+        return dgrad, fc1_grad, fc2_grad, bias_grad, scale_grad, None, None
+
+
+def _halves(pre: Tensor, activation: Activation) -> Tensor:
+    """``[n, halves * f]`` -> ``[halves, n, f]``, a view."""
+    return pre.unflatten(1, (activation.halves, -1)).transpose(0, 1)
+
+
+@contextmanager
+def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What runs inside keeps the rank's shard in place of the gathered input, as Megatron's layers do.
+
+    The backward passes of all tiles together gather it once more.
+
+    Args:
+        gathered: ``[s, ...]``; recognised by its storage, also in views of it.
+        shard: ``[s/tp, ...]``, what it was gathered from.
+        group: the tensor-parallel group.
+    """
+    if gathered.numel() == 0:
+        yield
+        return
+    storage = gathered.untyped_storage().data_ptr()
+    again = _Regathered(shard.detach(), group)
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        again.uses += 1
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(saved: Any) -> Tensor:
+        return saved if isinstance(saved, Tensor) else again.take().as_strided(*saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _Regathered:
+    """An input that is gathered for the first tile that needs it in the backward pass, and dropped after the last."""
+
+    def __init__(self, shard: Tensor, group: dist.ProcessGroup | None) -> None:
+        self.shard, self.group = shard.contiguous(), group
+        self.uses = self.left = 0
+        self.full: Tensor | None = None
+
+    def take(self) -> Tensor:
+        if self.full is None:
+            self.full = self.shard.new_empty(
+                self.shard.shape[0] * dist.get_world_size(self.group), *self.shard.shape[1:]
+            )
+            dist.all_gather_into_tensor(self.full, self.shard, group=self.group)
+            self.left = self.uses
+        full = self.full
+        self.left -= 1
+        if self.left == 0:
+            self.full = None
+        return full
