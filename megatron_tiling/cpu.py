@@ -135,6 +135,7 @@ def _patch_torch() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.random.get_rng_state = cuda.get_rng_state
+    _patch_device_meshes()
 
 
 def _patch_device_names() -> None:
@@ -162,6 +163,19 @@ def _patch_device_names() -> None:
     tensor: Any = torch.Tensor
     tensor.to, tensor.type = to, type_
     tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _patch_device_meshes() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    def on_cpu(from_group: Callable[..., DeviceMesh]) -> Any:
+        def call(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+            return from_group(group, "cpu" if _names_cuda(device_type) else device_type, *args, **kwargs)
+
+        return staticmethod(call)
+
+    mesh: Any = DeviceMesh
+    mesh.from_group = on_cpu(mesh.from_group)  # both FSDPs make their meshes of Megatron's groups
 
 
 def _saving_worker(*args: Any) -> None:
