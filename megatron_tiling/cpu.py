@@ -209,7 +209,8 @@ def _patch_training() -> None:
     from megatron_tiling.compat import drop_cuda_kernel_builds
 
     drop_cuda_kernel_builds()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists, for TP > 1 ...
+    if not {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(sys.argv):  # which want anything but 1
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists, for TP > 1 ...
     arguments.get_device_arch_version = lambda: 8  # ... on what it takes for an Ampere GPU
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # warm-up; its random draws depend on TP

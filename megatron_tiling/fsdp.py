@@ -22,7 +22,9 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
 from torch.nn import Parameter
 
-from megatron_tiling.partitioned_tiles import WeightTile
+from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+
+TILES = (WeightTile, MLPTile)
 
 Unit = tuple[list[Parameter], bool]
 
@@ -44,9 +46,9 @@ def _around(stock: Callable[..., None], constructor: Callable[..., None]) -> Cal
     return init
 
 
-def tiles_of(module: torch.nn.Module) -> list[WeightTile]:
-    """The tiles in a model, in the order of their names."""
-    return [tile for tile in module.modules() if isinstance(tile, WeightTile)]
+def tiles_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The tiles in a model, those of fc1 and fc2 in a tiled MLP two by two."""
+    return [tile for tile in module.modules() if isinstance(tile, TILES)]
 
 
 def _init_megatron_fsdp(
@@ -61,8 +63,8 @@ def _init_megatron_fsdp(
 ) -> None:
     tiles = tiles_of(module)
     by_tiles = fsdp_unit_modules is None and bool(tiles)
-    units = [WeightTile] if by_tiles else fsdp_unit_modules
-    largest = max((tile.weight.numel() for tile in tiles), default=0)
+    units = list(TILES) if by_tiles else fsdp_unit_modules
+    largest = max((sum(p.numel() for p in tile.parameters()) for tile in tiles), default=0)
     stock(self, config, ddp_config, module, units, *args, **kwargs)
     if by_tiles:
         gather_in_order_of_use(self.module)
@@ -115,7 +117,8 @@ def shard_tiles(module: torch.nn.Module, group: ProcessGroup, reshard_after_forw
     tiles = tiles_of(module)
     mesh = DeviceMesh.from_group(group, "cuda") if tiles else None
     for tile in tiles:
-        attributes = dict(vars(tile.weight))
+        attributes = {name: dict(vars(parameter)) for name, parameter in tile.named_parameters()}
         fully_shard(tile, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        for name, value in attributes.items():  # FSDP2 makes a new parameter, without Megatron's attributes
-            setattr(tile.weight, name, value)
+        for name, parameter in tile.named_parameters():  # new ones, without Megatron's attributes
+            for attribute, value in attributes[name].items():
+                setattr(parameter, attribute, value)
