@@ -68,6 +68,8 @@ def with_default_args(argv: Sequence[str]) -> list[str]:
     ['--distributed-backend=mpi']
     """
     given = {argument.partition("=")[0] for argument in argv}
+    if "--use-megatron-fsdp" in given:
+        argv = [*argv, "--no-gradient-reduce-div-fusion"]  # gloo cannot multiply while it adds
     missing = [
         (flag, value) for flag, value in zip(DEFAULT_ARGS[::2], DEFAULT_ARGS[1::2], strict=True) if flag not in given
     ]
