@@ -4,10 +4,10 @@ Megatron wraps a model for either of them layer by layer, and so a whole layer i
 wrappers' constructors come to take each tile of a partitioned layer for a unit: what is gathered is the tile in use,
 the one after it, and the untiled rest (norms, biases, embeddings, layers left dense) as far as Megatron gathers it.
 
-* Megatron-FSDP (``FullyShardedDataParallel``) takes classes of units, of which the outermost counts, so the tiles are
-  the only ones that it is given. It would prefetch some 500 million parameters ahead, in the order of their names:
-  every tile of a layer, in another order than they are used in. Here a tile is followed by the one that followed it
-  the last time.
+* Megatron-FSDP (``FullyShardedDataParallel``) takes classes of units, of which the outermost counts, so it is not
+  given layers. What is in no unit stays gathered: linear layers left dense are units too, if they have no bias (the
+  bias is added by others, after the layer let it go). It would prefetch some 500 million parameters, in the order of
+  their names, which is not the one of their use; here it gathers one unit ahead, the one that followed last time.
 * torch FSDP2 (``TorchFullyShardedDataParallel``) needs inner modules sharded before outer ones, which Megatron's
   wrapper does the other way round: tiles are sharded before it starts. FSDP2 itself prefetches one unit ahead.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import FullyShardedDataParallel, TorchFullyShardedDataParallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
 from torch.nn import Parameter
@@ -25,8 +26,16 @@ from torch.nn import Parameter
 from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
 
 TILES = (WeightTile, MLPTile)
+DENSE = (ColumnParallelLinear, RowParallelLinear)
 
-Unit = tuple[list[Parameter], bool]
+
+class _UnitType(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(module, TILES) or (type(module) in DENSE and module.bias is None)
+
+
+class Unit(metaclass=_UnitType):
+    """What Megatron-FSDP gathers as one, as it asks for it: a class."""
 
 
 def shard_by_tiles() -> None:
@@ -63,7 +72,7 @@ def _init_megatron_fsdp(
 ) -> None:
     tiles = tiles_of(module)
     by_tiles = fsdp_unit_modules is None and bool(tiles)
-    units = list(TILES) if by_tiles else fsdp_unit_modules
+    units = [Unit] if by_tiles else fsdp_unit_modules
     largest = max((sum(p.numel() for p in tile.parameters()) for tile in tiles), default=0)
     stock(self, config, ddp_config, module, units, *args, **kwargs)
     if by_tiles:
@@ -79,20 +88,20 @@ def gather_in_order_of_use(fsdp: Any) -> None:
     """
     stock = fsdp.all_gather_and_wait_parameters_ready
     buffer = fsdp.param_and_grad_buffer
-    followers: dict[tuple[Parameter, bool], Unit] = {}
+    followers: dict[tuple[Parameter, bool], tuple[list[Parameter], bool]] = {}
     last: tuple[Parameter, bool] | None = None
 
-    def gather(params: list[Parameter], *args: Any, prefetch: bool = True, bwd: bool = False, **kwargs: Any) -> None:
+    def gather(params: list[Parameter], prefetch: bool = True, *, bwd: bool = False, **options: Any) -> None:
         nonlocal last
-        stock(params, *args, prefetch=False, bwd=bwd, **kwargs)
-        if not params or buffer.parameter_groups[buffer.param_to_param_group[params[0]]].fsdp_unit_id is None:
+        stock(params, prefetch=False, bwd=bwd, **options)
+        if not params or buffer.parameter_groups[buffer.param_to_param_group[params[0]]].fsdp_unit_id in (None, -1):
             return
         if last is not None:
             followers[last] = (params, bwd)
         last = (params[0], bwd)
         if last in followers:
             ahead, ahead_bwd = followers[last]
-            stock(ahead, *args, prefetch=False, wait_bucket_ready=False, bwd=ahead_bwd, **kwargs)
+            stock(ahead, prefetch=False, bwd=ahead_bwd, **(options | {"wait_bucket_ready": False}))
 
     fsdp.all_gather_and_wait_parameters_ready = gather
 

@@ -8,7 +8,6 @@ import pytest
 from launch import torchrun
 from test_training import COMMON, ITERATIONS, LLAMA, SCRIPTS, free_port, losses
 
-#: The dense runs need no FSDP: each kind's flags are those of the tiled one.
 KINDS = {
     "dense": "--no-gradient-accumulation-fusion",
     "Megatron-FSDP": "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
@@ -17,16 +16,17 @@ KINDS = {
 }
 FSDPS = tuple(KINDS)[1:]
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
+#: Ranks, flags of all runs, flags of the tiled ones.
 LAYOUTS = {
-    "DP=2": (2, LLAMA),
-    "TP=2, DP=2": (4, f"--tensor-model-parallel-size 2 --sequence-parallel {GELU}"),
+    "DP=2": (2, LLAMA, "--tiled-linear-modules qkv fc1 fc2 output"),
+    "TP=2, DP=2": (4, f"--tensor-model-parallel-size 2 --sequence-parallel {GELU}", ""),
 }
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What every kind of run prints on rank 0 and on the last rank, which has the losses."""
-    world, flags = LAYOUTS[request.param]
+    world, flags, tiling = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("fsdp")
     runs = [
         {
@@ -37,6 +37,7 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "env": {} if kind == "dense" else {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
             "argv": [
                 *[str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra.split()],
+                *([] if kind == "dense" else tiling.split()),
                 *["--train-iters", str(ITERATIONS), "--global-batch-size", "8"],
             ],
         }
