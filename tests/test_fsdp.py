@@ -18,8 +18,8 @@ FSDPS = tuple(KINDS)[1:]
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
 #: Ranks, flags of all runs, flags of the tiled ones.
 LAYOUTS = {
-    "DP=2": (2, LLAMA, "--tiled-linear-modules qkv fc1 fc2 output"),
-    "TP=2, DP=2": (4, f"--tensor-model-parallel-size 2 --sequence-parallel {GELU}", ""),
+    "DP=2": (2, f"--global-batch-size 8 {LLAMA}", "--tiled-linear-modules qkv fc1 fc2 output"),
+    "TP=2, DP=2": (4, f"--global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {GELU}", ""),
 }
 
 
@@ -38,7 +38,7 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "argv": [
                 *[str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra.split()],
                 *([] if kind == "dense" else tiling.split()),
-                *["--train-iters", str(ITERATIONS), "--global-batch-size", "8"],
+                *["--train-iters", str(ITERATIONS)],
             ],
         }
         for kind, extra in KINDS.items()
