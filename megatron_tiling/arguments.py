@@ -24,8 +24,6 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, "local"),
         "tiled layers are not built from this implementation's specs; use --transformer-impl local",
     ),
-    ("use_megatron_fsdp", (None, False), "tiles are not sharded by Megatron-FSDP; use --use-distributed-optimizer"),
-    ("use_torch_fsdp2", (None, False), "tiles are not sharded by FSDP2; use --use-distributed-optimizer"),
     (
         "defer_embedding_wgrad_compute",
         (None, False),
@@ -36,6 +34,34 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "expert_tensor_parallel_num_weight_shards",
         (None, 1),
         "a tiled layer needs its weight whole; leave this flag out",
+    ),
+)
+
+#: The same where Megatron-FSDP or torch FSDP2 is to shard the tiles.
+UNSUPPORTED_WHEN_SHARDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("tiled_linear_storage", (None, "auto", "partitioned"), "only partitioned tiles are sharded; leave it out"),
+    ("save", (None,), "the shards of tiles are not mapped to a dense checkpoint; leave it out"),
+    ("load", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
+    ("pretrained_checkpoint", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
+    ("init_model_with_meta_device", (None, False), "tiles are cut from weights that exist; leave it out"),
+    (
+        "overlap_moe_expert_parallel_comm",
+        (None, False),
+        "it runs parts of a layer past the modules that tiles are sharded by; leave it out",
+    ),
+)
+UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "data_parallel_sharding_strategy",
+        ("optim_grads_params",),
+        "weights stay whole, and tiles are not sharded; give --data-parallel-sharding-strategy optim_grads_params",
+    ),
+    ("nccl_ub", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
+    ("fsdp_double_buffer", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
+    (
+        "megatron_fsdp_max_pool_double_buffer",
+        (None, False),
+        "its buffers are of one size, and tiles are not; leave it out",
     ),
 )
 
@@ -118,11 +144,8 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             if getattr(args, attribute) not in (None, False):
                 raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
         return None
-    for attribute, supported, remedy in UNSUPPORTED:
-        value = getattr(args, attribute, None)
-        if value not in supported:
-            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
-            raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
+    _refuse(args, UNSUPPORTED, "--use-tiled-linear")
+    _check_sharding(args)
     config = TilingConfig.from_args(args)
     optimizer = getattr(args, "optimizer", None)
     if config.partitioned and optimizer not in (None, "adam", "sgd"):
@@ -137,6 +160,28 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             "have more; lower it"
         )
     return config
+
+
+def _refuse(args: Namespace, unsupported: tuple[tuple[str, tuple[Any, ...], str], ...], beside: str) -> None:
+    for attribute, supported, remedy in unsupported:
+        value = getattr(args, attribute, None)
+        if value not in supported:
+            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
+            raise ValueError(f"{beside} with {flag}: {remedy}")
+
+
+def _check_sharding(args: Namespace) -> None:
+    if getattr(args, "use_megatron_fsdp", False):
+        beside = "--use-tiled-linear --use-megatron-fsdp"
+        _refuse(args, UNSUPPORTED_WITH_MEGATRON_FSDP, beside)
+        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
+    if getattr(args, "use_torch_fsdp2", False):
+        beside = "--use-tiled-linear --use-torch-fsdp2"
+        if not getattr(args, "torch_fsdp2_reshard_after_forward", True):
+            raise ValueError(
+                f"{beside} with --torch-fsdp2-no-reshard-after-forward: all tiles would stay gathered; leave it out"
+            )
+        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
 
 
 def micro_batch_tokens(args: Namespace) -> int | None:

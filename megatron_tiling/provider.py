@@ -110,6 +110,10 @@ def _prepare(args: Namespace) -> None:
     """What a tiled run needs of Megatron beyond its layers."""
     partitioned = storage_of(args) == "partitioned"  # by an engine, which owns the gradients too
     args.tiled_linear_fuse_wgrad = args.gradient_accumulation_fusion and not partitioned
+    if partitioned:
+        from megatron_tiling.fsdp import shard_by_tiles
+
+        shard_by_tiles()
     if args.gradient_accumulation_fusion and not _found("fused_weight_gradient_mlp_cuda"):
         args.gradient_accumulation_fusion = False  # or the constructors of stock's layers raise
         _print_rank_0(

@@ -4,6 +4,7 @@
 
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
+With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: see benchmarks/gathered.py.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
 ``kill_while_saving``.
@@ -42,6 +43,18 @@ def count_gemms() -> None:
         module.gemm_into = counted
     torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
         print(f"GEMMs: {counts['gemm']}"),
+        stop(),
+    )
+
+
+def print_gathered() -> None:
+    """Print, as the run ends, what was gathered at once."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    import gathered
+
+    most = gathered.watch()
+    torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
+        print(most),
         stop(),
     )
 
@@ -96,6 +109,8 @@ def train(run: dict[str, Any]) -> None:
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
         count_gemms()
+        if run.get("gathered"):
+            print_gathered()
         if "kill" in run:
             kill_while_saving(**run["kill"])
         if run.get("runner", True):
