@@ -256,14 +256,18 @@ def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
 
 
 def _copy_param(param: Any, value: Tensor) -> None:
-    with _gathered(param):
+    with gathered(param, write=True):
         param.copy_(value)
 
 
-def _gathered(param: Any) -> AbstractContextManager[Any]:
+def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
+    """A parameter is whole inside, also one that ZeRO-3 has partitioned; that is a collective.
+
+    ``write`` keeps what was written: the values of data-parallel rank 0.
+    """
     if not hasattr(param, "ds_id"):
         return nullcontext()
     import deepspeed  # a parameter that ZeRO-3 owns: deepspeed is loaded already
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0)
-    return gathered
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0 if write else None)
+    return whole
