@@ -149,10 +149,10 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
         fp32_accumulate: bool = False,
         **kwargs: Any,
     ) -> None:
-        with _own_wgrad_fusion(self, kwargs["config"]):
+        with own_wgrad_fusion(self, kwargs["config"]):
             super().__init__(*args, **kwargs)
         self.set_tiles(
-            *_chosen(self.default_splits, in_splits, out_splits),
+            *chosen_splits(self.default_splits, in_splits, out_splits),
             combine_out_splits=combine_out_splits,
             paired=kwargs.get("tp_comm_buffer_name") == "fc1" and getattr(self.config, "gated_linear_unit", False),
             fp32_accumulate=fp32_accumulate,
@@ -221,10 +221,10 @@ class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
         fp32_accumulate: bool = False,
         **kwargs: Any,
     ) -> None:
-        with _own_wgrad_fusion(self, kwargs["config"]):
+        with own_wgrad_fusion(self, kwargs["config"]):
             super().__init__(*args, **kwargs)
         self.set_tiles(
-            *_chosen(self.default_splits, in_splits, out_splits),
+            *chosen_splits(self.default_splits, in_splits, out_splits),
             combine_out_splits=combine_out_splits,
             fp32_accumulate=fp32_accumulate,
         )
@@ -287,7 +287,8 @@ class _TileView(torch.nn.Module):
         return torch.nn.functional.linear(input_, self.weight), self.bias
 
 
-def _chosen(default: tuple[int, int], in_splits: int | None, out_splits: int | None) -> tuple[int, int]:
+def chosen_splits(default: tuple[int, int], in_splits: int | None, out_splits: int | None) -> tuple[int, int]:
+    """The keywords of a constructor, or the class's own grid where they are not given."""
     return (default[0] if in_splits is None else in_splits, default[1] if out_splits is None else out_splits)
 
 
@@ -298,7 +299,7 @@ def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_wgrad_fusion(layer: Any, config: Any) -> Iterator[None]:
+def own_wgrad_fusion(layer: Any, config: Any) -> Iterator[None]:
     """Build a stock layer whose fusion is ours: stock's constructor refuses fusion where apex is missing."""
     wanted = config.gradient_accumulation_fusion
     config.gradient_accumulation_fusion = False
