@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tiling.partitioned import PARTITIONED_CLASSES
 from megatron_tiling.tiling import gathered
 from megatron_tiling.zero3_config import (
     Config,
@@ -29,9 +30,6 @@ from megatron_tiling.zero3_config import (
     pointless_settings,
     with_thresholds,
 )
-
-
-PARTITIONED: tuple[type, ...] = ()
 
 
 class ModelParallelUnit:
@@ -236,8 +234,8 @@ def available_host_memory() -> int:
 def _tiles_by_layer(model: torch.nn.Module) -> Iterator[list[Tensor]]:
     """The tile weights of each partitioned layer."""
     for module in model.modules():
-        if isinstance(module, PARTITIONED):
-            yield [weight for name, weight in module.named_parameters() if name.endswith("weight")]
+        if isinstance(module, tuple(PARTITIONED_CLASSES.values())):
+            yield list(module.tiles.parameters())
 
 
 def _print_rank_0(message: str) -> None:
