@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, TilingConfig
+from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, STORAGES, TilingConfig
 
 #: Flags that mean nothing without --use-tiled-linear; all of them default to None or False.
 COMPANIONS = {
@@ -14,6 +14,7 @@ COMPANIONS = {
     "tiled_mlp_keep": "--tiled-mlp-keep",
     "tiled_head_memory_mib": "--tiled-head-memory-mib",
     "tiled_head_tokens": "--tiled-head-tokens",
+    "tiled_linear_storage": "--tiled-linear-storage",
 }
 
 #: Megatron flags that tiled layers do not work with: attribute, values that are fine, what to do instead.
@@ -78,7 +79,8 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "--tiled-mlp-keep",
         metavar="N|all",
         help="Tiles of an MLP that keep their pre-activations for the backward pass; the others compute their fc1 "
-        "product again. 0 takes the least memory. Default all: nothing but the activation is computed again.",
+        "product again. 0 takes the least memory. Default all: nothing but the activation is computed again; 0 where "
+        "tiles are partitioned.",
     )
     group.add_argument(
         "--tiled-head-memory-mib",
@@ -92,6 +94,12 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         metavar="N",
         help="Tokens of one tile of logits. Default: chosen from --tiled-head-memory-mib.",
+    )
+    group.add_argument(
+        "--tiled-linear-storage",
+        choices=("auto", *STORAGES),
+        help="Resident tiles are parts of the stock weight; partitioned ones are parameters of their own, which an "
+        "engine (ZeRO-3, FSDP) gathers one by one. Default auto: partitioned where Megatron's flags partition weights.",
     )
     return parser
 

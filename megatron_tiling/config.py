@@ -4,13 +4,15 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 COLUMN_MODULES = ("qkv", "fc1", "output")
 ROW_MODULES = ("proj", "fc2")
 MODULES = ("qkv", "proj", "fc1", "fc2", "output")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 272
+Storage = Literal["resident", "partitioned"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -37,17 +39,28 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     return splits
 
 
-def parse_keep(keep: str | None) -> int | None:
-    """``"all"`` -> ``None``, ``"2"`` -> 2.
+def parse_keep(keep: str | None) -> int | Literal["all"] | None:
+    """``"all"``, ``"2"`` -> 2, or ``None``.
 
     Raises:
         ValueError: anything else.
     """
     if keep is None or keep == "all":
-        return None
+        return keep  # type: ignore[return-value]
     if not (keep.isascii() and keep.isdigit()):
         raise ValueError(f"--tiled-mlp-keep {keep}: write a number of tiles, or all")
     return int(keep)
+
+
+def storage_of(args: Namespace) -> Storage:
+    """Where tiles live: as ``--tiled-linear-storage`` says, or partitioned where Megatron's flags partition weights."""
+    chosen: str | None = args.tiled_linear_storage
+    if chosen in STORAGES:
+        return chosen
+    megatron_fsdp = getattr(args, "use_megatron_fsdp", False)
+    shards_weights = getattr(args, "data_parallel_sharding_strategy", None) == "optim_grads_params"
+    torch_fsdp2 = getattr(args, "use_torch_fsdp2", False)
+    return "partitioned" if torch_fsdp2 or (megatron_fsdp and shards_weights) else "resident"
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,12 @@ class TilingConfig:
             without apex). ``None`` follows the built layers' own setting.
         fp32_accumulate: sum over tiles in float32 where activations are narrower.
         mlp_keep: tiles of an MLP that keep their pre-activations for the backward pass, the others recompute their
-            fc1 product; ``None`` is all of them.
+            fc1 product; ``"all"``. ``None`` keeps all of them where weights are resident, none where partitioned.
         head_memory_mib: bound for what the LM head's loss holds at once: a tile of logits and the float32 sum of the
             input gradient.
         head_tokens: tokens of one tile of logits; ``None`` lets the bound choose.
+        storage: ``"partitioned"`` makes each tile a parameter of its own, for an engine (ZeRO-3, FSDP) that gathers
+            it around its use.
 
     Raises:
         ValueError: on any value out of range, naming the flag to change.
@@ -77,9 +92,10 @@ class TilingConfig:
     splits: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
-    mlp_keep: int | None = None
+    mlp_keep: int | Literal["all"] | None = None
     head_memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
     head_tokens: int | None = None
+    storage: Storage = "resident"
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -88,7 +104,7 @@ class TilingConfig:
             ("--tiled-head-memory-mib", self.head_memory_mib, 1),
             ("--tiled-head-tokens", self.head_tokens, 1),
         ):
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise ValueError(f"{flag} {value}: must be at least {least}")
         unknown = [module for module in self.modules if module not in MODULES]
         if unknown or not self.modules:
@@ -106,6 +122,35 @@ class TilingConfig:
                     f"--tiled-linear-splits {module}={in_splits}x{out_splits}: both numbers must be at least 1"
                 )
 
+        if self.storage not in STORAGES:
+            raise ValueError(f"--tiled-linear-storage {self.storage}: choose from auto, {', '.join(STORAGES)}")
+        if self.partitioned:
+            self._refuse_with_partitioned()
+
+    def _refuse_with_partitioned(self) -> None:
+        for flag, given, remedy in (
+            ("--tiled-linear-fp32-accumulate", self.fp32_accumulate, "autograd sums over partitioned tiles"),
+            ("--tiled-head-tokens", self.head_tokens is not None, "a partitioned output layer makes whole logits"),
+            (
+                "--tiled-head-memory-mib",
+                self.head_memory_mib != DEFAULT_HEAD_MEMORY_MIB,
+                "a partitioned output layer makes whole logits",
+            ),
+        ):
+            if given:
+                raise ValueError(f"{flag}: {remedy}; leave it out, or give --tiled-linear-storage resident")
+
+    @property
+    def partitioned(self) -> bool:
+        return self.storage == "partitioned"
+
+    @property
+    def kept_tiles(self) -> int | None:
+        """``mlp_keep`` as a number; ``None`` is all of them."""
+        if self.mlp_keep is None:
+            return 0 if self.partitioned else None
+        return None if self.mlp_keep == "all" else self.mlp_keep
+
     @classmethod
     def from_args(cls, args: Namespace, **overrides: Any) -> Self:
         """From the namespace that Megatron's parser returns, with the flags of ``arguments.py`` in it."""
@@ -119,6 +164,7 @@ class TilingConfig:
                 DEFAULT_HEAD_MEMORY_MIB if args.tiled_head_memory_mib is None else args.tiled_head_memory_mib
             ),
             "head_tokens": args.tiled_head_tokens,
+            "storage": storage_of(args),
         }
         return cls(**(settings | overrides))
 

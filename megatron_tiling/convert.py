@@ -1,7 +1,8 @@
 """tile(model, config): a built model's linear layers, MLPs and LM head become tiled ones, in place.
 
-Nothing is drawn, copied or moved: the class and the grid of a module are set. To be called before the model is
-wrapped by Float16Module and DDP.
+Nothing is drawn, copied or moved: the class and the grid of a module are set. (With partitioned storage a weight is
+copied into its tiles and freed, one layer after another.) To be called before the model is wrapped by Float16Module,
+DDP, FSDP or an engine.
 """
 
 import re
@@ -18,6 +19,8 @@ from megatron_tiling.grid import ALIGNMENT, TileGrid
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.lm_head import convert_head
 from megatron_tiling.mlp import convert_mlp
+from megatron_tiling.partitioned import PARTITIONED_CLASSES, make_partitioned
+from megatron_tiling.partitioned_mlp import PartitionedMLP, convert_partitioned_mlp
 
 #: Attribute name of a layer in its parent module -> the module name that flags use.
 MODULE_OF_ATTRIBUTE = {
@@ -35,6 +38,7 @@ MODULE_OF_ATTRIBUTE = {
 #: Multi-latent attention asks whether these are stock layers, by exact class.
 MLA_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 TILED_CLASSES = {ColumnParallelLinear: TiledColumnParallelLinear, RowParallelLinear: TiledRowParallelLinear}
+PARTITIONED = tuple(PARTITIONED_CLASSES.values())
 
 
 @dataclass(frozen=True)
@@ -73,30 +77,41 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
         ValueError: a grid does not fit a layer's shard, naming layer, number, limit and flag. No layer is changed.
     """
     reports, chosen = [], []
+    tied = _tied_output_layers(model)
     for name, layer in _linear_layers(model):
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
         shape, size = _shard_shape(layer), _element_size(layer)
+        if isinstance(layer, PARTITIONED):  # built so, from a spec
+            reports.append(LayerReport(name, shape, layer.grid, size))
+            continue
         reason = _reason_to_stay_dense(name, layer, module, config)
+        if not reason and config.partitioned and layer in tied:
+            reason = "tied to the embedding, whose weight stays whole"
         if module is None or reason:
             reports.append(LayerReport(name, shape, None, size, reason))
             continue
-        grid = _grid(name, module, shape, config)
-        if module == "fc2" and config.mlp_keep is not None and config.mlp_keep > grid.in_splits:
+        paired = config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
+        grid = _grid(name, module, shape, config, paired)
+        if module == "fc2" and config.kept_tiles is not None and config.kept_tiles > grid.in_splits:
             raise ValueError(
-                f"--tiled-mlp-keep {config.mlp_keep}: {name} has {grid.in_splits} tiles; give at most that many, or all"
+                f"--tiled-mlp-keep {config.kept_tiles}: {name} has {grid.in_splits} tiles; "
+                "give at most that many, or all"
             )
         chosen.append((layer, grid))
         reports.append(LayerReport(name, shape, grid, size))
     for layer, grid in chosen:
-        make_tiled(layer, grid.in_splits, grid.out_splits, config)
-    notes = _convert_mlps(model, config) | _convert_heads(model, config)
+        if config.partitioned:
+            make_partitioned(layer, grid)
+        else:
+            make_tiled(layer, grid.in_splits, grid.out_splits, config)
+    notes = _convert_heads(model, config) | _convert_mlps(model, config)
     return [replace(report, note=report.note or notes.get(report.name, "")) for report in reports]
 
 
-def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig) -> TileGrid:
+def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, paired: bool) -> TileGrid:
     in_splits, out_splits = config.splits_of(module)
     try:
-        return TileGrid(shape[1], shape[0], in_splits, out_splits, alignment=ALIGNMENT)
+        return TileGrid(shape[1], shape[0], in_splits, out_splits, paired, ALIGNMENT)
     except ValueError as error:
         flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
         value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor)
@@ -113,22 +128,31 @@ def _convert_mlps(model: torch.nn.Module, config: TilingConfig) -> dict[str, str
         children = ("linear_fc1", "linear_fc2")
         tiled = (TiledColumnParallelLinear, TiledRowParallelLinear)
         if isinstance(mlp, MLP) and any(isinstance(getattr(mlp, child), tiled) for child in children):
-            reason = convert_mlp(mlp, config.mlp_keep)
-            kept = "all" if config.mlp_keep is None else str(config.mlp_keep)
+            partitioned = isinstance(mlp.linear_fc1, PARTITIONED)
+            if isinstance(mlp, PartitionedMLP):
+                reason = ""
+            else:
+                reason = (convert_partitioned_mlp if partitioned else convert_mlp)(mlp, config.kept_tiles)
+            kept = "all" if config.kept_tiles is None else str(config.kept_tiles)
             note = f"stock MLP: {reason}" if reason else f"TiledMLP, keep {kept}"
+            if partitioned:
+                note = f"partitioned, {note}"
             notes |= {f"{name}.{child}".removeprefix("."): note for child in children}
     return notes
 
 
 def _convert_heads(model: torch.nn.Module, config: TilingConfig) -> dict[str, str]:
-    """Notes by the names of output layers."""
-    notes: dict[str, str] = {}
+    """Notes by the names of output layers, and of partitioned layers outside MLPs."""
+    notes = {name: "partitioned" for name, layer in model.named_modules() if isinstance(layer, PARTITIONED)}
     for name, module in model.named_modules():
         if isinstance(module, LanguageModule) and isinstance(
             getattr(module, "output_layer", None), TiledColumnParallelLinear
         ):
-            reason = convert_head(module, config)
-            note = f"logits whole: {reason}" if reason else "loss in tiles of logits"
+            if isinstance(module.output_layer, PARTITIONED):
+                note = "partitioned, logits whole"
+            else:
+                reason = convert_head(module, config)
+                note = f"logits whole: {reason}" if reason else "loss in tiles of logits"
             notes[f"{name}.output_layer".removeprefix(".")] = note
     return notes
 
@@ -179,6 +203,15 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
     if module not in config.modules:
         return "not in --tiled-linear-modules"
     return ""
+
+
+def _tied_output_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    models = [module for module in model.modules() if isinstance(module, LanguageModule)]
+    return [
+        module.output_layer
+        for module in models
+        if getattr(module, "share_embeddings_and_output_weights", False) and hasattr(module, "output_layer")
+    ]
 
 
 def _shard_shape(layer: torch.nn.Module) -> tuple[int, int]:

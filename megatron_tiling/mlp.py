@@ -8,7 +8,7 @@ wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
     unfused_quick_gelu: "quick_gelu",
     squared_relu: "squared_relu",
 }
+LAYERS = ("linear_fc1", "linear_fc2")
 
 
 class TiledMLP(MLP):
@@ -52,6 +53,10 @@ class TiledMLP(MLP):
             ``None`` is all of them.
     """
 
+    child_classes: tuple[type[torch.nn.Module], type[torch.nn.Module]] = (
+        TiledColumnParallelLinear,
+        TiledRowParallelLinear,
+    )
     keep: int | None
 
     def forward(
@@ -60,9 +65,7 @@ class TiledMLP(MLP):
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> output and bias, as stock's MLP."""
         if self.reason_for_stock_forward():
             return super().forward(hidden_states, per_token_scale, **kwargs)
-        for child in (self.linear_fc1, self.linear_fc2):
-            _run_weight_hooks(child)
-        output = self._reduced(_run_loop(self, hidden_states, per_token_scale))
+        output = self._reduced(self._product(hidden_states, per_token_scale))
         bias = self.linear_fc2.bias
         if bias is None:
             return output, None
@@ -79,10 +82,24 @@ class TiledMLP(MLP):
             return "autocast is on"
         if _has_any_global_hook():
             return "there are hooks for all modules"
-        for name, child, tiled_class in _children(self):
-            if reason := _changed(child, tiled_class):
+        for name, tiled_class in zip(LAYERS, self.child_classes, strict=True):
+            child = getattr(self, name)
+            if reason := _replaced(child, tiled_class) or self._reason_in_hooks(child):
                 return f"{name} {reason}"
         return ""
+
+    def _reason_in_hooks(self, child: torch.nn.Module) -> str:
+        if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return "has hooks"
+        if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
+            return "has a pre-hook that may read its input"
+        return ""
+
+    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
+        """fc1, activation and fc2, before the reduction over tensor-parallel ranks."""
+        for child in (self.linear_fc1, self.linear_fc2):
+            _run_weight_hooks(child)
+        return _run_loop(self, hidden_states, per_token_scale)
 
     def _reduced(self, output: Tensor) -> Tensor:
         """What ``RowParallelLinear.forward`` does with its product."""
@@ -118,10 +135,7 @@ def convert_mlp(mlp: Any, keep: int | None = None) -> str:
         return "tiled already"
     if type(mlp) not in TILED_MLP_CLASSES:
         return f"{type(mlp).__name__} is not a stock MLP"
-    for name, child, tiled_class in _children(mlp):
-        if not isinstance(child, tiled_class):
-            return f"{name} is not tiled"
-    if reason := _unfit(mlp):
+    if reason := unfit(mlp, TiledMLP.child_classes):
         return reason
     tiles = mlp.linear_fc2.grid.in_splits
     if keep is not None and not 0 <= keep <= tiles:
@@ -131,8 +145,11 @@ def convert_mlp(mlp: Any, keep: int | None = None) -> str:
     return ""
 
 
-def _unfit(mlp: MLP) -> str:
-    """Why the loop cannot do the work of this MLP, whose children are tiled; or nothing."""
+def unfit(mlp: MLP, child_classes: Iterable[type[torch.nn.Module]]) -> str:
+    """Why tiles of fc1 and fc2 cannot do the work of this MLP, or nothing."""
+    for name, tiled_class in zip(LAYERS, child_classes, strict=True):
+        if not isinstance(getattr(mlp, name), tiled_class):
+            return f"{name} is not tiled"
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
     halves = 2 if config.gated_linear_unit else 1
     if fc1.grid.in_splits != 1 or fc2.grid.out_splits != 1 or fc1.grid.out_splits != fc2.grid.in_splits:
@@ -217,22 +234,11 @@ class _PassOn(torch.nn.Module):
         return input_, self._output_bias[0]
 
 
-def _children(mlp: MLP) -> list[tuple[str, torch.nn.Module, type[torch.nn.Module]]]:
-    return [
-        ("linear_fc1", mlp.linear_fc1, TiledColumnParallelLinear),
-        ("linear_fc2", mlp.linear_fc2, TiledRowParallelLinear),
-    ]
-
-
-def _changed(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
+def _replaced(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
     """Why a child's own ``forward`` must be called, or nothing."""
     for method in ("forward", "_forward_impl"):
         if method in vars(child) or getattr(type(child), method) is not getattr(tiled_class, method, None):
             return "is not a tiled layer any more"
-    if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return "has hooks"
-    if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
-        return "has a pre-hook that may read its input"
     return ""
 
 

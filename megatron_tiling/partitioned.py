@@ -191,12 +191,8 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
                 "a partitioned layer leaves its weight gradients to the engine; give --no-gradient-accumulation-fusion"
             )
         saving: AbstractContextManager[None] = nullcontext()
-        if sequence_parallel:
-            assert isinstance(input, Tensor)
-            whole = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
-            input, saving = whole, regathered_in_backward(whole, input, tp_group)
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        if isinstance(input, Tensor):
+            input, saving = column_input(input, sequence_parallel, allreduce_dgrad, tp_group)
         if self.input_is_already_split and isinstance(input, Tensor):
             input = [input[..., self.grid.columns(i)] for i in range(self.grid.in_splits)]
         with saving:
@@ -298,6 +294,22 @@ def make_partitioned(layer: torch.nn.Module, grid: TileGrid) -> None:
     assert isinstance(layer, _PartitionedParallelLinear)
     layer.set_tiles(grid.in_splits, grid.out_splits, paired=grid.paired)
     layer.gradient_accumulation_fusion = False
+
+
+def column_input(
+    input_: Tensor, sequence_parallel: bool, allreduce_dgrad: bool, group: torch.distributed.ProcessGroup | None
+) -> tuple[Tensor, AbstractContextManager[None]]:
+    """A column layer's collectives, once around all of its tiles.
+
+    Returns:
+        ``[s, b, h]`` of every rank's tokens, whose gradient is reduced, and a context for the tiles to run in.
+    """
+    if sequence_parallel:
+        whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
+        return whole, regathered_in_backward(whole, input_, group)
+    if allreduce_dgrad:
+        return copy_to_tensor_model_parallel_region(input_, group=group), nullcontext()
+    return input_, nullcontext()
 
 
 def _nothing(weight: Tensor) -> None:

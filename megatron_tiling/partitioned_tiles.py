@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from megatron_tiling.activation import Activation
 from megatron_tiling.functional import flat
 from megatron_tiling.tiling import TiledLinearReturnBias
 
@@ -52,7 +53,7 @@ class PairedTiles(TiledLinearReturnBias):
 
 
 def tile_product(input_: Tensor, weight: Parameter) -> Tensor:
-    """``input_ @ weight.T``: ``[..., in_i]``, ``[out_o, in_i]`` -> ``[..., out_o]``, in the dtype of input or autocast."""
+    """``[..., in_i]`` and ``[out_o, in_i]`` -> ``input_ @ weight.T`` in the dtype of input or autocast."""
     output: Tensor = _TileProduct.apply(autocast(input_), weight)
     return output
 
@@ -97,8 +98,143 @@ class _TileProduct(torch.autograd.Function):
         return dgrad, wgrad
 
 
+class MLPTile(torch.nn.Module):
+    """Tile i of fc1 and tile i of fc2, gathered together: once forward and once backward.
+
+    Args:
+        fc1: ``[halves * f_i, h]``, of a gated linear unit the gate's rows above the up's.
+        fc2: ``[h_out, f_i]``.
+    """
+
+    def __init__(self, fc1: Parameter, fc2: Parameter) -> None:
+        super().__init__()
+        self.fc1 = fc1
+        self.fc2 = fc2
+
+    def forward(
+        self,
+        input_: Tensor,
+        *,
+        activation: Activation | None = None,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        keep: bool = False,
+        part: str = "",
+    ) -> Tensor:
+        """``scale * activation(input_ @ fc1.T + bias) @ fc2.T``, or the product with one ``part``.
+
+        Args:
+            input_: ``[..., h]``; ``[..., f_i]`` for ``part="fc2"``.
+            activation: between fc1 and fc2.
+            bias: ``[halves, f_i]``, of fc1.
+            scale: ``[n]``, a factor for every token.
+            keep: keep the pre-activation for the backward pass, instead of computing it again.
+            part: ``"fc1"`` or ``"fc2"``, for layers that are called one by one.
+        """
+        if part:
+            return tile_product(input_, getattr(self, part))
+        assert activation is not None
+        output: Tensor = _MLPTile.apply(input_, self.fc1, self.fc2, bias, scale, activation, keep)
+        return output
+
+
+class MLPTilePart(torch.nn.Module):
+    """A layer's tile whose weight is in an ``MLPTile``: stands in the layer's grid, and owns nothing."""
+
+    def __init__(self, unit: MLPTile, part: str) -> None:
+        super().__init__()
+        self._unit, self._part = (unit,), part  # in a tuple: not a submodule
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Parameter:
+        parameter: Parameter = getattr(self._unit[0], self._part)
+        return parameter
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        return self._unit[0](input_, part=self._part), None
+
+
+class _MLPTile(torch.autograd.Function):
+    """One tile of an MLP. Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear
+    unit twice as many in U, b and p.
+
+    ==========  =========================================  ================================
+    fc1         x ``[n, h]``, U ``[f, h]``                 p ``[n, f]`` = x U^T
+    activation  p, b ``[f]``, s ``[n]``                    a ``[n, f]`` = s * act(p + b)
+    fc2         a, W ``[h_out, f]``                        y ``[n, h_out]`` = a W^T
+    ----------  -----------------------------------------  --------------------------------
+    fc2 dgrad   dy ``[n, h_out]``, W                       da ``[n, f]`` = dy W
+    fc1         x, U                                       p, unless kept
+    activation  da, p, b, s                                p := dp, da := a, both in place
+    fc2 wgrad   dy, a                                      dW ``[h_out, f]`` = dy^T a
+    fc1 dgrad   dp, U                                      dx ``[n, h]`` = dp U
+    fc1 wgrad   dp, x                                      dU ``[f, h]`` = dp^T x
+    ==========  =========================================  ================================
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_: Tensor,
+        fc1: Parameter,
+        fc2: Parameter,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        activation: Activation,
+        keep: bool,
+    ) -> Tensor:
+        pre = flat(input_) @ fc1.t()
+        activated = pre.new_empty(pre.shape[0], fc2.shape[1])
+        activation.forward(_halves(pre, activation), bias, scale, activated)
+        output = activated @ fc2.t()
+        ctx.activation, ctx.kept_is_intact = activation, keep
+        ctx.fc1, ctx.fc2 = fc1, fc2
+        ctx.save_for_backward(input_, bias, scale, pre if keep else None)
+        return output.view(*input_.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input_, bias, scale, kept = ctx.saved_tensors
+        needs_dgrad, needs_fc1, needs_fc2, needs_bias, needs_scale, *_ = ctx.needs_input_grad
+        needs_activation_grad = needs_dgrad or needs_fc1 or needs_bias or needs_scale
+        fc1, fc2, activation = ctx.fc1, ctx.fc2, ctx.activation
+        x, dy = flat(input_), flat(grad_output).contiguous()
+
+        # A second pass with retain_graph=True finds the first one's gradient where the pre-activation was.
+        pre = kept.detach().data if ctx.kept_is_intact else x @ fc1.t()
+        ctx.kept_is_intact = False
+        bias_grad = scale_grad = dgrad = fc1_grad = fc2_grad = None
+        if needs_activation_grad:
+            activated = dy @ fc2
+            bias_grad, scale_grad = activation.backward(
+                _halves(pre, activation), bias, scale, activated, bias_grad=needs_bias, scale_grad=needs_scale
+            )
+        else:
+            activated = pre.new_empty(pre.shape[0], fc2.shape[1])
+            activation.forward(_halves(pre, activation), bias, scale, activated)
+        if needs_fc2:
+            fc2_grad = dy.t() @ activated
+        del activated
+        if needs_dgrad:
+            dgrad = (pre @ fc1).view(input_.shape)
+        if needs_fc1:
+            fc1_grad = pre.t() @ x
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        if scale_grad is not None:
+            scale_grad = scale_grad.to(scale.dtype)
+        return dgrad, fc1_grad, fc2_grad, bias_grad, scale_grad, None, None
+
+
+def _halves(pre: Tensor, activation: Activation) -> Tensor:
+    """``[n, halves * f]`` -> ``[halves, n, f]``, a view."""
+    return pre.unflatten(1, (activation.halves, -1)).transpose(0, 1)
+
+
 @contextmanager
-def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
     """What runs inside keeps the rank's shard in place of the gathered input, as Megatron's layers do.
 
     The backward passes of all tiles together gather it once more.
@@ -130,14 +266,16 @@ def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessG
 class _Regathered:
     """An input that is gathered for the first tile that needs it in the backward pass, and dropped after the last."""
 
-    def __init__(self, shard: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, shard: Tensor, group: dist.ProcessGroup | None) -> None:
         self.shard, self.group = shard.contiguous(), group
         self.uses = self.left = 0
         self.full: Tensor | None = None
 
     def take(self) -> Tensor:
         if self.full is None:
-            self.full = self.shard.new_empty(self.shard.shape[0] * self.group.size(), *self.shard.shape[1:])
+            self.full = self.shard.new_empty(
+                self.shard.shape[0] * dist.get_world_size(self.group), *self.shard.shape[1:]
+            )
             dist.all_gather_into_tensor(self.full, self.shard, group=self.group)
             self.left = self.uses
         full = self.full

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_tiling import compat
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
-from megatron_tiling.config import TilingConfig
+from megatron_tiling.config import TilingConfig, storage_of
 from megatron_tiling.convert import table, tile
 from megatron_tiling.norm import allow_sequence_parallel
 
@@ -108,12 +108,14 @@ def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, 
 
 def _prepare(args: Namespace) -> None:
     """What a tiled run needs of Megatron beyond its layers."""
-    args.tiled_linear_fuse_wgrad = args.gradient_accumulation_fusion
+    partitioned = storage_of(args) == "partitioned"  # by an engine, which owns the gradients too
+    args.tiled_linear_fuse_wgrad = args.gradient_accumulation_fusion and not partitioned
     if args.gradient_accumulation_fusion and not _found("fused_weight_gradient_mlp_cuda"):
         args.gradient_accumulation_fusion = False  # or the constructors of stock's layers raise
         _print_rank_0(
-            "gradient accumulation fusion without apex: tiled layers add weight gradients to main_grad themselves, "
-            "layers left dense use plain weight gradients"
+            "gradient accumulation fusion without apex: "
+            + ("" if partitioned else "tiled layers add weight gradients to main_grad themselves, ")
+            + f"layers {'partitioned or ' if partitioned else ''}left dense use plain weight gradients"
         )
     if args.sequence_parallel and not _found("apex") and not _found("transformer_engine"):
         allow_sequence_parallel()

@@ -1,11 +1,12 @@
 """TilingConfig and the flags: what is read, and what is refused by name."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
 from megatron_tiling import TilingConfig
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
+from megatron_tiling.config import storage_of
 
 
 def parse(line: str, **megatron_args: object) -> TilingConfig | None:
@@ -82,7 +83,23 @@ def test_head_tokens_within_a_micro_batch() -> None:
 @pytest.mark.parametrize(("keep", "tiles"), [("all", None), ("0", 0), ("3", 3)])
 def test_mlp_keep(keep: str, tiles: int | None) -> None:
     config = parse(f"--use-tiled-linear --tiled-mlp-keep {keep}")
-    assert config is not None and config.mlp_keep == tiles
+    assert config is not None and config.kept_tiles == tiles
+
+
+def test_storage() -> None:
+    """Partitioned tiles where Megatron partitions weights, or where asked for; they recompute by default."""
+    flags = "--use-tiled-linear --tiled-linear-storage"
+    for text, partitioned in ((flags + " partitioned", True), (flags + " auto", False), ("--use-tiled-linear", False)):
+        config = parse(text)
+        assert config is not None and config.partitioned == partitioned
+        assert config.kept_tiles == (0 if partitioned else None)
+    fsdp = {"tiled_linear_storage": None, "use_megatron_fsdp": True}
+    for strategy, storage in (("optim_grads_params", "partitioned"), ("optim_grads", "resident")):
+        assert storage_of(Namespace(**fsdp, data_parallel_sharding_strategy=strategy)) == storage
+    assert storage_of(Namespace(tiled_linear_storage="auto", use_torch_fsdp2=True)) == "partitioned"
+    for companion in ("--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", "--tiled-head-memory-mib 8"):
+        with pytest.raises(ValueError, match=companion.split()[0]):
+            parse(f"{flags} partitioned {companion}")
 
 
 @pytest.mark.parametrize(

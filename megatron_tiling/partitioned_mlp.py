@@ -1,0 +1,115 @@
+"""TiledMLP over partitioned layers: fc1 tile i and fc2 tile i are one module, which an engine gathers as one.
+
+The two layers keep their place, their bias and their checkpoint keys; their tiles' parameters move into the units.
+A layer that is called alone (an adapter around it, hooks) computes with the units' weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from megatron_tiling.mlp import LAYERS, TiledMLP, activation_of, unfit
+from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear, column_input
+from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart
+
+#: Modules whose hooks gather and release parameters, and look at nothing else.
+ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "megatron_fsdp.")
+
+
+class PartitionedMLP(TiledMLP):
+    """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each. Made by ``convert_partitioned_mlp``.
+
+    The output is a sum over tiles, one after another; the collectives are the dense MLP's.
+
+    Attributes:
+        keep: the first so many tiles keep their pre-activations for the backward pass, the others recompute their
+            fc1 product; ``None`` is all of them.
+    """
+
+    child_classes = (PartitionedColumnParallelLinear, PartitionedRowParallelLinear)
+    tiles: Any
+
+    def _reason_in_hooks(self, child: torch.nn.Module) -> str:
+        hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_hooks, child._backward_pre_hooks)
+        foreign = [hook for group in hooks for hook in group.values() if not _is_engine_hook(hook)]
+        return "has hooks" if foreign else ""
+
+    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        activation = activation_of(self, scaled=per_token_scale is not None)
+        scale = None if per_token_scale is None else per_token_scale.reshape(-1)
+        communicates = not fc1.explicit_expert_comm
+        hidden, saving = column_input(
+            hidden_states, communicates and fc1.sequence_parallel, communicates and fc1.allreduce_dgrad, fc1.tp_group
+        )
+        output: Tensor | None = None
+        with saving:
+            for index, unit in enumerate(self.tiles):
+                keep = self.keep is None or index < self.keep
+                columns = fc2.grid.columns(index)
+                bias = None if fc1.bias is None else fc1.bias.unflatten(0, (activation.halves, -1))[:, columns]
+                part = unit(hidden, activation=activation, bias=bias, scale=scale, keep=keep)
+                # The first sum is a new tensor, which nothing else holds: the others are added in place.
+                output = part if output is None else output + part if index == 1 else output.add_(part)
+        assert output is not None
+        return output
+
+
+class PartitionedSharedExpertMLP(SharedExpertMLP, PartitionedMLP):
+    """``SharedExpertMLP`` on top of ``PartitionedMLP``."""
+
+
+PARTITIONED_MLP_CLASSES: dict[type[MLP], type[PartitionedMLP]] = {
+    MLP: PartitionedMLP,
+    SharedExpertMLP: PartitionedSharedExpertMLP,
+}
+
+
+def convert_partitioned_mlp(mlp: Any, keep: int | None = 0) -> str:
+    """Turn a stock MLP over partitioned layers into a ``PartitionedMLP``, in place; parameters stay the same objects.
+
+    Args:
+        mlp: a Megatron MLP, not yet in an engine's hands.
+        keep: how many tiles keep their pre-activations; ``None`` is all of them.
+
+    Returns:
+        Nothing, or why this MLP stays as it is.
+
+    Raises:
+        ValueError: there are fewer tiles than ``keep``.
+    """
+    if isinstance(mlp, TiledMLP):
+        return "tiled already"
+    if type(mlp) not in PARTITIONED_MLP_CLASSES:
+        return f"{type(mlp).__name__} is not a stock MLP"
+    if reason := unfit(mlp, PartitionedMLP.child_classes):
+        return reason
+    fc1, fc2 = (getattr(mlp, name) for name in LAYERS)
+    if fc1.grid.out_parts != fc2.grid.in_parts or fc1.grid.paired != mlp.config.gated_linear_unit:
+        return "the tiles of fc1 and fc2 hold different features"
+    tiles = fc2.grid.in_splits
+    if keep is not None and not 0 <= keep <= tiles:
+        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
+    units = []
+    for index in range(tiles):
+        fc1_row, fc2_row = fc1.tiles.linears[index], fc2.tiles.linears[0]
+        unit = MLPTile(fc1_row[0].weight, fc2_row[index].weight)
+        fc1_row[0], fc2_row[index] = MLPTilePart(unit, "fc1"), MLPTilePart(unit, "fc2")
+        units.append(unit)
+    mlp.tiles = torch.nn.ModuleList(units)
+    mlp.__class__ = PARTITIONED_MLP_CLASSES[type(mlp)]
+    mlp.keep = keep
+    return ""
+
+
+def _is_engine_hook(hook: Callable[..., Any]) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__module__", "").startswith(ENGINES)
