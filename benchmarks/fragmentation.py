@@ -25,18 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from mlp import installed
 from torch import Tensor
-from zero3_runs import megatron, quiet_engine, transformer
+from zero3_runs import installed, megatron, quiet_engine, transformer
 
 from megatron_tiling import zero3
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 
+HERE = Path(__file__).parent
 MIB, GIB = 2**20, 2**30
 STEP = 1024  # of hidden sizes tried
 HEADS = 8
@@ -191,13 +189,15 @@ def attempt(hidden_size: int, tiles: int, make: Any) -> tuple[bool, float]:
         fits = False
     gc.collect()
     seconds = time.time() - start
-    print(f"{make.__name__}, {tiles} tiles, hidden {hidden_size}: {'trains' if fits else 'out of memory'}", f"{seconds:.1f} s", flush=True)
+    print(
+        f"{make.__name__}, {tiles} tiles, hidden {hidden_size}: {'trains' if fits else 'out of memory'}",
+        f"{seconds:.1f} s",
+        flush=True,
+    )
     return fits, seconds
 
 
-def largest(
-    fits: Callable[[int], bool], expected: int, bound: int, step: int = STEP
-) -> tuple[int, str]:
+def largest(fits: Callable[[int], bool], expected: int, bound: int, step: int = STEP) -> tuple[int, str]:
     """The largest hidden size that trains, by bisection around the expected one, and what limits it.
 
     Args:
@@ -279,6 +279,7 @@ def main() -> None:
     args = parser.parse_args()
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         parser.error("expandable segments move pieces together: leave them out of PYTORCH_CUDA_ALLOC_CONF")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with megatron(tensor_parallel=1):
         fragments = Fragments(args.piece_mib * MIB)
         host = zero3.available_host_memory()

@@ -2,11 +2,9 @@
 
 DeepSpeed's TiledLinearReturnBias takes a ``linear_cls``, and Megatron-DeepSpeed gives it Megatron's parallel layers,
 fc1 as ``f x 4f`` tiles and fc2 as ``4f x f`` for a tile factor of f. Every row-parallel tile then reduces its output.
-
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.zero3_collectives     # prints the counts; GPU or not
+``benchmarks/zero3.py`` puts the counts into its table, tests/distributed/check_zero3.py checks them.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -63,39 +61,14 @@ def count(counter: Callable[[], Any], config: Any, factor: int) -> dict[str, int
     import_deepspeed()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden = torch.randn(8, 2, config.hidden_size, dtype=config.params_dtype, device=device)
-    models = {"dense": dense(config), "DeepSpeed's TiledLinear": deepspeeds(config, factor), "ours": ours(config, factor)}
+    models = {
+        "dense": dense(config),
+        "DeepSpeed's TiledLinear": deepspeeds(config, factor),
+        "ours": ours(config, factor),
+    }
     counts = {}
     for name, model in models.items():
         with counter() as counted:
             model(hidden)
         counts[name] = counted.collectives.get("allreduce_", 0)
     return counts
-
-
-def main() -> None:
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "distributed"))
-    from harness import Counter
-    from zero3_runs import megatron
-
-    from megatron_tiling import cpu  # noqa: F401
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    size = int(os.environ["WORLD_SIZE"])
-    with megatron(tensor_parallel=size):
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=256,
-            num_attention_heads=4,
-            tensor_model_parallel_size=size,
-            gradient_accumulation_fusion=False,
-        )
-        counts = count(Counter, config, factor=2)
-        if torch.distributed.get_rank() == 0:
-            print(counts)
-
-
-if __name__ == "__main__":
-    main()

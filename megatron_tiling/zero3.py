@@ -20,7 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tiling.partitioned import PARTITIONED_CLASSES
+from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
 from megatron_tiling.tiling import gathered
 from megatron_tiling.zero3_config import (
     Config,
@@ -147,12 +147,20 @@ def initialize(
 
 
 def tile_sizes(model: torch.nn.Module) -> TileSizes | None:
-    """Sizes of the tiles in a model's partitioned layers, or ``None`` if it has none."""
-    layers = [[elements(weight) for weight in tiles] for tiles in _tiles_by_layer(model)]
+    """Sizes of the tiles in a model's partitioned layers, or ``None`` if it has none.
+
+    A tile of a ``TiledMLP``, which is gathered as one, is a tile of fc1 and one of fc2.
+    """
+    layers: dict[str, list[int]] = {}
+    weights: list[int] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (WeightTile, MLPTile)):
+            sizes = [elements(parameter) for parameter in module.parameters()]
+            layers.setdefault(name.rpartition(".tiles.")[0], []).append(sum(sizes))
+            weights += sizes
     if not layers:
         return None
-    tiles = [size for layer in layers for size in layer]
-    return TileSizes(min(tiles), max(tiles), max(map(sum, layers)))
+    return TileSizes(min(weights), max(map(max, layers.values())), max(map(sum, layers.values())))
 
 
 def elements(parameter: Tensor) -> int:
@@ -229,13 +237,6 @@ def available_host_memory() -> int:
         if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
             available = min(available, int(bound) - int(Path(used).read_text()))
     return available
-
-
-def _tiles_by_layer(model: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The tile weights of each partitioned layer."""
-    for module in model.modules():
-        if isinstance(module, tuple(PARTITIONED_CLASSES.values())):
-            yield list(module.tiles.parameters())
 
 
 def _print_rank_0(message: str) -> None:

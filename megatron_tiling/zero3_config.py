@@ -30,6 +30,8 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_distributed_optimizer", (None, False), "ZeRO-3 shards the optimizer itself"),
     ("use_megatron_fsdp", (None, False), "two engines cannot own the same parameters"),
     ("use_torch_fsdp2", (None, False), "two engines cannot own the same parameters"),
+    ("tiled_linear_storage", (None, "auto", "partitioned"), "the engine partitions parameters: tiles must be some"),
+    ("eval_iters", (0,), "the ZeRO-3 example does not evaluate"),
     ("overlap_grad_reduce", (None, False), "the engine overlaps by itself: overlap_comm in its configuration"),
     ("overlap_param_gather", (None, False), "the engine overlaps by itself: stage3_prefetch_bucket_size"),
     ("rampup_batch_size", (None,), "the engine's batch size is fixed"),
@@ -40,7 +42,7 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Elements of the smallest and the largest tile, and of the largest tiled layer, on a tensor-parallel rank."""
+    """Elements on a tensor-parallel rank: the smallest weight of a tile, the largest tile, the largest tiled layer."""
 
     smallest: int
     largest: int
@@ -71,7 +73,9 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
     config: Config = json.loads(Path(path).read_text())
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage") != 3:
-        raise ValueError(f"{path}: zero_optimization.stage is {zero.get('stage')}, tiles are partitioned by stage 3 only")
+        raise ValueError(
+            f"{path}: zero_optimization.stage is {zero.get('stage')}, tiles are partitioned by stage 3 only"
+        )
     for name in ("offload_param", "offload_optimizer"):
         offload = zero.get(name) or {}
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):

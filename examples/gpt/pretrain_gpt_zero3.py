@@ -21,29 +21,34 @@ from datetime import datetime
 from typing import Any
 
 import torch
-
-# The batches and the data sets are those of the example for Megatron's own trainer.
-from pretrain_gpt import BATCH_KEYS, build_datasets, get_batch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_args, initialize_megatron, print_rank_0
+from megatron.training import initialize_megatron, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.training import build_train_valid_test_data_iterators, get_optimizer_param_scheduler
 from megatron.training.utils import print_rank_last
 
-from megatron_tiling import zero3
+# The batches and the data sets are those of the example for Megatron's own trainer.
+from pretrain_gpt import build_datasets, get_batch
+
+from megatron_tiling import cpu, zero3, zero3_checkpoint
 from megatron_tiling.agreement import require_agreement
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import table, tile
 from megatron_tiling.zero3_config import check_flags, engine_config
+
+if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
+    sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")
 
 TILING_FLAGS = ("use_tiled_linear", "tile_factor", "tiled_linear_modules", "tiled_linear_splits")
 """What decides which parameters there are, the same on every rank or the run would hang."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    # The engine collects gradients, there is no main_grad; and nothing is evaluated.
+    parser.set_defaults(gradient_accumulation_fusion=False, eval_iters=0)
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument("--deepspeed-config", required=True, metavar="JSON", help="engine configuration, ZeRO stage 3")
     group.add_argument("--save-dense", metavar="DIR", help="write a dense Megatron checkpoint here at the end")
@@ -65,7 +70,6 @@ def make_optimizer(args: Any, config: zero3.Config, groups: list[dict[str, Any]]
 def build_model(args: Any, config: zero3.Config) -> torch.nn.Module:
     """Megatron's GPTModel, its parameters partitioned, its linear layers tiled if asked for."""
     model_config = gpt_config_from_args(args)
-    model_config.transformer.gradient_accumulation_fusion = False  # the engine collects gradients, not main_grad
     builder = GPTModelBuilder(model_config)
 
     def build() -> torch.nn.Module:
@@ -173,7 +177,7 @@ def main() -> None:
         config = engine_config(args.deepspeed_config, args, mpu.get_data_parallel_world_size())
         model = build_model(args, config)
         if args.load_dense:
-            zero3.load_dense(model, args.load_dense)
+            zero3_checkpoint.load_dense(model, args.load_dense)
         engine = zero3.initialize(model, lambda groups: make_optimizer(args, config, groups), config)
     except ValueError as error:  # a bad setting: what is wrong, not where it was found
         sys.exit(f"megatron_tiling: {error}")
@@ -183,7 +187,7 @@ def main() -> None:
         load(args, engine, scheduler)
     iteration = train(args, engine, scheduler)
     if args.save_dense:
-        zero3.save_dense(model, args.save_dense, iteration)
+        zero3_checkpoint.save_dense(model, args.save_dense, iteration)
 
 
 if __name__ == "__main__":
