@@ -109,13 +109,14 @@ def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
     """A copy of ``config`` whose unset or ``"auto"`` ZeRO-3 thresholds follow the tile size.
 
     One tile is fetched ahead of the one in use. A fetch is started while fewer than ``stage3_max_live_parameters``
-    elements are alive, and brings up to one tile: with a limit of one tile, no more than two are alive.
+    elements are alive, and brings up to one tile: with a limit of one tile, no more than two are alive. A reuse
+    distance of 1 keeps a tile that is the next to be used again, as the last one of a forward pass is.
     """
     filled = copy.deepcopy(dict(config))
     zero = filled["zero_optimization"]
     for key, value in (
         ("stage3_max_live_parameters", sizes.largest + 1),
-        ("stage3_max_reuse_distance", 0),
+        ("stage3_max_reuse_distance", 1),
         ("stage3_prefetch_bucket_size", sizes.largest),
         ("stage3_param_persistence_threshold", min(DEFAULT_PERSISTENCE, sizes.smallest - 1)),
         ("reduce_bucket_size", sizes.largest),
