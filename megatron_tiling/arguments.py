@@ -124,6 +124,12 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
             raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
     config = TilingConfig.from_args(args)
+    optimizer = getattr(args, "optimizer", None)
+    if config.partitioned and optimizer not in (None, "adam", "sgd"):
+        raise ValueError(
+            f"--tiled-linear-storage partitioned with --optimizer {optimizer}: it takes each weight as one matrix, "
+            "which tiles are not; use adam or sgd, or --tiled-linear-storage resident"
+        )
     tokens = micro_batch_tokens(args)
     if config.head_tokens is not None and tokens is not None and config.head_tokens > tokens:
         raise ValueError(

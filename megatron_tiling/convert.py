@@ -85,8 +85,8 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
             reports.append(LayerReport(name, shape, layer.grid, size))
             continue
         reason = _reason_to_stay_dense(name, layer, module, config)
-        if not reason and config.partitioned and layer in tied:
-            reason = "tied to the embedding, whose weight stays whole"
+        if not reason and config.partitioned:
+            reason = _reason_not_to_partition(layer, module, tied)
         if module is None or reason:
             reports.append(LayerReport(name, shape, None, size, reason))
             continue
@@ -202,6 +202,17 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "not one of the modules that are tiled"
     if module not in config.modules:
         return "not in --tiled-linear-modules"
+    return ""
+
+
+def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, tied: list[torch.nn.Module]) -> str:
+    """Where Megatron reads the whole weight."""
+    if layer in tied:
+        return "tied to the embedding, whose weight stays whole"
+    if module == "output" and getattr(layer.config, "mtp_detach_heads", False):
+        return "--mtp-detach-heads reads the whole weight"
+    if module == "qkv" and getattr(layer.config, "qk_clip", False):
+        return "--qk-clip changes the whole weight"
     return ""
 
 

@@ -28,6 +28,7 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_tiling.checkpoint import put_dense_weight, sharded_tiles, take_dense_weight
 from megatron_tiling.grid import TileGrid
 from megatron_tiling.layers import (
     TiledColumnParallelLinear,
@@ -51,6 +52,10 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
     """What the two partitioned layers share: making the tiles, and calling them."""
 
     stock_class: type[torch.nn.Module]
+    #: Whether another module, that of an MLP's tile, owns and loads the tiles' parameters.
+    tiles_are_elsewhere = False
+    #: Whether the model looks for this layer's weight in the sharded state dict.
+    is_output_layer: bool
     tp_group: Any
     input_size: int
 
@@ -135,9 +140,11 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
             )
         super().set_tiles(in_splits, out_splits, **options)
         self.grid = replace(self.grid, paired=paired)
+        self.is_output_layer = bool(getattr(weight, "is_embedding_or_output_parameter", False))
         with gathered(weight):
             self._adopt_tiles(weight, draw_tile or self._tile_cutter(weight))
         self.weight = None
+        self._register_state_dict_hook(put_dense_weight)
 
     def _tile_cutter(self, weight: Tensor) -> DrawTile:
         def cut(o: int, i: int) -> Parameter:
@@ -168,6 +175,34 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
             linear_cls=lambda *args, **kwargs: next(tiles),
         )
         self.tiles.in_parts, self.tiles.out_parts = grid.in_parts, grid.out_parts
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Stock's entries, with one a tile in place of the dense weight's."""
+        dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index, union-attr]
+        # Stock describes a weight of the dense shape: this one has no memory.
+        self.weight = Parameter(torch.empty(self._shard_shape(), dtype=dtype, device="meta"), requires_grad=False)
+        try:
+            entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        finally:
+            self.weight = None
+        return sharded_tiles(self, entries, prefix, metadata)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes the dense weight, or leaves it to the tiles' own keys."""
+        found = take_dense_weight(self, state_dict, prefix, error_msgs)
+        if strict and not found and not self.tiles_are_elsewhere:
+            missing_keys.append(f"{prefix}weight")
+        rest = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
     def tiles(self) -> TiledLinearReturnBias:

@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from megatron_tiling.checkpoint import has_any, leave_to_dense_weights
 from megatron_tiling.mlp import LAYERS, TiledMLP, activation_of, unfit
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear, column_input
 from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart
@@ -61,6 +62,17 @@ class PartitionedMLP(TiledMLP):
         assert output is not None
         return output
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
+    ) -> None:
+        """Says which dense weights are missing; the layers and the units load what is there."""
+        if strict and not has_any(state_dict, f"{prefix}tiles."):
+            for name in LAYERS:
+                layer = f"{prefix}{name}."
+                if state_dict.get(f"{layer}weight") is None and not has_any(state_dict, f"{layer}tiles."):
+                    missing_keys.append(f"{layer}weight")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+
 
 class PartitionedSharedExpertMLP(SharedExpertMLP, PartitionedMLP):
     """``SharedExpertMLP`` on top of ``PartitionedMLP``."""
@@ -102,7 +114,9 @@ def convert_partitioned_mlp(mlp: Any, keep: int | None = 0) -> str:
         fc1_row, fc2_row = fc1.tiles.linears[index], fc2.tiles.linears[0]
         unit = MLPTile(fc1_row[0].weight, fc2_row[index].weight)
         fc1_row[0], fc2_row[index] = MLPTilePart(unit, "fc1"), MLPTilePart(unit, "fc2")
+        unit._register_state_dict_hook(leave_to_dense_weights)
         units.append(unit)
+    fc1.tiles_are_elsewhere = fc2.tiles_are_elsewhere = True
     mlp.tiles = torch.nn.ModuleList(units)
     mlp.__class__ = PARTITIONED_MLP_CLASSES[type(mlp)]
     mlp.keep = keep

@@ -21,10 +21,41 @@ from torch.nn import Parameter
 
 from megatron_tiling.activation import Activation
 from megatron_tiling.functional import flat
-from megatron_tiling.tiling import TiledLinearReturnBias
+from megatron_tiling.tiling import TiledLinearReturnBias, copy_param
 
 
-class WeightTile(torch.nn.Module):
+class _TileModule(torch.nn.Module):
+    """A module with tiles of weights: loaded with the dense weight they are part of, or by their own keys."""
+
+    weight_names: tuple[str, ...] = ("weight",)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in self.weight_names:
+            value, tile = state_dict.get(prefix + name), getattr(self, name)
+            if value is None or value.numel() == 0:  # ZeRO-3 saves nothing for what it has partitioned
+                continue
+            if tuple(value.shape) != tuple(whole_shape(tile)):
+                error_msgs.append(f"{prefix}{name}: cannot load {list(value.shape)} into {list(whole_shape(tile))}")
+            else:
+                with torch.no_grad():
+                    copy_param(tile, value)
+
+
+def whole_shape(parameter: Parameter) -> torch.Size:
+    """The shape of a parameter, also while ZeRO-3 has partitioned it away."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class WeightTile(_TileModule):
     """One tile of a layer's weight. The bias, if any, is the layer's.
 
     Args:
@@ -41,7 +72,7 @@ class WeightTile(torch.nn.Module):
         return tile_product(input_, self.weight), None
 
     def extra_repr(self) -> str:
-        return "in_features={1}, out_features={0}".format(*getattr(self.weight, "ds_shape", self.weight.shape))
+        return "in_features={1}, out_features={0}".format(*whole_shape(self.weight))
 
 
 class PairedTiles(TiledLinearReturnBias):
@@ -98,13 +129,15 @@ class _TileProduct(torch.autograd.Function):
         return dgrad, wgrad
 
 
-class MLPTile(torch.nn.Module):
+class MLPTile(_TileModule):
     """Tile i of fc1 and tile i of fc2, gathered together: once forward and once backward.
 
     Args:
         fc1: ``[halves * f_i, h]``, of a gated linear unit the gate's rows above the up's.
         fc2: ``[h_out, f_i]``.
     """
+
+    weight_names = ("fc1", "fc2")
 
     def __init__(self, fc1: Parameter, fc2: Parameter) -> None:
         super().__init__()
@@ -138,7 +171,7 @@ class MLPTile(torch.nn.Module):
         return output
 
 
-class MLPTilePart(torch.nn.Module):
+class MLPTilePart(_TileModule):
     """A layer's tile whose weight is in an ``MLPTile``: stands in the layer's grid, and owns nothing."""
 
     def __init__(self, unit: MLPTile, part: str) -> None:
@@ -190,7 +223,8 @@ class _MLPTile(torch.autograd.Function):
         output = activated @ fc2.t()
         ctx.activation, ctx.kept_is_intact = activation, keep
         ctx.fc1, ctx.fc2 = fc1, fc2
-        ctx.save_for_backward(input_, bias, scale, pre if keep else None)
+        needs_input = ctx.needs_input_grad[1] or not keep
+        ctx.save_for_backward(input_ if needs_input else None, bias, scale, pre if keep else None)
         return output.view(*input_.shape[:-1], output.shape[-1])
 
     @staticmethod
@@ -200,11 +234,18 @@ class _MLPTile(torch.autograd.Function):
         needs_dgrad, needs_fc1, needs_fc2, needs_bias, needs_scale, *_ = ctx.needs_input_grad
         needs_activation_grad = needs_dgrad or needs_fc1 or needs_bias or needs_scale
         fc1, fc2, activation = ctx.fc1, ctx.fc2, ctx.activation
-        x, dy = flat(input_), flat(grad_output).contiguous()
+        dy = flat(grad_output).contiguous()
 
-        # A second pass with retain_graph=True finds the first one's gradient where the pre-activation was.
-        pre = kept.detach().data if ctx.kept_is_intact else x @ fc1.t()
-        ctx.kept_is_intact = False
+        if ctx.kept_is_intact:  # the gradient will overwrite it
+            pre = kept.detach().data
+            ctx.kept_is_intact = False
+        elif input_ is None:
+            raise RuntimeError(
+                "a second backward pass through an MLP whose fc1 is frozen, after the first one used up the kept "
+                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+            )
+        else:
+            pre = flat(input_) @ fc1.t()
         bias_grad = scale_grad = dgrad = fc1_grad = fc2_grad = None
         if needs_activation_grad:
             activated = dy @ fc2
@@ -218,9 +259,9 @@ class _MLPTile(torch.autograd.Function):
             fc2_grad = dy.t() @ activated
         del activated
         if needs_dgrad:
-            dgrad = (pre @ fc1).view(input_.shape)
+            dgrad = (pre @ fc1).view(*grad_output.shape[:-1], fc1.shape[1])
         if needs_fc1:
-            fc1_grad = pre.t() @ x
+            fc1_grad = pre.t() @ flat(input_)
         if bias_grad is not None:
             bias_grad = bias_grad.to(bias.dtype)
         if scale_grad is not None:

@@ -9,7 +9,8 @@ runner's ``--use-tiled-linear`` reaches it.
 import copy
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -20,10 +21,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_tiling import compat
-from megatron_tiling.config import DEFAULT_FACTOR
-from megatron_tiling.convert import MLA_DOWN_PROJECTIONS
+from megatron_tiling.config import COLUMN_MODULES, DEFAULT_FACTOR, ROW_MODULES, Storage, TilingConfig
+from megatron_tiling.convert import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.norm import SequenceParallelTorchNorm
+from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 
 
 class TiledSpecProvider(LocalSpecProvider):
@@ -31,16 +33,31 @@ class TiledSpecProvider(LocalSpecProvider):
 
     Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
     Experts are sequential MLPs, as in the local backend: grouped GEMMs cannot be tiled.
+
+    Args:
+        factor: tiles of a layer.
+        storage: ``"partitioned"`` builds layers whose tiles are parameters: within ``deepspeed.zero.Init`` a dense
+            weight is there while its layer is built, and no longer. ``tile()`` then joins the tiles of MLPs.
+        splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
     """
 
-    def __init__(self, factor: int = DEFAULT_FACTOR) -> None:
-        self.factor = factor
+    def __init__(
+        self,
+        factor: int = DEFAULT_FACTOR,
+        storage: Storage = "resident",
+        splits: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    ) -> None:
+        self.config = TilingConfig(factor, splits=splits, storage=storage)
 
-    def column_parallel_linear(self) -> type:
-        return TiledColumnParallelLinear.with_splits(1, self.factor)
+    def column_parallel_linear(self, module: str = "qkv") -> type:
+        partitioned = self.config.partitioned
+        tiled_class = PartitionedColumnParallelLinear if partitioned else TiledColumnParallelLinear
+        return tiled_class.with_splits(*self.config.splits_of(module))
 
-    def row_parallel_linear(self) -> type:
-        return TiledRowParallelLinear.with_splits(self.factor, 1)
+    def row_parallel_linear(self, module: str = "proj") -> type:
+        partitioned = self.config.partitioned
+        tiled_class = PartitionedRowParallelLinear if partitioned else TiledRowParallelLinear
+        return tiled_class.with_splits(*self.config.splits_of(module))
 
     def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().layer_norm(*args, **kwargs)
@@ -49,20 +66,22 @@ class TiledSpecProvider(LocalSpecProvider):
     def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
         return compat.sequential_experts(
             MLPSubmodules(
-                linear_fc1=self.column_parallel_linear(),
-                linear_fc2=self.row_parallel_linear(),
+                linear_fc1=self.column_parallel_linear("fc1"),
+                linear_fc2=self.row_parallel_linear("fc2"),
                 activation_func=self.activation_func(),
             )
         )
 
     def tiled(self, spec: Any) -> Any:
         """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""
-        return _replaced(spec, self._replacements())
+        return _replaced(spec, self._replacements)
 
-    def _replacements(self) -> dict[Any, Any]:
+    def _replacements(self, attribute: str = "") -> dict[Any, Any]:
+        """For the submodule of that name."""
+        module = MODULE_OF_ATTRIBUTE.get(attribute)
         replacements: dict[Any, Any] = {
-            ColumnParallelLinear: self.column_parallel_linear(),
-            RowParallelLinear: self.row_parallel_linear(),
+            ColumnParallelLinear: self.column_parallel_linear(module if module in COLUMN_MODULES else "qkv"),
+            RowParallelLinear: self.row_parallel_linear(module if module in ROW_MODULES else "proj"),
         }
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
@@ -95,18 +114,18 @@ tiled_layer_spec: Any = (
 )
 
 
-def _replaced(node: Any, replacements: Mapping[Any, Any]) -> Any:
+def _replaced(node: Any, replacements_of: Callable[[str], Mapping[Any, Any]], attribute: str = "") -> Any:
     if isinstance(node, type):
-        return replacements.get(node, node)
+        return replacements_of(attribute).get(node, node)
     if isinstance(node, (list, tuple)):
-        return type(node)(_replaced(child, replacements) for child in node)
+        return type(node)(_replaced(child, replacements_of) for child in node)
     if isinstance(node, functools.partial):
-        keywords = {name: _replaced(value, replacements) for name, value in node.keywords.items()}
+        keywords = {name: _replaced(value, replacements_of, name) for name, value in node.keywords.items()}
         return functools.partial(node.func, *node.args, **keywords)
     if isinstance(node, ModuleSpec) or type(node).__name__.endswith("Submodules"):
         changed = copy.copy(node)
         for name, child in vars(node).items():
             if name not in MLA_DOWN_PROJECTIONS:
-                setattr(changed, name, _replaced(child, replacements))
+                setattr(changed, name, _replaced(child, replacements_of, name))
         return changed
     return node

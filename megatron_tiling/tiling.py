@@ -172,10 +172,10 @@ class TiledLinear(torch.nn.Module):
             )
         for out_id, rows in enumerate(_slices(out_sizes)):
             for tile, columns in zip(self._row(out_id), _slices(in_sizes), strict=True):
-                _copy_param(tile.weight, weight[rows, columns])
+                copy_param(tile.weight, weight[rows, columns])
                 if tile.bias is not None:
                     assert isinstance(bias, Tensor)
-                    _copy_param(tile.bias, bias[rows])
+                    copy_param(tile.bias, bias[rows])
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -261,7 +261,8 @@ def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
     return getattr(weight, "ds_shape", None) or weight.shape  # type: ignore[return-value]
 
 
-def _copy_param(param: Any, value: Tensor) -> None:
+def copy_param(param: Any, value: Tensor) -> None:
+    """Copy into a parameter, also one that ZeRO-3 has partitioned; that is a collective."""
     with gathered(param, write=True):
         param.copy_(value)
 

@@ -100,6 +100,9 @@ def test_storage() -> None:
     for companion in ("--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", "--tiled-head-memory-mib 8"):
         with pytest.raises(ValueError, match=companion.split()[0]):
             parse(f"{flags} partitioned {companion}")
+    with pytest.raises(ValueError, match="partitioned with --optimizer muon"):
+        parse(f"{flags} partitioned", optimizer="muon")
+    assert parse(f"{flags} resident", optimizer="muon") is not None
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,13 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_tiling import TiledColumnParallelLinear, TiledRowParallelLinear
+    from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 
+    partitioned = case["storage"] == "partitioned"
+    tiled_class: type = {
+        "column": PartitionedColumnParallelLinear if partitioned else TiledColumnParallelLinear,
+        "row": PartitionedRowParallelLinear if partitioned else TiledRowParallelLinear,
+    }[kind]
     options: dict[str, Any] = {
         "config": make_config(case),
         "init_method": lambda weight: torch.nn.init.normal_(weight, std=0.5),
@@ -108,7 +114,7 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     layers = []
     for cls, extra in (
         (ColumnParallelLinear if kind == "column" else RowParallelLinear, {}),
-        (TiledColumnParallelLinear if kind == "column" else TiledRowParallelLinear, tiling),
+        (tiled_class, tiling),
     ):
         torch.manual_seed(5)
         model_parallel_cuda_manual_seed(11)
@@ -116,23 +122,47 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     stock, tiled = layers
     if case["init"] == "none":  # memory as it came
         with torch.no_grad():
-            for parameter, twin in zip(tiled.parameters(), stock.parameters(), strict=True):
-                parameter.copy_(twin.normal_())
+            for parameter in stock.parameters():
+                parameter.normal_()
+        tiled.load_state_dict(stock.state_dict())
+    assert stock.state_dict().keys() == tiled.state_dict().keys()
     for name, parameter in stock.named_parameters():
-        twin = dict(tiled.named_parameters())[name]
-        assert torch.equal(parameter, twin), f"{name} is not drawn alike"
-        for attribute in (
-            "tensor_model_parallel",
-            "partition_dim",
-            "partition_stride",
-            "allreduce",
-            "sequence_parallel",
-        ):
-            assert getattr(parameter, attribute, None) == getattr(twin, attribute, None), (name, attribute)
+        assert torch.equal(parameter, tiled.state_dict()[name]), f"{name} is not drawn alike"
+        for twin in weights(tiled) if name == "weight" else [tiled.bias]:
+            for attribute in (
+                "tensor_model_parallel",
+                "partition_dim",
+                "partition_stride",
+                "allreduce",
+                "sequence_parallel",
+            ):
+                assert getattr(parameter, attribute, None) == getattr(twin, attribute, None), (name, attribute)
     if case["bias"]:
         with torch.no_grad():
             tiled.bias.copy_(stock.bias.normal_())
     return stock, tiled
+
+
+def weights(layer: Any) -> list[Any]:
+    """The weight, or the tiles of a partitioned one."""
+    if layer.weight is not None:
+        return [layer.weight]
+    return [tile.weight for row in layer.tiles.linears for tile in row]
+
+
+def weight_grad(layer: Any, weight: Any) -> Any:
+    """The gradient of the weight, also where it is in tiles."""
+    if weight is not None:
+        return weight.grad
+    dense = torch.zeros(layer.grid.out_features, layer.grid.in_features, dtype=weights(layer)[0].dtype)
+    for o, row in enumerate(layer.tiles.linears):
+        for i, tile in enumerate(row):
+            if tile.weight.grad is None:
+                return None
+            parts = tile.weight.grad.split([rows.stop - rows.start for rows in layer.grid.row_ranges(o)])
+            for rows, part in zip(layer.grid.row_ranges(o), parts, strict=True):
+                dense[rows, layer.grid.columns(i)] = part
+    return dense
 
 
 def run(layer: Any, case: dict[str, Any], kind: str, tiled: bool) -> dict[str, Any]:
@@ -144,7 +174,8 @@ def run(layer: Any, case: dict[str, Any], kind: str, tiled: bool) -> dict[str, A
         shape = (layer.output_size_per_partition, IN)
         own = torch.Generator().manual_seed(100 + rank)
         weight = torch.nn.Parameter(torch.randn(*shape, generator=own).to(case["dtype"]))
-    weight.requires_grad_(not case["frozen"])
+    for parameter in weights(layer) if weight is layer.weight else [weight]:
+        parameter.requires_grad_(not case["frozen"])
     fused = case["fusion"] and tiled  # stock has no fusion without apex: its plain gradient is the reference
     if fused:
         layer.gradient_accumulation_fusion = True
@@ -188,7 +219,7 @@ def run(layer: Any, case: dict[str, Any], kind: str, tiled: bool) -> dict[str, A
                 output.backward(upstream)
     results: dict[str, Any] = {"output": output.detach(), "returned bias": output_bias}
     results |= {"input grad": x.grad, "bias grad": None if layer.bias is None else layer.bias.grad}
-    wgrad = weight.grad
+    wgrad = weight_grad(layer, weight)
     if fused and not case["frozen"]:
         assert weight.grad_added_to_main_grad, "DDP would add the placeholder gradient"
         wgrad = weight.main_grad
@@ -218,7 +249,8 @@ def check(case: dict[str, Any], kind: str) -> None:
         assert stock["backward"].collectives == tiled["backward"].collectives, (
             f"backward collectives: stock {stock['backward'].collectives}, tiled {tiled['backward'].collectives}"
         )
-    check_standalone(tiled_layer, case)
+    if case["storage"] == "resident":
+        check_standalone(tiled_layer, case)
 
 
 def check_standalone(layer: Any, case: dict[str, Any]) -> None:
@@ -236,8 +268,10 @@ def check_standalone(layer: Any, case: dict[str, Any]) -> None:
 
 
 def valid(case: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The case without combinations that stock Megatron itself refuses."""
+    """The case without combinations that stock Megatron itself, or a partitioned layer, refuses."""
     case = dict(case)
+    if case["storage"] == "partitioned":
+        case |= {"fusion": False, "fp32_accumulate": False, "weight_argument": False}
     if kind == "column":
         if not case["combine"]:
             case["gather"] = "no"
@@ -258,7 +292,8 @@ def main() -> None:
     with megatron(**sizes):
         count = 0
         for kind, options in (("column", COLUMN), ("row", ROW)):
-            cases = [case for seed in range(3) for case in all_pairs(options, seed)]
+            cases = [case | {"storage": "resident"} for seed in range(3) for case in all_pairs(options, seed)]
+            cases += [case | {"storage": "partitioned"} for case in all_pairs(options, seed=3)]
             for case in cases:
                 case = valid(case, kind)
                 try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from check_layers import weight_grad, weights
 from harness import GEMMS, Counter, all_pairs, megatron, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +75,8 @@ def tiled_copy(mlp: Any, case: dict[str, Any]) -> Any:
 
     attributes = (value for module in mlp.modules() for value in vars(module).values())
     mlp = copy.deepcopy(mlp, {id(value): value for value in attributes if isinstance(value, dist.ProcessGroup)})
+    if case["storage"] == "partitioned":
+        return partitioned(mlp, case)
     mlp.linear_fc1.__class__, mlp.linear_fc2.__class__ = TiledColumnParallelLinear, TiledRowParallelLinear
     mlp.linear_fc1.set_tiles(1, case["tiles"])
     mlp.linear_fc2.set_tiles(case["tiles"], 1)
@@ -84,6 +87,33 @@ def tiled_copy(mlp: Any, case: dict[str, Any]) -> Any:
             layer.weight.main_grad = torch.zeros_like(layer.weight)
             layer.weight.grad_added_to_main_grad = False
     return mlp
+
+
+def partitioned(mlp: Any, case: dict[str, Any]) -> Any:
+    from megatron_tiling.grid import ALIGNMENT, TileGrid
+    from megatron_tiling.partitioned import make_partitioned
+    from megatron_tiling.partitioned_mlp import convert_partitioned_mlp
+
+    fc1, fc2, tiles = mlp.linear_fc1, mlp.linear_fc2, case["tiles"]
+    make_partitioned(fc1, TileGrid(HIDDEN, fc1.output_size_per_partition, 1, tiles, case["gated"], ALIGNMENT))
+    make_partitioned(fc2, TileGrid(fc2.input_size_per_partition, HIDDEN, tiles, 1, False, ALIGNMENT))
+    assert convert_partitioned_mlp(mlp, case["keep"]) == ""
+    assert not list(fc1.tiles.parameters()) and len(mlp.tiles) == tiles
+    return mlp
+
+
+def gradients(mlp: Any) -> dict[str, Any]:
+    """Of trainable parameters, by dense names."""
+    grads = {
+        name: getattr(parameter, "main_grad", parameter.grad)
+        for name, parameter in mlp.named_parameters()
+        if parameter.requires_grad and not name.startswith("tiles.")
+    }
+    for name in ("linear_fc1", "linear_fc2"):
+        layer = getattr(mlp, name)
+        if layer.weight is None and weights(layer)[0].requires_grad:
+            grads[f"{name}.weight"] = weight_grad(layer, None)
+    return grads
 
 
 def run(mlp: Any, case: dict[str, Any]) -> tuple[dict[str, Any], Counter, Counter, list[str]]:
@@ -101,9 +131,8 @@ def run(mlp: Any, case: dict[str, Any]) -> tuple[dict[str, Any], Counter, Counte
     with Counter() as backward, Order() as order:
         if output.requires_grad:
             output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64))
-    grads = {name: getattr(weight, "main_grad", weight.grad) for name, weight in mlp.named_parameters()}
-    grads = {name: grad for name, grad in grads.items() if dict(mlp.named_parameters())[name].requires_grad}
-    found = {"output": output, "bias": bias, "hidden": hidden.grad, "scale": getattr(scale, "grad", None), **grads}
+    found = {"output": output, "bias": bias, "hidden": hidden.grad, "scale": getattr(scale, "grad", None)}
+    found |= gradients(mlp)
     return found, forward, backward, order.names
 
 
@@ -125,7 +154,7 @@ def check(case: dict[str, Any]) -> None:
     if same_work:
         assert backward.collectives == stock_backward.collectives, (backward.collectives, stock_backward.collectives)
     reductions = [index for index, name in enumerate(order) if name in ("allreduce_", "_reduce_scatter_base_")]
-    if same_work and reductions and "fc1" not in case["frozen"]:
+    if case["storage"] == "resident" and same_work and reductions and "fc1" not in case["frozen"]:
         assert set(order[reductions[-1] + 1 :]) & set(GEMMS), "nothing runs under the reduction of the input gradient"
 
 
@@ -134,7 +163,8 @@ def main() -> None:
         from megatron_tiling import mlp_loop
 
         mlp_loop.TOKEN_MULTIPLE = 2
-        cases = [case for seed in range(4) for case in all_pairs(OPTIONS, seed)]
+        cases = [case | {"storage": "resident"} for seed in range(4) for case in all_pairs(OPTIONS, seed)]
+        cases += [case | {"storage": "partitioned"} for seed in (4, 5) for case in all_pairs(OPTIONS, seed)]
         for case in cases:
             case["bias"] &= not case["expert"]  # stock refuses it under expert tensor parallelism
             try:

@@ -1,0 +1,208 @@
+"""Dense checkpoints from tile parameters, and back: tiling never shows in what is saved.
+
+* ``state_dict`` has the dense keys and weights wherever the tiles are plain parameters in memory. Tiles that an engine
+  owns keep their own keys: ``state_dict`` is no collective, and an engine's own checkpoint needs its own parameters.
+* ``sharded_state_dict`` has one entry a tile, under the tile's name, that points at the tile's place in the dense
+  weight: the key, global shape and replica ids are stock's. Nothing is merged or copied, and optimizers find the
+  parameter they hold.
+* ``load_state_dict`` takes dense weights as well as tiles.
+* ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time, as ``gather`` does it.
+
+A layer here is a partitioned layer: it has a ``grid`` and modules ``tiles.linears[o][i]`` with a ``weight`` each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.utils import cat_with_oom_fallback
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_tiling.grid import TileGrid
+from megatron_tiling.tiling import copy_param, gathered
+
+#: A context in which a tile's parameter is whole.
+Gather = Callable[[Parameter], AbstractContextManager[Any]]
+
+
+def tiles_of(layer: Any) -> Iterator[tuple[int, int, Parameter]]:
+    """``(o, i, parameter)`` of a partitioned layer."""
+    for o, row in enumerate(layer.tiles.linears):
+        for i, tile in enumerate(row):
+            yield o, i, tile.weight
+
+
+def dense_weight(layer: Any, gather: Gather = gathered, device: torch.device | str | None = None) -> Tensor:
+    """The rank's dense shard ``[out, in]``, stock's order of rows.
+
+    Args:
+        layer: a partitioned layer.
+        gather: makes one tile whole; by default as ZeRO-3 does, where it owns the tile (a collective).
+        device: of the result; by default the tiles'.
+    """
+    grid: TileGrid = layer.grid
+    _, _, some = next(tiles_of(layer))
+    dense = torch.empty(grid.out_features, grid.in_features, dtype=some.dtype, device=device or some.device)
+    for o, i, tile in tiles_of(layer):
+        with gather(tile):
+            for rows, own_rows in _row_pieces(grid, o):
+                dense[rows, grid.columns(i)] = tile.detach()[own_rows].to(dense.device)
+    return dense
+
+
+@torch.no_grad()
+def load_dense_weight(layer: Any, weight: Tensor) -> None:
+    """Copy a rank's dense shard ``[out, in]`` into the tiles, one at a time; under ZeRO-3 a collective.
+
+    Raises:
+        ValueError: the shape differs.
+    """
+    grid: TileGrid = layer.grid
+    if tuple(weight.shape) != (grid.out_features, grid.in_features):
+        raise ValueError(f"cannot load {list(weight.shape)} into tiles of {[grid.out_features, grid.in_features]}")
+    for o, i, tile in tiles_of(layer):
+        copy_param(tile, torch.cat([weight[rows, grid.columns(i)] for rows in grid.row_ranges(o)]))
+
+
+def put_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A state-dict hook: the dense weight instead of the tiles, where they are in memory."""
+    describing = layer.weight is not None  # a stand-in for stock's sharded_state_dict is there already
+    if not describing and not all(in_memory(tile) for _, _, tile in tiles_of(layer)):
+        return
+    entries = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    if not describing:
+        state_dict[f"{prefix}weight"] = dense_weight(layer)
+    state_dict |= {key: value for key, value in entries.items() if not key.startswith(f"{prefix}tiles.")}
+
+
+def leave_to_dense_weights(unit: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A state-dict hook of an MLP's tile, whose two layers save dense weights where it is in memory."""
+    names = [name for name, parameter in unit.named_parameters() if in_memory(parameter)]
+    for name in names:
+        state_dict.pop(f"{prefix}{name}")
+
+
+def take_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
+    """Load the dense weight, if it is there. Says whether anything for the tiles is."""
+    weight = state_dict.get(f"{prefix}weight")
+    if weight is None:
+        return has_any(state_dict, f"{prefix}tiles.")
+    try:
+        load_dense_weight(layer, weight)
+    except ValueError as error:
+        error_msgs.append(f"{prefix}weight: {error}")
+    return True
+
+
+def has_any(state_dict: dict[str, Any], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state_dict)
+
+
+def in_memory(parameter: Tensor) -> bool:
+    """Whether a parameter is whole and nobody's but the module's."""
+    owned = hasattr(parameter, "ds_id") or type(parameter) is not Parameter
+    return not owned and parameter.untyped_storage().nbytes() > 0
+
+
+def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """Stock's ``sharded_state_dict`` with the tiles in place of the dense weight.
+
+    Args:
+        layer: a partitioned layer.
+        entries: what stock made of the layer, with a dense ``weight``, which may be on the meta device.
+        prefix: of the keys.
+        metadata: as stock takes it.
+
+    Tiles that ZeRO-3 owns are gathered one by one, a collective, and copied to the CPU.
+    """
+    dense: ShardedTensor = entries.pop(f"{prefix}weight")
+    apart = bool((metadata or {}).get("singleton_local_shards", False))
+    tiles = {}
+    for o, i, tile in tiles_of(layer):
+        data: Tensor = tile
+        if hasattr(tile, "ds_id"):
+            with gathered(tile):
+                data = tile.detach().to("cpu", copy=True)
+        tiles[f"{prefix}tiles.linears.{o}.{i}.weight"] = _tile_entry(dense, layer.grid, o, i, data, apart)
+    if layer.is_output_layer:
+        entries[f"{prefix}weight"] = _WholeWeight(list(tiles.values()))
+    return tiles | entries
+
+
+def _tile_entry(dense: ShardedTensor, grid: TileGrid, o: int, i: int, tile: Tensor, apart: bool) -> Any:
+    """The tile's place in the dense weight. A paired tile is two places; ``apart`` gives gate and up a key each."""
+
+    def build(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+        return [
+            _at(dense, key, data[own_rows], rows.start, grid.columns(i).start, replica_id, grid.paired, apart)
+            for rows, own_rows in _row_pieces(grid, o)
+        ]
+
+    if grid.paired:
+        return ShardedTensorFactory(dense.key, tile, build, cat_with_oom_fallback, dense.replica_id)
+    (entry,) = build(dense.key, tile, dense.replica_id, None)
+    entry.data = tile  # the parameter itself, by which optimizers find their entry
+    return entry
+
+
+def _at(
+    dense: ShardedTensor, key: str, data: Tensor, row: int, column: int, replica_id: Any, paired: bool, apart: bool
+) -> ShardedTensor:
+    axis = dense.prepend_axis_num
+    shape, offset = list(dense.global_shape), list(dense.global_offset)
+    if paired:  # globally, all ranks' gates are above all ranks' ups
+        half, row = divmod(row, dense.local_shape[0] // 2)
+        shape[axis] //= 2
+        offset[axis] = offset[axis] // 2 + row
+        if apart:
+            key += ("_w", "_v")[half]
+        else:
+            offset[axis] += half * shape[axis]
+            shape[axis] *= 2
+    else:
+        offset[axis] += row
+    offset[axis + 1] += column
+    return replace(
+        dense,
+        key=key,
+        data=data,
+        dtype=data.dtype,
+        local_shape=tuple(data.shape),
+        global_shape=tuple(shape),
+        global_offset=tuple(offset),
+        axis_fragmentations=None,  # tiles may be uneven
+        replica_id=replica_id,
+    )
+
+
+class _WholeWeight(LocalNonpersistentObject):
+    """Stands in a model's sharded state dict where it looks for the output layer's weight; nothing is saved for it."""
+
+    def __init__(self, tiles: list[ShardedTensor]) -> None:
+        super().__init__(None)
+        self._tiles = tiles
+
+    @property
+    def allow_shape_mismatch(self) -> bool:
+        """Whether the padded vocabulary may differ; models set it."""
+        return self._tiles[0].allow_shape_mismatch
+
+    @allow_shape_mismatch.setter
+    def allow_shape_mismatch(self, value: bool) -> None:
+        for tile in self._tiles:
+            tile.allow_shape_mismatch = value
+
+
+def _row_pieces(grid: TileGrid, o: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the dense weight, and the tile's own rows that they are."""
+    start = 0
+    for rows in grid.row_ranges(o):
+        stop = start + rows.stop - rows.start
+        yield rows, slice(start, stop)
+        start = stop
