@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor
-from zero3_runs import installed, megatron, quiet_engine, transformer
+from zero3_runs import forget, installed, megatron, quiet_engine, transformer
 
 from megatron_tiling import zero3
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
@@ -172,7 +172,7 @@ def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int
     try:
         engine(hidden).sum().backward()
     finally:
-        engine.destroy()
+        forget(engine)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -14,7 +14,6 @@ A layout is tensor parallel x data parallel, and takes as many GPUs. Without a G
 
 import argparse
 import datetime
-import gc
 import json
 import os
 import random
@@ -32,7 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "distri
 
 MIB = 2**20
 SIZES = {
-    False: {"mlp": (8192, 28672, 2), "gpt": (2, 4096, 14336, 8192, 2048, 2), "steps": 12},
+    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, 2), "steps": 12},
     True: {"mlp": (64, 256, 2), "gpt": (2, 48, 80, 128, 24, 2), "steps": 2},
 }
 """By ``--small``: hidden, ffn, depth; layers, hidden, ffn, words, sequence, batch; timed steps of each engine."""
@@ -41,7 +40,7 @@ SIZES = {
 def measure_memory(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     """A row for dense and each number of tiles, with and without fetching ahead."""
     import torch
-    from zero3_runs import MLPStack, engine_of, transformer
+    from zero3_runs import MLPStack, engine_of, forget, transformer
 
     hidden_size, ffn, depth = SIZES[small]["mlp"]
     config = transformer(num_layers=1, hidden_size=hidden_size, ffn_hidden_size=ffn)
@@ -67,9 +66,7 @@ def measure_memory(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
             rows.append(
                 {"tiles": tiles, "ahead": ahead, "unit": unit * 2 / MIB, "forward": forward / MIB, "step": step / MIB}
             )
-            engine.destroy()
-            del engine
-            gc.collect()
+            forget(engine)
     return rows
 
 
@@ -103,7 +100,7 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     """Milliseconds of a training step, engines in turn in random order."""
     import torch
     from megatron.core import parallel_state
-    from zero3_runs import DEFAULTS, engine_of, gpt, transformer
+    from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
 
     layers, hidden_size, ffn, words, sequence, batch = SIZES[small]["gpt"]
     config = transformer(
@@ -117,15 +114,13 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
         normalization="RMSNorm",
     )
     engines = {}
-    for tiles in (None, *tile_counts):
-        zero = DEFAULTS if tiles is None else {}
-        engines[tiles] = engine_of(
-            config,
-            partial(gpt, config, words, sequence, tiles),
-            zero,
-            lambda groups: torch.optim.AdamW(groups, lr=1e-4),
-        )
-    device = engines[None].device
+    kinds = {"dense": None} | {f"{tiles} tiles": (tiles, "all") for tiles in tile_counts}
+    kinds[f"{tile_counts[0]} tiles, fc1 recomputed"] = (tile_counts[0], 0)
+    for name, tiling in kinds.items():
+        build = partial(gpt, config, words, sequence, tiling)
+        zero = DEFAULTS if tiling is None else {}
+        engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4))
+    device = engines["dense"].device
     tokens = torch.randint(0, words, (batch, sequence), device=device)
     positions = torch.arange(sequence, device=device).expand(batch, sequence)
     mask = torch.triu(torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device), 1)
@@ -142,7 +137,7 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    times: dict[int | None, list[float]] = {tiles: [] for tiles in engines}
+    times: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
         for _ in range(4):
             seconds(engine)
@@ -150,11 +145,11 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     shuffled = random.Random(0)  # the same order on every rank
     for _ in range(SIZES[small]["steps"]):
         shuffled.shuffle(order)
-        for tiles in order:
-            times[tiles].append(seconds(engines[tiles]))
-    rows = [{"tiles": tiles, "median": statistics.median(taken), "all": taken} for tiles, taken in times.items()]
+        for name in order:
+            times[name].append(seconds(engines[name]))
+    rows = [{"name": name, "median": statistics.median(taken), "all": taken} for name, taken in times.items()]
     for engine in engines.values():
-        engine.destroy()
+        forget(engine)
     return rows
 
 
@@ -162,12 +157,13 @@ def measure_loss() -> dict[str, float]:
     """Largest relative differences to dense of losses and gradient norms over 20 iterations, in float32."""
     import check_zero3
     from megatron.core import parallel_state
+    from zero3_runs import forget
 
     check_zero3.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
     losses, norms = check_zero3.train_dense(check_zero3.transformer())
     engine = check_zero3.engine_of(check_zero3.transformer(), tiled=True, thresholds={})
     tiled_losses, tiled_norms = check_zero3.train_zero3(engine)
-    engine.destroy()
+    forget(engine)
 
     def difference(actual: list[float], expected: list[float]) -> float:
         return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
@@ -220,8 +216,7 @@ def markdown(record: dict[str, Any]) -> str:
         base = run["time"][0]["median"]
         lines += ["", "| step of a GPT | ms | of dense |", "|---|---|---|"]
         for row in run["time"]:
-            name = "dense ZeRO-3" if row["tiles"] is None else f"{row['tiles']} tiles"
-            lines.append(f"| {name} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |")
+            lines.append(f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |")
         lines += ["", f"Largest relative difference to dense over 20 iterations: loss {run['loss']['loss']:.1e}, "]
         lines[-1] += f"gradient norm {run['loss']['norm']:.1e}."
         if run["collectives"]:

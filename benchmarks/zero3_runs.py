@@ -1,6 +1,7 @@
 """What the ZeRO-3 benchmarks share: process groups on GPUs or, for a dry run, on CPUs; configurations; models."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -113,8 +114,8 @@ class MLPStack(torch.nn.Module):
         return hidden.float().square().mean()
 
 
-def gpt(config: Any, words: int, sequence: int, factor: int | None) -> torch.nn.Module:
-    """A GPTModel of Megatron's local layers, with partitioned tiles if there is a ``factor``."""
+def gpt(config: Any, words: int, sequence: int, tiling: tuple[int, Any] | None) -> torch.nn.Module:
+    """A GPTModel of Megatron's local layers, with partitioned tiles by ``(factor, tiles of an MLP that are kept)``."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -124,8 +125,9 @@ def gpt(config: Any, words: int, sequence: int, factor: int | None) -> torch.nn.
     model = GPTModel(
         config, spec, words, sequence, share_embeddings_and_output_weights=False, position_embedding_type="rope"
     )
-    if factor is not None:
-        tile(model, TilingConfig(factor=factor, storage="partitioned"))
+    if tiling is not None:
+        factor, keep = tiling
+        tile(model, TilingConfig(factor=factor, mlp_keep=keep, storage="partitioned"))
     return model
 
 
@@ -134,3 +136,12 @@ def engine_of(config: Any, build: Any, zero: dict[str, Any], optimizer: Any) -> 
     settings = quiet_engine(zero)
     model = zero3.build(build, config, settings)
     return zero3.initialize(model, optimizer, settings)
+
+
+def forget(engine: Any) -> None:
+    """Free an engine's memory; DeepSpeed's list of running modules keeps every model's root, for one."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
+    gc.collect()
