@@ -251,8 +251,14 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 
 def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
-    """Shape of a tile's weight, also while ZeRO-3 has partitioned it away (``ds_shape``)."""
-    return getattr(tile.weight, "ds_shape", None) or tile.weight.shape  # type: ignore[return-value]
+    """Shape of a tile's weight, also while ZeRO-3 has partitioned it away (``ds_shape``).
+
+    ``tile.weight``, read while another module runs, would have ZeRO-3 gather the tile then and ever after.
+    """
+    weight = dict.get(tile._parameters, "weight")
+    if weight is None:
+        weight = tile.weight
+    return getattr(weight, "ds_shape", None) or weight.shape  # type: ignore[return-value]
 
 
 def copy_param(param: Any, value: Tensor) -> None:

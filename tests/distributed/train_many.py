@@ -7,7 +7,7 @@ runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``l
 With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: see benchmarks/gathered.py.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
-``kill_while_saving``.
+``kill_while_saving``. ``"argv_of_rank_1"`` replaces ``"argv"`` on that rank.
 """
 
 import collections
@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tiling import __main__ as runner
 from megatron_tiling import cpu, cross_entropy, functional, gemm, mlp_loop, wgrad
+from megatron_tiling.zero3 import import_deepspeed
 
 
 def count_gemms() -> None:
@@ -106,6 +107,8 @@ def train(run: dict[str, Any]) -> None:
     log = os.open(f"{run['log']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if os.environ["RANK"] == "1":
+        run["argv"] = run.get("argv_of_rank_1", run["argv"])
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
         count_gemms()
@@ -136,7 +139,10 @@ def main() -> None:
     torch.set_num_threads(1)
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
     filesystem_async.get_write_results_queue("fork")
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    if any("--deepspeed-config" in run["argv"] for run in runs):
+        import_deepspeed()  # seconds, for each run that would do it
+    for run in runs:
         child = os.fork()
         if child == 0:
             train(run)

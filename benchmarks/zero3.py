@@ -1,0 +1,278 @@
+"""Tiled against dense ZeRO-3 on one host: parameter memory of a layer, time of a step, loss, collectives.
+
+    python benchmarks/zero3.py [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--results DIR]
+
+A layout is tensor parallel x data parallel, and takes as many GPUs. Without a GPU it runs over gloo at sizes given by
+``--small``, to see that it runs. Every layout is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
+
+* Memory: two MLPs with 16 tokens, parameters offloaded to host memory, so that what the GPU holds of them is what is
+  gathered. Peak beyond what is held between steps, in the forward pass (no gradients there) and in the whole step.
+  Tiled and dense run with and without fetching ahead: the comparison is between rows of the same kind.
+* Time: a GPT trained by both engines in turn, nothing offloaded; dense with DeepSpeed's default thresholds.
+* Loss: 20 iterations in float32 against a dense Megatron model that no one partitions, AdamW, clipped.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "distributed")]
+
+MIB = 2**20
+SIZES = {
+    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, 2), "steps": 12},
+    True: {"mlp": (64, 256, 2), "gpt": (2, 48, 80, 128, 24, 2), "steps": 2},
+}
+"""By ``--small``: hidden, ffn, depth; layers, hidden, ffn, words, sequence, batch; timed steps of each engine."""
+
+
+def measure_memory(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
+    """A row for dense and each number of tiles, with and without fetching ahead."""
+    import torch
+    from zero3_runs import MLPStack, engine_of, forget, transformer
+
+    hidden_size, ffn, depth = SIZES[small]["mlp"]
+    config = transformer(num_layers=1, hidden_size=hidden_size, ffn_hidden_size=ffn)
+    offload = {name: {"device": "cpu", "pin_memory": False} for name in ("offload_param", "offload_optimizer")}
+    rows = []
+    for tiles in (None, *tile_counts):
+        for ahead in (False, True):
+            largest = hidden_size * ffn // config.tensor_model_parallel_size * (1 if tiles is None else 2)
+            unit = largest // (tiles or 1)
+            zero = offload | {
+                "stage3_max_live_parameters": unit + 1,
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": unit if ahead else 0,
+                "stage3_param_persistence_threshold": 0,
+                "reduce_bucket_size": unit,
+            }
+            engine = engine_of(
+                config, partial(MLPStack, config, depth, tiles), zero, lambda groups: torch.optim.SGD(groups, lr=1e-9)
+            )
+            hidden = torch.randn(16, 1, hidden_size, dtype=torch.bfloat16, device=engine.device, requires_grad=True)
+            for _ in range(4):  # the engine records two passes before it fetches ahead
+                forward, step = peaks(engine, hidden)
+            rows.append(
+                {"tiles": tiles, "ahead": ahead, "unit": unit * 2 / MIB, "forward": forward / MIB, "step": step / MIB}
+            )
+            forget(engine)
+    return rows
+
+
+def peaks(engine: Any, hidden: Any) -> tuple[int, int]:
+    """Bytes at the peak of a forward pass and of a whole step, beyond what was held before."""
+    import torch
+
+    on_gpu = hidden.is_cuda
+
+    def start() -> int:
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() if on_gpu else 0
+
+    def peak(before: int) -> int:
+        if not on_gpu:
+            return 0
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    before = start()
+    loss = engine(hidden)
+    forward = peak(before)
+    engine.backward(loss)
+    engine.step()
+    return forward, peak(before)
+
+
+def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds of a training step, engines in turn in random order."""
+    import torch
+    from megatron.core import parallel_state
+    from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
+
+    layers, hidden_size, ffn, words, sequence, batch = SIZES[small]["gpt"]
+    config = transformer(
+        num_layers=layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn,
+        num_attention_heads=4 if small else 32,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=True,
+        normalization="RMSNorm",
+    )
+    engines = {}
+    kinds = {"dense": None} | {f"{tiles} tiles": (tiles, "all") for tiles in tile_counts}
+    kinds[f"{tile_counts[0]} tiles, fc1 recomputed"] = (tile_counts[0], 0)
+    for name, tiling in kinds.items():
+        build = partial(gpt, config, words, sequence, tiling)
+        zero = DEFAULTS if tiling is None else {}
+        engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4))
+    device = engines["dense"].device
+    tokens = torch.randint(0, words, (batch, sequence), device=device)
+    positions = torch.arange(sequence, device=device).expand(batch, sequence)
+    mask = torch.triu(torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device), 1)
+    group = parallel_state.get_data_parallel_group()
+
+    def seconds(engine: Any) -> float:
+        torch.distributed.barrier(group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        engine.backward(engine(tokens, positions, mask, labels=tokens).mean())
+        engine.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        for _ in range(4):
+            seconds(engine)
+    order = list(engines)
+    shuffled = random.Random(0)  # the same order on every rank
+    for _ in range(SIZES[small]["steps"]):
+        shuffled.shuffle(order)
+        for name in order:
+            times[name].append(seconds(engines[name]))
+    rows = [{"name": name, "median": statistics.median(taken), "all": taken} for name, taken in times.items()]
+    for engine in engines.values():
+        forget(engine)
+    return rows
+
+
+def measure_loss() -> dict[str, float]:
+    """Largest relative differences to dense of losses and gradient norms over 20 iterations, in float32."""
+    import check_zero3
+    from megatron.core import parallel_state
+    from zero3_runs import forget
+
+    check_zero3.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
+    losses, norms = check_zero3.train_dense(check_zero3.transformer())
+    engine = check_zero3.engine_of(check_zero3.transformer(), tiled=True, thresholds={})
+    tiled_losses, tiled_norms = check_zero3.train_zero3(engine)
+    forget(engine)
+
+    def difference(actual: list[float], expected: list[float]) -> float:
+        return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
+
+    return {"loss": difference(tiled_losses, losses), "norm": difference(tiled_norms, norms)}
+
+
+def measure_collectives() -> dict[str, int]:
+    import zero3_collectives
+    from harness import Counter
+    from zero3_runs import transformer
+
+    return zero3_collectives.count(Counter, transformer(num_layers=1, hidden_size=256, ffn_hidden_size=1024), factor=2)
+
+
+def run_layout(tensor: int, small: bool, tile_counts: list[int], path: Path) -> None:
+    """One layout, in a process of torchrun's."""
+    import torch
+    from zero3_runs import megatron
+
+    with megatron(tensor):
+        record = {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+            "loss": measure_loss(),
+            "collectives": measure_collectives() if tensor > 1 else None,
+            "memory": measure_memory(small, tile_counts),
+            "time": measure_time(small, tile_counts[:2]),
+        }
+        if torch.distributed.get_rank() == 0:
+            path.write_text(json.dumps(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines = [f"# Tiled and dense ZeRO-3, {record['date']}", "", f"Command: `{record['command']}`; {versions}.", ""]
+    lines += [line.strip() for line in (__doc__ or "").split("\n\n")[-1].splitlines()]
+    for layout, run in record["layouts"].items():
+        lines += ["", f"## TP x DP = {layout}, {run['gpu']}", ""]
+        lines += ["| | fetch ahead | gathered at once, MiB | forward, MiB | of dense | 2/T | step, MiB | of dense |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for row in run["memory"]:
+            dense = next(one for one in run["memory"] if one["tiles"] is None and one["ahead"] == row["ahead"])
+            name = "dense" if row["tiles"] is None else f"{row['tiles']} tiles"
+            target = "" if row["tiles"] is None else f"{2 / row['tiles']:.3f}"
+            lines.append(
+                f"| {name} | {'yes' if row['ahead'] else 'no'} | {row['unit']:.1f} | {row['forward']:.1f} "
+                f"| {row['forward'] / (dense['forward'] or 1):.3f} | {target} | {row['step']:.1f} "
+                f"| {row['step'] / (dense['step'] or 1):.3f} |"
+            )
+        base = run["time"][0]["median"]
+        lines += ["", "| step of a GPT | ms | of dense |", "|---|---|---|"]
+        for row in run["time"]:
+            lines.append(f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |")
+        lines += ["", f"Largest relative difference to dense over 20 iterations: loss {run['loss']['loss']:.1e}, "]
+        lines[-1] += f"gradient norm {run['loss']['norm']:.1e}."
+        if run["collectives"]:
+            counts = ", ".join(f"{name} {number}" for name, number in run["collectives"].items())
+            lines += [
+                "",
+                f"All-reduces of one MLP's forward pass (tile factor 2, as Megatron-DeepSpeed cuts): {counts}.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "2x2"], help="tensor x data parallel")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--one-layout-into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    layouts = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
+    if args.one_layout_into:
+        ((tensor, _),) = layouts
+        run_layout(tensor, args.small, args.tiles, args.one_layout_into)
+        return
+    options = f"--layouts {' '.join(args.layouts)} --tiles {' '.join(map(str, args.tiles))}" + " --small" * args.small
+    from zero3_runs import installed
+
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/zero3.py {options}",
+        "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
+        "layouts": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (tensor, data) in zip(args.layouts, layouts, strict=True):
+            path = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [
+                "--nproc-per-node",
+                str(tensor * data),
+                __file__,
+                "--layouts",
+                name,
+                "--one-layout-into",
+                str(path),
+            ]
+            command += ["--tiles", *map(str, args.tiles), *["--small"] * args.small]
+            environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"} | os.environ
+            subprocess.run(command, check=True, env=environment)
+            record["layouts"][name] = json.loads(path.read_text())
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{record['date']}-zero3.md"
+    path.with_suffix(".json").write_text(json.dumps(record))
+    path.write_text(markdown(record))
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Tiled Megatron models on DeepSpeed ZeRO-3, with tensor parallelism: each tile is a parameter that the engine owns.
+
+``build`` makes a model of partitioned tiled layers whose parameters are divided over the data-parallel ranks as they
+are made; ``initialize`` hands it to the engine, with thresholds that follow the tile size. What Megatron's trainer
+does to gradients of parameters that tensor-parallel ranks share is done here, as the engine knows nothing of it.
+
+Hazards: ZeRO-3 replaces a partitioned parameter's data by an empty tensor, so ``parameter.shape`` says nothing
+(``ds_shape`` does); and DeepSpeed chooses its accelerator when it is first imported, so this module imports it late.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+from megatron_tiling.tiling import gathered
+from megatron_tiling.zero3_config import (
+    Config,
+    TileSizes,
+    check_host_memory,
+    offload_needs,
+    pointless_settings,
+    with_thresholds,
+)
+
+
+class ModelParallelUnit:
+    """Megatron's process groups under the names by which DeepSpeed asks for them.
+
+    "Model parallel" is tensor parallel: there are no pipeline stages. Functions of sequence parallelism must be
+    missing, since DeepSpeed means another kind by it.
+    """
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_src_rank = get_model_parallel_src_rank
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, on the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    module: ModuleType = deepspeed
+    return module
+
+
+def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config) -> torch.nn.Module:
+    """``model()``, every parameter divided over the data-parallel ranks as soon as its module is built.
+
+    Args:
+        model: builds the model, from partitioned layers if it is to be tiled.
+        transformer: the ``TransformerConfig`` that ``model`` builds from.
+        config: DeepSpeed's, ZeRO stage 3.
+
+    Raises:
+        ValueError: the host has too little memory for the offload that ``config`` asks for.
+    """
+    deepspeed = import_deepspeed()
+    zero = config["zero_optimization"]
+    if any((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_param", "offload_optimizer")):
+        _check_host_memory(model, transformer, config)
+    # Thresholds matter to the engine only, but DeepSpeed parses them here, and knows no "auto".
+    settled = {key: value for key, value in zero.items() if value != "auto"}
+    with (
+        deepspeed.zero.Init(
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=config | {"zero_optimization": settled},
+            mpu=ModelParallelUnit,
+        ),
+        _gathering_initialisation(transformer),
+    ):
+        return model()
+
+
+@contextmanager
+def _gathering_initialisation(transformer: Any) -> Iterator[None]:
+    """Initialisation of a child's parameter by its parent, which finds it partitioned, works on the whole of it.
+
+    Megatron draws its position embeddings so; on the empty tensor that ZeRO-3 leaves, torch's own values would stay.
+    """
+    names = ("init_method", "output_layer_init_method", "embedding_init_method")
+    stock = {name: getattr(transformer, name) for name in names}
+    for name, method in stock.items():
+        setattr(transformer, name, functools.partial(_initialise_whole, method))
+    try:
+        yield
+    finally:
+        for name, method in stock.items():
+            setattr(transformer, name, method)
+
+
+def _initialise_whole(method: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    with gathered(tensor, write=True):
+        return method(tensor)
+
+
+def initialize(
+    model: torch.nn.Module, make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], config: Config
+) -> Any:
+    """The DeepSpeed engine of a model from ``build``.
+
+    Prints on rank 0 the thresholds that it chose, and a warning for each setting under which tiles save nothing.
+
+    Args:
+        make_optimizer: given parameter groups as Megatron's optimizer makes them (``wd_mult`` 0 for biases and norms).
+        config: DeepSpeed's; unset or ``"auto"`` thresholds follow the tile size.
+    """
+    deepspeed = import_deepspeed()
+    sizes = tile_sizes(model)
+    if sizes is not None:
+        config = with_thresholds(config, sizes)
+        zero = config["zero_optimization"]
+        chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}
+        _print_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")
+        for reason in pointless_settings(config, sizes):
+            _print_rank_0(f"WARNING: zero_optimization.{reason}")
+    reduce_shared_gradients(model)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
+    )
+    return engine
+
+
+def tile_sizes(model: torch.nn.Module) -> TileSizes | None:
+    """Sizes of the tiles in a model's partitioned layers, or ``None`` if it has none.
+
+    A tile of a ``TiledMLP``, which is gathered as one, is a tile of fc1 and one of fc2.
+    """
+    layers: dict[str, list[int]] = {}
+    weights: list[int] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (WeightTile, MLPTile)):
+            sizes = [elements(parameter) for parameter in module.parameters()]
+            layers.setdefault(name.rpartition(".tiles.")[0], []).append(sum(sizes))
+            weights += sizes
+    if not layers:
+        return None
+    return TileSizes(min(weights), max(map(max, layers.values())), max(map(sum, layers.values())))
+
+
+def elements(parameter: Tensor) -> int:
+    """Elements of a whole parameter, partitioned or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """As Megatron groups them: no weight decay for vectors, whatever their partitioned shape."""
+    groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            groups[1.0 if len(shape) > 1 else 0.0].append(parameter)
+    return [{"params": params, "wd_mult": mult, "lr_mult": 1.0} for mult, params in groups.items() if params]
+
+
+def reduce_shared_gradients(model: torch.nn.Module) -> None:
+    """Sum the gradients of parameters that tensor-parallel ranks share but use on different tokens or heads.
+
+    The parameters and the operation are those of Megatron's ``finalize_model_grads``: norms and row biases under
+    sequence parallelism, and the norms of queries and keys. Done as each gradient is made, before ZeRO-3 reduces it.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    config: Any = model.config
+    for name, parameter in model.named_parameters():
+        average = getattr(parameter, "average_gradients_across_tp_domain", False)
+        shared = average or (config.sequence_parallel and getattr(parameter, "sequence_parallel", False))
+        shared = shared or (config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name))
+        if parameter.requires_grad and shared:
+            parameter.register_hook(_all_reduce(group, average))
+
+
+def _all_reduce(group: torch.distributed.ProcessGroup, average: bool) -> Callable[[Tensor], Tensor]:
+    def reduce(grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need what it handed over
+        torch.distributed.all_reduce(grad, group=group)
+        return grad / group.size() if average else grad
+
+    return reduce
+
+
+def _check_host_memory(model: Callable[[], torch.nn.Module], transformer: Any, config: Mapping[str, Any]) -> None:
+    with _on_meta(transformer):
+        parameters = list(model().parameters())
+    ranks = parallel_state.get_data_parallel_world_size()
+    partition = sum(-(-parameter.numel() // ranks) for parameter in parameters)
+    needs = offload_needs(config, partition, transformer.params_dtype.itemsize)
+    check_host_memory(needs, available_host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def _on_meta(transformer: Any) -> Iterator[None]:
+    """Megatron's layers are built with neither memory nor random numbers."""
+    wanted = transformer.use_cpu_initialization, transformer.perform_initialization
+    transformer.use_cpu_initialization, transformer.perform_initialization = True, False
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        transformer.use_cpu_initialization, transformer.perform_initialization = wanted
+
+
+def available_host_memory() -> int:
+    """Bytes that processes of this container can still allocate: the kernel's estimate, or the cgroup's limit."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
+            available = min(available, int(bound) - int(Path(used).read_text()))
+    return available
+
+
+def _print_rank_0(message: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(f"megatron_tiling: {message}", flush=True)

@@ -1,0 +1,202 @@
+"""DeepSpeed's configuration for tiled ZeRO-3: what the run's flags and its tile size say, and what defeats tiling.
+
+Pure data: no process group, no DeepSpeed. Numbers of parameters are elements, as in DeepSpeed's configuration.
+
+ZeRO-3 gathers a parameter around its use, but by default it also keeps what will be used again within 1e9 elements,
+fetches 5e7 elements ahead and never partitions what is smaller than 1e5. All of these must be below a tile, or whole
+layers are alive in spite of the tiles.
+"""
+
+import copy
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = dict[str, Any]
+
+#: DeepSpeed's own defaults, which hold for thresholds that no one sets.
+DEFAULT_PERSISTENCE = 100_000
+
+#: Megatron flags that do not work with the DeepSpeed engine: attribute, values that are fine, why.
+UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("pipeline_model_parallel_size", (None, 1), "the engine runs whole models; use tensor and data parallelism"),
+    ("context_parallel_size", (None, 1), "gradients are averaged over data-parallel ranks only"),
+    ("num_experts", (None,), "experts have data-parallel groups of their own, the engine is given one"),
+    ("mtp_num_layers", (None, 0), "next-token heads share weights across modules"),
+    ("use_distributed_optimizer", (None, False), "ZeRO-3 shards the optimizer itself"),
+    ("use_megatron_fsdp", (None, False), "two engines cannot own the same parameters"),
+    ("use_torch_fsdp2", (None, False), "two engines cannot own the same parameters"),
+    ("tiled_linear_storage", (None, "auto", "partitioned"), "the engine partitions parameters: tiles must be some"),
+    ("eval_iters", (0,), "the ZeRO-3 example does not evaluate"),
+    ("overlap_grad_reduce", (None, False), "the engine overlaps by itself: overlap_comm in its configuration"),
+    ("overlap_param_gather", (None, False), "the engine overlaps by itself: stage3_prefetch_bucket_size"),
+    ("rampup_batch_size", (None,), "the engine's batch size is fixed"),
+    ("optimizer", (None, "adam"), "the ZeRO-3 example trains with AdamW"),
+    ("cpu_offloading_num_layers", (None, 0), "offload parameters and optimizer in the engine's configuration"),
+)
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """Elements on a tensor-parallel rank: the smallest weight of a tile, the largest tile, the largest tiled layer."""
+
+    smallest: int
+    largest: int
+    layer: int
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse Megatron flags that the engine would not follow.
+
+    Raises:
+        ValueError: naming flag, value and reason.
+    """
+    for attribute, supported, reason in UNSUPPORTED:
+        value = getattr(args, attribute, None)
+        if value not in supported:
+            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
+            raise ValueError(f"ZeRO-3 with {flag}: {reason}; leave it out")
+
+
+def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) -> Config:
+    """The JSON file ``path``, completed by Megatron's flags: batch sizes, clipping and precision.
+
+    What the file leaves out or sets to ``"auto"`` follows the flags, so that there is one place to change it.
+
+    Raises:
+        ValueError: not ZeRO stage 3, a value that contradicts a flag, or NVMe offload without a path.
+    """
+    config: Config = json.loads(Path(path).read_text())
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise ValueError(
+            f"{path}: zero_optimization.stage is {zero.get('stage')}, tiles are partitioned by stage 3 only"
+        )
+    for name in ("offload_param", "offload_optimizer"):
+        offload = zero.get(name) or {}
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            raise ValueError(f"{path}: zero_optimization.{name}.device is nvme: give {name}.nvme_path, a folder on it")
+    samples = args.micro_batch_size * data_parallel_size
+    for key, value, flag in (
+        ("train_micro_batch_size_per_gpu", args.micro_batch_size, "--micro-batch-size"),
+        ("gradient_accumulation_steps", args.global_batch_size // samples, "--global-batch-size"),
+        ("train_batch_size", args.global_batch_size, "--global-batch-size"),
+        ("gradient_clipping", args.clip_grad, "--clip-grad"),
+    ):
+        _settle(config, key, value, flag, path)
+    for key, wanted, flag in (("bf16", args.bf16, "--bf16"), ("fp16", args.fp16, "--fp16")):
+        section = config.setdefault(key, {})
+        _settle(section, "enabled", bool(wanted), flag, f"{path}: {key}")
+    if args.fp16:
+        config["fp16"].setdefault("loss_scale", args.loss_scale or 0)
+        config["fp16"].setdefault("initial_scale_power", int(math.log2(args.initial_loss_scale)))
+        config["fp16"].setdefault("loss_scale_window", args.loss_scale_window)
+    return config
+
+
+def _settle(section: Config, key: str, value: Any, flag: str, place: object) -> None:
+    if section.get(key, "auto") == "auto":
+        section[key] = value
+    elif section[key] != value:
+        raise ValueError(f"{place}: {key} is {section[key]}, but {flag} makes it {value}; set one of them to the other")
+
+
+def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
+    """A copy of ``config`` whose unset or ``"auto"`` ZeRO-3 thresholds follow the tile size.
+
+    One tile is fetched ahead of the one in use. A fetch is started while fewer than ``stage3_max_live_parameters``
+    elements are alive, and brings up to one tile: with a limit of one tile, no more than two are alive. A reuse
+    distance of 1 keeps a tile that is the next to be used again, as the last one of a forward pass is.
+    """
+    filled = copy.deepcopy(dict(config))
+    zero = filled["zero_optimization"]
+    for key, value in (
+        ("stage3_max_live_parameters", sizes.largest + 1),
+        ("stage3_max_reuse_distance", 1),
+        ("stage3_prefetch_bucket_size", sizes.largest),
+        ("stage3_param_persistence_threshold", min(DEFAULT_PERSISTENCE, sizes.smallest - 1)),
+        ("reduce_bucket_size", sizes.largest),
+    ):
+        if zero.get(key, "auto") == "auto":
+            zero[key] = value
+    return filled
+
+
+def pointless_settings(config: Mapping[str, Any], sizes: TileSizes) -> list[str]:
+    """Reasons, one line each, why whole layers would be alive under this complete ``config``, in spite of the tiles."""
+    zero = config["zero_optimization"]
+    tile = f"a tile has {sizes.largest} elements"
+    remedy = "leave it out, or set it to auto"
+    reasons = []
+    persistent = zero["stage3_param_persistence_threshold"]
+    if persistent >= sizes.smallest:
+        reasons.append(
+            f"stage3_param_persistence_threshold {persistent}: tiles of {sizes.smallest} elements stay on every rank, "
+            f"never partitioned; {remedy}"
+        )
+    reuse = zero["stage3_max_reuse_distance"]
+    if reuse >= sizes.largest:
+        reasons.append(
+            f"stage3_max_reuse_distance {reuse}: {tile}, and tiles that are used again within {reuse} elements stay "
+            f"gathered; {remedy}"
+        )
+    ahead = min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"])
+    if ahead > 2 * sizes.largest:
+        reasons.append(
+            f"stage3_prefetch_bucket_size {zero['stage3_prefetch_bucket_size']} and stage3_max_live_parameters "
+            f"{zero['stage3_max_live_parameters']}: {tile}, and {ahead} elements are fetched ahead of their use"
+            f"{' (a whole layer has ' + str(sizes.layer) + ')' if ahead >= sizes.layer else ''}; {remedy}"
+        )
+    if granularity := zero.get("stage3_module_granularity_threshold", 0):
+        reasons.append(
+            f"stage3_module_granularity_threshold {granularity}: layers gathered as one unit hold all their tiles at "
+            "once; leave it out"
+        )
+    if zero.get("leaf_module"):
+        reasons.append("leaf_module: a module gathered as one unit holds all its tiles at once; leave it out")
+    return reasons
+
+
+def offload_needs(config: Mapping[str, Any], elements: int, element_size: int) -> dict[str, int]:
+    """Bytes of host memory that one rank asks for, by the setting that asks for them.
+
+    Args:
+        elements: parameters of the rank's partition.
+        element_size: bytes of a parameter as the model holds it.
+    """
+    zero = config["zero_optimization"]
+    needs = {}
+    if (zero.get("offload_param") or {}).get("device") == "cpu":
+        needs["offload_param"] = elements * element_size
+    optimizer = zero.get("offload_optimizer") or {}
+    if optimizer.get("device") == "cpu":  # float32: master weight, gradient, two moments
+        needs["offload_optimizer"] = int(elements * 16 * optimizer.get("ratio", 1.0))
+    return needs
+
+
+def check_host_memory(needs: Mapping[str, int], available: int, ranks: int) -> None:
+    """Refuse an offload that the host cannot hold, before the operating system ends the process without a word.
+
+    Args:
+        needs: from ``offload_needs``.
+        available: bytes that the host has left.
+        ranks: processes on this host, which all ask for the same.
+
+    Raises:
+        ValueError: with bytes asked for, by setting, and bytes available.
+    """
+    total = sum(needs.values()) * ranks
+    if total > available:
+        parts = ", ".join(f"{name}.device cpu {_gib(bytes_)}" for name, bytes_ in needs.items())
+        raise ValueError(
+            f"offload to host memory needs {_gib(total)} on this machine ({ranks} ranks x ({parts})), and "
+            f"{_gib(available)} are available; offload less, to nvme, or spread the run over more machines"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB ({size} bytes)"

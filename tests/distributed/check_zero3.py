@@ -1,0 +1,340 @@
+"""ZeRO-3 with tensor parallelism on real process groups over gloo, against a dense model and dense ZeRO-3.
+
+    torchrun --standalone --nproc-per-node 4 tests/distributed/check_zero3.py
+
+Prints one line a check; the exit code is not 0 if one fails.
+"""
+
+import contextlib
+import io
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from harness import Counter, megatron
+
+ITERATIONS, TENSOR_PARALLEL, FACTOR = 20, 2, 4
+SEQUENCE, BATCH, WORDS = 24, 2, 128
+ENGINE = {
+    "train_micro_batch_size_per_gpu": BATCH,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.5,
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": False},
+    "zero_optimization": {"stage": 3},
+    "steps_per_print": 1000000,
+}
+
+
+def transformer(**options: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=4,
+        ffn_hidden_size=40,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=TENSOR_PARALLEL,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **options,
+    )
+
+
+def gpt(config: Any) -> torch.nn.Module:
+    """A GPT whose weights depend on nothing but the seed."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(5)
+    model_parallel_cuda_manual_seed(11)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
+
+
+def micro_batches(iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels of this data-parallel rank."""
+    from megatron.core import parallel_state
+
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    generator = torch.Generator().manual_seed(iteration)
+    steps = ENGINE["gradient_accumulation_steps"]
+    text = torch.randint(0, WORDS, (steps, ranks, BATCH, SEQUENCE + 1), generator=generator)
+    for part in text[:, rank]:
+        yield part[:, :-1], part[:, 1:]
+
+
+def device() -> str:
+    """The benchmark runs this training on GPUs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loss_of(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(SEQUENCE, device=device()).expand(BATCH, SEQUENCE)
+    mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool, device=device()), 1)
+    loss: torch.Tensor = model(tokens.to(device()), positions, mask, labels=labels.to(device())).mean()
+    return loss
+
+
+def averaged(losses: list[torch.Tensor]) -> float:
+    from megatron.core import parallel_state
+
+    loss = torch.stack([loss.detach() for loss in losses]).mean()
+    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+    return float(loss / parallel_state.get_data_parallel_world_size())
+
+
+def train_dense(config: Any) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the model that no one partitions; gradients are reduced as Megatron does."""
+    from megatron.core import parallel_state
+
+    from megatron_tiling import zero3
+
+    model, losses, norms = gpt(config), [], []
+    optimizer = torch.optim.AdamW(zero3.parameter_groups(model), lr=4e-3)
+    tensor_group, data_group = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+    )
+    for iteration in range(ITERATIONS):
+        batch = []
+        for tokens, labels in micro_batches(iteration):
+            batch.append(loss_of(model, tokens, labels))
+            (batch[-1] / ENGINE["gradient_accumulation_steps"]).backward()
+        squares = torch.zeros((), device=device())
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad
+            assert grad is not None, name
+            shared = "q_layernorm" in name or "k_layernorm" in name
+            if shared or (config.sequence_parallel and getattr(parameter, "sequence_parallel", False)):
+                torch.distributed.all_reduce(grad, group=tensor_group)
+            torch.distributed.all_reduce(grad, group=data_group)
+            grad /= data_group.size()
+            if getattr(parameter, "tensor_model_parallel", False) or tensor_group.rank() == 0:
+                squares += grad.square().sum()
+        torch.distributed.all_reduce(squares, group=tensor_group)
+        norms.append(float(squares.sqrt()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, ENGINE["gradient_clipping"] / (norms[-1] + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(averaged(batch))
+    return losses, norms
+
+
+def engine_of(config: Any, tiled: bool, thresholds: dict[str, Any]) -> Any:
+    from megatron_tiling import TilingConfig, tile, zero3
+
+    def build() -> torch.nn.Module:
+        model = gpt(config)
+        if tiled:
+            tile(model, TilingConfig(factor=FACTOR, storage="partitioned"))
+        return model
+
+    settings = ENGINE | {"zero_optimization": {"stage": 3, **thresholds}}
+    model = zero3.build(build, config, settings)
+    return zero3.initialize(model, lambda groups: torch.optim.AdamW(groups, lr=4e-3), settings)
+
+
+def train_zero3(engine: Any, iterations: int = ITERATIONS) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for iteration in range(iterations):
+        batch = []
+        for tokens, labels in micro_batches(iteration):
+            batch.append(loss_of(engine, tokens, labels))
+            engine.backward(batch[-1])
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+        losses.append(averaged(batch))
+    return losses, norms
+
+
+@contextlib.contextmanager
+def watching(engine: Any) -> Iterator[dict[str, int]]:
+    """The most elements alive at any moment, of linear weights and of all else that is gathered.
+
+    Looked at after each change: every gather starts and every release ends in one of the coordinator's two methods.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    linear = {
+        id(parameter)
+        for name, parameter in engine.module.named_parameters()
+        if any(part in name for part in ("linear_", "mlp.tiles", "output_layer"))
+    }
+    parameters = list(engine.module.parameters())
+    most = {"linear": 0, "rest": 0}
+    names = ["_PartitionedParameterCoordinator__all_gather_params_", "_PartitionedParameterCoordinator__release_param"]
+    stock = {name: getattr(Coordinator, name) for name in names}
+
+    def look() -> None:
+        alive = {"linear": 0, "rest": 0}
+        for parameter in parameters:
+            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                is_weight = id(parameter) in linear and len(parameter.ds_shape) > 1
+                alive["linear" if is_weight else "rest"] += parameter.ds_numel
+        for kind in most:
+            most[kind] = max(most[kind], alive[kind])
+
+    def watched(method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            look()
+            return result
+
+        return call
+
+    for name, method in stock.items():
+        setattr(Coordinator, name, watched(method))
+    try:
+        yield most
+    finally:
+        for name, method in stock.items():
+            setattr(Coordinator, name, method)
+
+
+def close(actual: list[float], expected: list[float], tolerance: float) -> bool:
+    return len(actual) == len(expected) and all(
+        abs(a - e) <= tolerance * abs(e) for a, e in zip(actual, expected, strict=True)
+    )
+
+
+def replicated_parameters_agree(engine: Any) -> bool:
+    """Parameters that tensor-parallel ranks share are still the same on all of them."""
+    import deepspeed
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    agree = True
+    for parameter in engine.module.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            with deepspeed.zero.GatheredParameters(parameter):
+                copies = [torch.empty_like(parameter) for _ in range(group.size())]
+                torch.distributed.all_gather(copies, parameter.detach().contiguous(), group=group)
+                agree &= all(torch.equal(copies[0], copy) for copy in copies)
+    return agree
+
+
+def check_training(report: Any) -> None:
+    """A Llama-like model, with all that makes gradients differ between tensor-parallel ranks."""
+    from megatron_tiling import zero3
+
+    def config() -> Any:
+        return transformer(
+            sequence_parallel=True,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            qk_layernorm=True,
+        )
+
+    losses, norms = train_dense(config())
+    engine = engine_of(config(), tiled=True, thresholds={})
+    sizes = zero3.tile_sizes(engine.module)
+    assert sizes is not None
+    with watching(engine) as most:
+        tiled_losses, tiled_norms = train_zero3(engine)
+    report("losses as dense", close(tiled_losses, losses, 2e-5), (tiled_losses, losses))
+    report("gradient norms as dense", close(tiled_norms, norms, 1e-4), (tiled_norms, norms))
+    report("two tiles alive at most", 0 < most["linear"] <= 2 * sizes.largest, (most, sizes))
+    report("shared parameters stay equal", replicated_parameters_agree(engine))
+    dense = engine_of(config(), tiled=False, thresholds=thresholds_of(engine))
+    with watching(dense) as most_dense:
+        train_zero3(dense, 3)
+    whole = max(zero3.elements(parameter) for parameter in dense.module.decoder.parameters())
+    report("dense ZeRO-3 holds a layer", most_dense["linear"] >= whole > 2 * sizes.largest, (most_dense, whole))
+
+
+def thresholds_of(engine: Any) -> dict[str, Any]:
+    zero = engine._config.zero_config
+    return {
+        "stage3_max_live_parameters": zero.max_live_parameters,
+        "stage3_max_reuse_distance": zero.max_reuse_distance,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+    }
+
+
+def check_warnings(report: Any) -> None:
+    """DeepSpeed's defaults keep everything resident: each such setting is named."""
+    defaults = {
+        "stage3_max_live_parameters": int(1e9),
+        "stage3_max_reuse_distance": int(1e9),
+        "stage3_prefetch_bucket_size": int(5e7),
+        "stage3_param_persistence_threshold": int(1e5),
+    }
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        engine_of(transformer(), tiled=True, thresholds=defaults)
+    warned = [line for line in printed.getvalue().splitlines() if "megatron_tiling: WARNING" in line]
+    if torch.distributed.get_rank() == 0:
+        for name in ("persistence_threshold", "reuse_distance", "prefetch_bucket_size"):
+            report(f"warning names {name}", sum(f"stage3_{name}" in line or f"{name} " in line for line in warned) >= 1)
+    else:
+        report("only rank 0 warns", not warned)
+
+
+def check_agreement(report: Any) -> None:
+    from megatron_tiling.agreement import require_agreement
+
+    rank = torch.distributed.get_rank()
+    try:
+        require_agreement({"--tile-factor": 8 if rank == 3 else 4, "--use-tiled-linear": True})
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    wanted = "--tile-factor: every rank must have the same value; most have 4, rank 3 has 8"
+    report("another rank's tile factor", message == wanted, message)
+    require_agreement({"--tile-factor": 4})
+
+
+def check_host_memory(report: Any) -> None:
+    """An offload larger than the host ends before it begins, with the sizes."""
+    from megatron_tiling import zero3
+
+    config = transformer()
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    parameters = sum(-(-parameter.numel() // 2) for parameter in gpt(config).parameters())
+    zero3.available_host_memory = lambda: 1000
+    try:
+        zero3.build(lambda: gpt(config), config, ENGINE | {"zero_optimization": offload})
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    words = [f"({parameters * 4} bytes)", f"({parameters * 16} bytes)", "(1000 bytes) are available", "offload_param"]
+    report("host memory is too small", all(word in message for word in words), message)
+
+
+def check_collectives(report: Any) -> None:
+    """All-reduces of one MLP's forward pass: ours one, tile by tile around Megatron's layers sixteen."""
+    sys.path.insert(0, str(__file__).rsplit("/tests/", 1)[0] + "/benchmarks")
+    import zero3_collectives
+
+    counts = zero3_collectives.count(Counter, transformer(), factor=2)
+    report("all-reduces of an MLP", (counts["ours"], counts["DeepSpeed's TiledLinear"]) == (1, 16), counts)
+
+
+def main() -> None:
+    failed = itertools.count()
+
+    def report(name: str, passed: bool, detail: Any = "") -> None:
+        if not passed:
+            next(failed)
+        if not passed or torch.distributed.get_rank() == 0:
+            print(f"ok: {name}" if passed else f"FAILED: {name} {detail}", flush=True)
+
+    with megatron(tensor_model_parallel_size=TENSOR_PARALLEL):
+        for check in (check_agreement, check_host_memory, check_collectives, check_warnings, check_training):
+            check(report)
+    sys.exit(next(failed) > 0)
+
+
+if __name__ == "__main__":
+    main()
