@@ -24,6 +24,7 @@ from megatron_tiling.config import DEFAULT_FACTOR
 from megatron_tiling.convert import MLA_DOWN_PROJECTIONS
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.norm import SequenceParallelTorchNorm
+from megatron_tiling.transformer_engine import spec_classes
 
 
 class TiledSpecProvider(LocalSpecProvider):
@@ -63,6 +64,7 @@ class TiledSpecProvider(LocalSpecProvider):
         replacements: dict[Any, Any] = {
             ColumnParallelLinear: self.column_parallel_linear(),
             RowParallelLinear: self.row_parallel_linear(),
+            **spec_classes(self.factor),
         }
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm

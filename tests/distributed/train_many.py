@@ -5,6 +5,7 @@
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
+With ``"check": true`` it is no training but one of the check scripts of this folder.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
 ``kill_while_saving``.
 """
@@ -23,6 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -98,7 +100,9 @@ def train(run: dict[str, Any]) -> None:
         count_gemms()
         if "kill" in run:
             kill_while_saving(**run["kill"])
-        if run.get("runner", True):
+        if run.get("check"):
+            runpy.run_path(run["argv"][0], run_name="__main__")
+        elif run.get("runner", True):
             runner.main()
         else:
             sys.argv = cpu.with_default_args(run["argv"])
@@ -117,11 +121,14 @@ def train(run: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    cpu.install()  # imports Megatron's trainer, once
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    cpu.install(train=not all(run.get("check") for run in runs))  # imports Megatron, and its trainer, once
+    if os.environ["RANK"] == "0":
+        print(f"megatron-core {megatron.core.__version__} of {megatron.core.__file__}", flush=True)
     torch.set_num_threads(1)
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
     filesystem_async.get_write_results_queue("fork")
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    for run in runs:
         child = os.fork()
         if child == 0:
             train(run)
