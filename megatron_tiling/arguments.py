@@ -1,8 +1,8 @@
 """The command-line flags, and what is refused before training starts."""
 
-import importlib.util
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, TilingConfig
@@ -160,7 +160,7 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
     for option in TRANSFORMER_ENGINE_OPTIONS:
         option.refuse(getattr(args, option.argument, None))
-    if getattr(args, "transformer_impl", None) == "transformer_engine" and not _has_transformer_engine():
+    if getattr(args, "transformer_impl", None) == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--use-tiled-linear with --transformer-impl transformer_engine: TransformerEngine is not installed; "
             "install it, or use --transformer-impl local"
@@ -173,10 +173,6 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             "have more; lower it"
         )
     return config
-
-
-def _has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def micro_batch_tokens(args: Namespace) -> int | None:

@@ -181,6 +181,7 @@ def test_real_tag(known: Patch, tmp_path: Path) -> None:
 
 
 @needs_megatron_lm
+@pytest.mark.feature("training of a patched tree", version="{version.wheel}")
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.tag)
 def test_a_patched_tree_trains_without_the_runner(version: Version, tmp_path: Path) -> None:
     """From the tag's tree alone but for the C++ dataset helpers, TP=2: the loss of tiled equals dense.

@@ -94,16 +94,19 @@ def test_the_overlay_is_what_runs(runs: Runs) -> None:
     assert f"megatron-core {runs.version.wheel} of {place}\n" in runs.output
 
 
+@pytest.mark.feature("layers, TP=2", version="{runs.wheel}")
 def test_layers_equal_stock(runs: Runs) -> None:
     assert "cases passed at TP=2" in runs.logs["layers"], runs.logs["layers"][-6000:]
     assert "layers: exit 0\n" in runs.output
 
 
+@pytest.mark.feature("whole models, TP=2", version="{runs.wheel}")
 def test_models_equal_stock(runs: Runs) -> None:
     assert "model checks passed at TP=2" in runs.logs["models"], runs.logs["models"][-6000:]
     assert "models: exit 0\n" in runs.output
 
 
+@pytest.mark.feature("training with that version's scripts, by flag and by `--spec`", version="{runs.wheel}")
 def test_training_equals_dense(runs: Runs) -> None:
     """Through the runner at TP=2, by flag and by spec."""
     if runs.no_training:

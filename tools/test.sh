@@ -12,4 +12,8 @@ mypy
 if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     python -m pytest tests/*_gpu.py tests/test_activation.py
 fi
-CUDA_VISIBLE_DEVICES= python -m pytest "$@" # over gloo: also where there are GPUs
+outcomes=$(mktemp)
+CUDA_VISIBLE_DEVICES= python -m pytest --feature-outcomes "$outcomes" "$@" # over gloo: also where there are GPUs
+if (($# == 0)); then
+    tools/support_matrix.py --check "$outcomes"
+fi

@@ -107,7 +107,7 @@ def check_steps() -> None:
 
 
 def check_collectives() -> None:
-    """As many as dense has. (Under sequence parallelism the stand-in keeps what it gathered, unlike TransformerEngine.)"""
+    """As many as dense has; without sequence parallelism, where the stand-in keeps what it has gathered."""
     for changes in ({}, LLAMA):
         counts = []
         for tiled in (False, True):

@@ -97,17 +97,7 @@ def train(run: dict[str, Any]) -> None:
     os.dup2(log, 2)
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
-        count_gemms()
-        if "kill" in run:
-            kill_while_saving(**run["kill"])
-        if run.get("check"):
-            runpy.run_path(run["argv"][0], run_name="__main__")
-        elif run.get("runner", True):
-            runner.main()
-        else:
-            sys.argv = cpu.with_default_args(run["argv"])
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            torch.distributed.destroy_process_group()
+        start(run)
         status = 0
     except SystemExit as ending:
         print(ending)
@@ -118,6 +108,21 @@ def train(run: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(status)
+
+
+def start(run: dict[str, Any]) -> None:
+    if run.get("check"):
+        runpy.run_path(run["argv"][0], run_name="__main__")
+        return
+    count_gemms()
+    if "kill" in run:
+        kill_while_saving(**run["kill"])
+    if run.get("runner", True):
+        runner.main()
+    else:
+        sys.argv = cpu.with_default_args(run["argv"])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        torch.distributed.destroy_process_group()
 
 
 def main() -> None:
