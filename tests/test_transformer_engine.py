@@ -59,6 +59,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: "".join(Path(folder, f"{name}.{rank}").read_text() for rank in range(WORLD)) for name in commands}
 
 
+@pytest.mark.feature("models of TransformerEngine's specs, on stand-ins for its layers")
 @pytest.mark.parametrize("size", [1, 2])
 def test_models_equal_dense(size: int, logs: dict[str, str]) -> None:
     assert f"TransformerEngine checks passed at TP={size}" in logs["checks"], logs["checks"][-6000:]

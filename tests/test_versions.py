@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, torchrun
-from megatron_lm import GIT, VERSIONS, Version, checkout, unpacked_wheel
+from megatron_lm import GIT, VERSIONS, Version, checkout, needs_megatron_lm, unpacked_wheel
 from test_training import COMMON, LLAMA, free_port, losses
 
 ITERATIONS = 6
@@ -120,3 +120,11 @@ def test_training_equals_dense(runs: Runs) -> None:
         assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 2e-5, kind
         assert not re.search("GEMMs: 0$", logs[kind], re.M), f"{kind} ran no tile"
     assert logs["dense"].count("GEMMs: 0\n") == WORLD
+
+
+@needs_megatron_lm  # only the whole version job: another start of torchrun
+@pytest.mark.feature("models of TransformerEngine's specs, on stand-ins for its layers", version="{runs.wheel}")
+def test_transformer_engine_specs(runs: Runs) -> None:
+    path = search_path(ROOT / "tests" / "stand_ins", runs.overlay)
+    output = torchrun(DISTRIBUTED / "check_transformer_engine.py", world=2, environment=path)
+    assert all(f"TransformerEngine checks passed at TP={size}" in output for size in (1, 2)), output[-6000:]

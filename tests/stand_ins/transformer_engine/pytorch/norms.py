@@ -10,17 +10,19 @@ from torch.nn.functional import layer_norm, rms_norm
 class RMSNorm(torch.nn.Module):
     def __init__(
         self,
-        normalized_shape: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool | None = None,
         params_dtype: torch.dtype | None = None,
         zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,
         device: Any = None,
     ) -> None:
         super().__init__()
+        size = normalized_shape or hidden_size
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
         gamma = 0.0 if zero_centered_gamma else 1.0
-        self.weight = torch.nn.Parameter(torch.full((normalized_shape,), gamma, dtype=params_dtype, device=device))
+        self.weight = torch.nn.Parameter(torch.full((size,), gamma, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,8 +30,8 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNorm(RMSNorm):
-    def __init__(self, normalized_shape: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(normalized_shape, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
         self.bias.sequence_parallel = self.weight.sequence_parallel
 
