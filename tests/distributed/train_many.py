@@ -132,7 +132,8 @@ def main() -> None:
         print(f"megatron-core {megatron.core.__version__} of {megatron.core.__file__}", flush=True)
     torch.set_num_threads(1)
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
-    filesystem_async.get_write_results_queue("fork")
+    if hasattr(filesystem_async, "get_write_results_queue"):  # 0.16 has none, and its runs here save nothing
+        filesystem_async.get_write_results_queue("fork")
     for run in runs:
         child = os.fork()
         if child == 0:
