@@ -1,6 +1,8 @@
 """The command-line flags, and what is refused before training starts."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, STORAGES, TilingConfig
@@ -21,8 +23,8 @@ COMPANIONS = {
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "transformer_impl",
-        (None, "local"),
-        "tiled layers are not built from this implementation's specs; use --transformer-impl local",
+        (None, "local", "transformer_engine"),
+        "this implementation's layers cannot be tiled; use --transformer-impl local or transformer_engine",
     ),
     (
         "defer_embedding_wgrad_compute",
@@ -63,6 +65,47 @@ UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, False),
         "its buffers are of one size, and tiles are not; leave it out",
     ),
+)
+
+
+@dataclass(frozen=True)
+class TransformerEngineOption:
+    """What TransformerEngine's layers do, and tiled layers do not.
+
+    Attributes:
+        flag: as the command line has it.
+        argument: its attribute of the parsed arguments.
+        setting: its attribute of Megatron's model config.
+    """
+
+    flag: str
+    argument: str
+    setting: str
+
+    def refuse(self, value: Any) -> None:
+        """Raise a ValueError if the value asks for it."""
+        if value:
+            given = f"{self.flag} {value}" if isinstance(value, str) else self.flag
+            raise ValueError(f"--use-tiled-linear with {given}: tiled layers do not do this; leave the flag out")
+
+
+TRANSFORMER_ENGINE_OPTIONS = (
+    TransformerEngineOption("--fp8-format", "fp8", "fp8"),
+    TransformerEngineOption("--fp4-format", "fp4", "fp4"),
+    TransformerEngineOption("--te-precision-config-file", "te_precision_config_file", "quant_recipe"),
+    TransformerEngineOption("--tp-comm-overlap", "tp_comm_overlap", "tp_comm_overlap"),
+    TransformerEngineOption("--delay-wgrad-compute", "delay_wgrad_compute", "delay_wgrad_compute"),
+    TransformerEngineOption("--symmetric-ar-type", "symmetric_ar_type", "symmetric_ar_type"),
+    TransformerEngineOption(
+        "--use-transformer-engine-op-fuser", "use_transformer_engine_op_fuser", "use_transformer_engine_op_fuser"
+    ),
+    TransformerEngineOption("--cpu-offloading-num-layers", "cpu_offloading_num_layers", "cpu_offloading"),
+    TransformerEngineOption(
+        "--fine-grained-activation-offloading",
+        "fine_grained_activation_offloading",
+        "fine_grained_activation_offloading",
+    ),
+    TransformerEngineOption("--cache-mla-latents", "cache_mla_latents", "cache_mla_latents"),
 )
 
 
@@ -146,6 +189,13 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
         return None
     _refuse(args, UNSUPPORTED, "--use-tiled-linear")
     _check_sharding(args)
+    for option in TRANSFORMER_ENGINE_OPTIONS:
+        option.refuse(getattr(args, option.argument, None))
+    if getattr(args, "transformer_impl", None) == "transformer_engine" and not find_spec("transformer_engine"):
+        raise ValueError(
+            "--use-tiled-linear with --transformer-impl transformer_engine: TransformerEngine is not installed; "
+            "install it, or use --transformer-impl local"
+        )
     config = TilingConfig.from_args(args)
     optimizer = getattr(args, "optimizer", None)
     if config.partitioned and optimizer not in (None, "adam", "sgd"):

@@ -44,6 +44,21 @@ def sequential_experts(submodules: Any) -> Any:
     return functools.partial(SequentialMLP, submodules=submodules)
 
 
+def uses_transformer_engine(config: Any) -> bool:
+    """Whether a layer spec for this config is to be TransformerEngine's.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    wanted: bool = config.transformer_impl == "transformer_engine"
+    if wanted and not _exists("transformer_engine"):
+        raise SystemExit(
+            "megatron_tiling: --spec with --transformer-impl transformer_engine: TransformerEngine is not installed; "
+            "install it, or use --transformer-impl local"
+        )
+    return wanted
+
+
 def spec_may_be_a_function() -> bool:
     """Whether ``--spec MODULE NAME`` may name a function of the model's config (0.19), and not only a spec."""
     return _exists("megatron.training.models.gpt")
@@ -62,7 +77,7 @@ class LayerSpecFromArgs(ModuleSpec):
     Such an object is there before the arguments are parsed, so this one looks at them when a model is built.
 
     Args:
-        rewrite: what to make of the local layer spec.
+        rewrite: what to make of the layer spec.
     """
 
     def __init__(self, rewrite: Callable[[Any], Any]) -> None:
@@ -80,9 +95,10 @@ class LayerSpecFromArgs(ModuleSpec):
         from megatron.training.arguments import core_transformer_config_from_args
 
         args = get_args()
+        config = core_transformer_config_from_args(args)
         layers = get_gpt_decoder_layer_specs(
-            core_transformer_config_from_args(args),
-            use_transformer_engine=False,
+            config,
+            use_transformer_engine=uses_transformer_engine(config),
             normalization=args.normalization,
             qk_l2_norm=args.qk_l2_norm,
         )
