@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["dp2", "tp2dp2"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--fsdps", nargs="+", choices=FSDPS, default=list(FSDPS))
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=list(KINDS)[1:])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=["tiled"])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--flags", default="", help="more Megatron flags for every run, as one string")
     parser.add_argument("--output", type=Path, required=True)

@@ -16,10 +16,15 @@ KINDS = {
 }
 FSDPS = tuple(KINDS)[1:]
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
+NO_DROPOUT = "--hidden-dropout 0"  # Megatron-FSDP gives all tensor-parallel ranks one random state, dense ones too
 #: Ranks, flags of all runs, flags of the tiled ones.
 LAYOUTS = {
     "DP=2": (2, f"--global-batch-size 8 {LLAMA}", "--tiled-linear-modules qkv fc1 fc2 output"),
-    "TP=2, DP=2": (4, f"--global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {GELU}", ""),
+    "TP=2, DP=2": (
+        4,
+        f"--global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {GELU} {NO_DROPOUT}",
+        "",
+    ),
 }
 
 
