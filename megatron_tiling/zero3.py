@@ -61,10 +61,13 @@ class ModelParallelUnit:
 
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, on the CPU where there is no GPU."""
-    if not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    if not gpu:  # its own CPU collectives are compiled at the first start; gloo will do
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
     return module
 

@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiled += ["--deepspeed-config", folder / "engine.json"]
     starts = {
         "dense": [*dense, "--save", folder / "of_dense", "--save-interval", "20", "--no-save-optim"],
-        "tiled": [*tiled, "--save", folder / "of_engine", "--exit-interval", "10"],
+        "tiled": [*tiled, "--save", folder / "of_engine", "--save-interval", "10", "--exit-interval", "10"],
         "resumed": [*tiled, "--load", folder / "of_engine", "--save-dense", folder / "of_tiled"],
         "dense_from_tiled": [*dense, "--load", folder / "of_tiled", "--finetune", "--exit-interval", "2"],
         "tiled_from_dense": [*tiled, "--load-dense", folder / "of_dense", "--exit-interval", "2"],
