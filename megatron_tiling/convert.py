@@ -170,7 +170,7 @@ def _convert_heads(model: torch.nn.Module, config: TilingConfig) -> dict[str, st
 
 
 def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: TilingConfig) -> None:
-    """One stock layer, in place, or a tiled one anew."""
+    """Turn a local stock layer into a tiled one, in place; of one that is tiled, change the grid."""
     layer.__class__ = TILED_CLASSES.get(type(layer), type(layer))
     assert isinstance(layer, (TiledColumnParallelLinear, TiledRowParallelLinear))
     layer.set_tiles(in_splits, out_splits, fp32_accumulate=config.fp32_accumulate)

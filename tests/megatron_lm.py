@@ -52,6 +52,12 @@ def unpacked_wheel(version: Version, folder: Path) -> Path:
     return folder
 
 
+def search_path(*folders: Path) -> dict[str, str]:
+    """For the environment: modules from the folders first, then from the checkout, then as usual."""
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    return {"PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT, *given)))}
+
+
 def checkout(tag: str, folder: Path, *paths: str) -> Path:
     """The tag's tree, or only the ``paths`` of it, in a new folder."""
     folder.mkdir()

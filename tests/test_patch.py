@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, torchrun
-from megatron_lm import VERSIONS, Version, checkout, needs_megatron_lm, unpacked_wheel, use_built_dataset_helpers
+from megatron_lm import (
+    VERSIONS,
+    Version,
+    checkout,
+    needs_megatron_lm,
+    search_path,
+    unpacked_wheel,
+    use_built_dataset_helpers,
+)
 from test_training import COMMON, ITERATIONS, free_port, losses
 
 from megatron_tiling import patch
@@ -208,7 +216,7 @@ def test_a_patched_tree_trains_without_the_runner(version: Version, tmp_path: Pa
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     train_many = ROOT / "tests" / "distributed" / "train_many.py"
-    environment = {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = search_path(tree) | {"PYTHONDONTWRITEBYTECODE": "1"}
     output = torchrun(train_many, tmp_path / "runs.json", world=2, environment=environment)
     assert f" of {tree}/megatron/core/" in output
     dense, tiled = ("".join(Path(f"{tmp_path / kind}.{rank}").read_text() for rank in (0, 1)) for kind in kinds)

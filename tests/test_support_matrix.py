@@ -1,7 +1,10 @@
 """The README's table of what runs where: written from outcomes, and checked against them."""
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,39 @@ def test_a_stale_table_is_found(tmp_path: Path, change: dict[str, str], words: s
 def test_a_row_that_no_test_shows_is_found(tmp_path: Path) -> None:
     stale = readme(tool["table"](cells(tmp_path, *RECORDS, record("magic", "0.19.2", "run"))))
     assert tool["contradictions"](stale, cells(tmp_path, *RECORDS)) == ["magic: no test shows it"]
+
+
+def test_outcomes_of_tests(tmp_path: Path) -> None:
+    """The worst of several tests counts; a skipped one only where no other has run."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "feature = pytest.mark.feature\n"
+        "@feature('sums of {a}', version='{a}.1.0')\n"
+        "@pytest.mark.parametrize('a', [1, 2])\n"
+        "@pytest.mark.parametrize('b', [1, 2, 3])\n"
+        "def test_sum(a, b):\n"
+        "    if b == 3: pytest.skip()\n"
+        "    assert a == 1 or b == 1\n"
+        "@feature('`--flag`', version='1.0', refused=True)\n"
+        "def test_refused(): pass\n"
+        "@feature('skipped', version='1.0')\n"
+        "@pytest.mark.skip\n"
+        "def test_skipped(): pass\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "feature_outcomes", "--feature-outcomes", "out.json", "test_it.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        stdout=subprocess.DEVNULL,
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(entry["feature"], entry["version"], entry["outcome"]) for entry in found] == [
+        ("sums of 1", "1.1.0", "run"),
+        ("sums of 2", "2.1.0", "failed"),
+        ("`--flag`", "1.0", "refused"),
+        ("skipped", "1.0", "not run"),
+    ]
+    assert {entry["device"] for entry in found} == {"CPU"}
 
 
 def test_the_readme_has_a_table() -> None:

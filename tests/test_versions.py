@@ -7,7 +7,6 @@ torchrun a version: Megatron is imported once, and what runs are forks.
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, torchrun
-from megatron_lm import GIT, VERSIONS, Version, checkout, needs_megatron_lm, unpacked_wheel
+from megatron_lm import GIT, VERSIONS, Version, checkout, needs_megatron_lm, search_path, unpacked_wheel
 from test_training import COMMON, LLAMA, free_port, losses
 
 ITERATIONS = 6
@@ -37,11 +36,6 @@ class Runs:
     output: str
     logs: dict[str, str] = field(default_factory=dict)
     no_training: str = ""
-
-
-def search_path(*folders: Path) -> dict[str, str]:
-    given = filter(None, [os.environ.get("PYTHONPATH")])
-    return {"PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT, *given)))}
 
 
 def scripts_of(version: Version, folder: Path) -> tuple[Path | None, str]:
