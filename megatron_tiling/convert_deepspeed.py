@@ -222,9 +222,7 @@ def convert(source: Path, target: Path, splits: tile_keys.Splits | None = None, 
             rank = read(path)
             _check(rank, path, len(files), wants_tiles=splits is None)
             try:
-                content = (
-                    dense_rank(rank, len(files)) if splits is None else tiled_rank(rank, len(files), splits, core)
-                )
+                content = dense_rank(rank, len(files)) if splits is None else tiled_rank(rank, len(files), splits, core)
             except ValueError as error:
                 raise Refused(f"{path}: {error}") from None
             file = temporary / _place(rank.iteration, number, dense=splits is None)

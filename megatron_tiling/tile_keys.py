@@ -11,6 +11,7 @@ before megatron-core (``language_model.encoder.layers.0.mlp.dense_h_to_4h``).
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def _sizes(key: str, local: int, splits: int, ranks: int) -> list[int]:
             f"{key}: {splits} tiles of {local * ranks} features cannot be shared by {ranks} ranks each; "
             f"choose a number of tiles that divides {local}"
         )
-    return [(stop - start) // ranks for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [(stop - start) // ranks for start, stop in pairwise(bounds)]
 
 
 def uses_core_names(state: Mapping[str, Any]) -> bool:
@@ -242,8 +243,8 @@ def reorder_qkv(state: Mapping[str, Tensor], version: float, heads: int | None) 
             continue
         if heads is None or value.shape[0] % (3 * heads):
             raise ValueError(
-                f"{key}: checkpoint_version {version} has another order of query, key and value, and its "
-                f"{value.shape[0]} rows cannot be sorted into {'an unknown number of' if heads is None else heads} heads"
+                f"{key}: checkpoint_version {version} has query, key and value in another order, and its "
+                f"{value.shape[0]} rows cannot be sorted for {heads or 'an unknown number of'} heads on each rank"
             )
         size = value.shape[0] // (3 * heads)
         shape = (3, heads, size) if version == 0 else (heads, size, 3)

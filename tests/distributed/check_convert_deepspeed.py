@@ -1,4 +1,4 @@
-"""Tile-keyed checkpoints of DeepSpeed's engine become stock Megatron's, and back, by ``megatron_tiling.convert_deepspeed``.
+"""``megatron_tiling.convert_deepspeed``: tile-keyed checkpoints of DeepSpeed's engine become Megatron's, and back.
 
 torchrun --standalone --nproc-per-node 2 tests/distributed/check_convert_deepspeed.py FOLDER
 
@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from harness import megatron, relative_error
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.training import arguments, checkpointing, global_vars
@@ -118,6 +120,10 @@ def nested(state: dict[str, Any]) -> dict[str, Any]:
     return {"language_model": {"embedding": embedding, "encoder": encoder}}
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(SEQUENCE, SEQUENCE).triu(1).bool()[None, None]
@@ -126,25 +132,29 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return output
 
 
-def trainer_args(llama: bool, **folders: Path) -> Namespace:
+def trainer_args(llama: bool, **folders: Path) -> None:
     """Megatron's own arguments for the model, as its trainer would have them."""
     flags = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 12
         --max-position-embeddings 12 --micro-batch-size 1 --tensor-model-parallel-size 2 --transformer-impl local
         --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion --lr 1 --train-iters 9
         --ckpt-format torch --no-load-optim --no-load-rng --no-save-optim --no-save-rng --mock-data
-        --tokenizer-type NullTokenizer --vocab-size 63 --exit-on-missing-checkpoint"""
+        --tokenizer-type NullTokenizer --vocab-size 63 --exit-on-missing-checkpoint --save-interval 1"""
     if llama:
         flags += " --swiglu --group-query-attention --num-query-groups 2 --position-embedding-type rope"
     sys.argv = ["check", *cpu.with_default_args(flags.split()), *(f"--{name}={path}" for name, path in folders.items())]
     args = arguments.validate_args(arguments.parse_args())
     args.padded_vocab_size, args.iteration = VOCABULARY, ITERATION
     global_vars.set_args(args)
-    return args
 
 
 def engine_of(model: torch.nn.Module) -> Any:
     config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=parallel_state)
+    groups = {  # the names that Megatron-DeepSpeed's mpu has
+        f"get_{kind}_parallel_{what}": getattr(parallel_state, f"get_{own}_parallel_{what}")
+        for kind, own in (("model", "tensor_model"), ("tensor_model", "tensor_model"), ("data", "data"))
+        for what in ("group", "rank", "world_size")
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=SimpleNamespace(**groups))
     return engine
 
 
@@ -159,7 +169,7 @@ def check(llama: bool, folder: Path) -> None:
     """DeepSpeed -> stock -> DeepSpeed."""
     tiled = gpt(llama, seed=3)
     tile_as_deepspeed(tiled)
-    wanted, saved_state = logits(tiled), {key: value.clone() for key, value in tiled.state_dict().items()}
+    wanted, saved_state = logits(tiled), {key: value.clone() for key, value in weights(tiled).items()}
     engine = engine_of(tiled)
     args = Namespace(
         num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2 if llama else 4,
@@ -168,7 +178,7 @@ def check(llama: bool, folder: Path) -> None:
         params_dtype=torch.float32,
     )  # fmt: skip
     if not llama:
-        engine.module_state_dict = lambda **kwargs: nested(tiled.state_dict())
+        engine.module_state_dict = lambda **kwargs: nested(weights(tiled))
     client = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
     engine.save_checkpoint(str(folder / "deepspeed"), tag=f"global_step{ITERATION}", client_state=client)
 
@@ -198,7 +208,7 @@ def check(llama: bool, folder: Path) -> None:
         assert encoder.keys() == expected_encoder.keys(), set(encoder) ^ set(expected_encoder)
         assert all(torch.equal(encoder[key], value) for key, value in expected_encoder.items())
         return
-    assert all(torch.equal(again.state_dict()[key], value) for key, value in saved_state.items())
+    assert all(torch.equal(weights(again)[key], value) for key, value in saved_state.items())
     assert torch.equal(logits(again), wanted)
 
 
@@ -206,6 +216,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     cpu.install()
     with megatron(tensor_model_parallel_size=2):
+        init_num_microbatches_calculator(0, None, 1, 1, 1)  # which stock's load_checkpoint sets forward
         for llama in (False, True):
             check(llama, folder / json.dumps(llama))
             if torch.distributed.get_rank() == 0:

@@ -98,9 +98,12 @@ class Outcomes:
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         elif report.failed:
-            reason = str(report.longrepr).strip().splitlines()[-1]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
         if report.when == "call" or outcome != "passed":
             self.found[report.nodeid] = (outcome, reason)
+            if outcome == "failed":
+                print(f"rank {os.environ['RANK']}: {report.nodeid}: {reason}", file=sys.__stderr__, flush=True)
 
 
 def use_local_specs() -> None:
@@ -118,6 +121,22 @@ def use_local_specs() -> None:
 
     specs.get_gpt_layer_with_transformer_engine_spec = local(specs.get_gpt_layer_local_spec)
     specs.get_gpt_layer_with_transformer_engine_submodules = local(specs.get_gpt_layer_local_submodules)
+
+
+def destroy_groups_too() -> None:
+    """Upstream leaves each test's process groups behind: with gloo, that is hundreds of threads a rank."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    stock = parallel_state.destroy_model_parallel
+
+    def destroy() -> None:
+        stock()
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not distributed_c10d.GroupMember.WORLD:
+                distributed_c10d.destroy_process_group(group)
+
+    parallel_state.destroy_model_parallel = destroy
 
 
 def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
@@ -175,6 +194,7 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
     torch.set_num_threads(1)
     cpu.install()
     use_local_specs()
+    destroy_groups_too()
     rank = os.environ["RANK"]
     outcomes = Outcomes(options.factor if options.tiles else None)
     os.chdir(folder)
@@ -230,8 +250,8 @@ def report(stock: dict[str, tuple[str, str]], tiled: dict[str, tuple[str, str]])
             reasons.setdefault((file, outcome, reason), []).append(name)
     for (file, outcome, reason), names in reasons.items():
         print(f"{outcome} with stock layers, {file}, {len(names)}: {reason[:200]}\n    " + "\n    ".join(names))
-    lost = [test for test, (outcome, _) in stock.items() if outcome == "passed" and tiled.get(test, ("",))[0] != outcome]
-    gained = [test for test, (outcome, _) in tiled.items() if outcome == "passed" and stock[test][0] != outcome]
+    passed = [{test for test, (outcome, _) in run.items() if outcome == "passed"} for run in (stock, tiled)]
+    lost, gained = sorted(passed[0] - passed[1]), sorted(passed[1] - passed[0])
     for test in lost:
         print(f"passes with stock layers only: {test}: {tiled.get(test)}")
     for test in gained:
