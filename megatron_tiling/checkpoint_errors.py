@@ -4,7 +4,7 @@ Stock Megatron answers some of these with a trace that names neither, ends with 
 format cannot be read, and goes on with random weights where such a file has other keys. So the checkpoint is looked
 at before stock loads it, and nothing of it is ever written. Errors of any other kind are stock's, trace and all.
 
-The formats are ``torch_dist`` (``iter_0000100/.metadata``, ``*.distcp``) and legacy ``torch``
+The formats are ``torch_dist`` (``iter_0000100/metadata.json``, ``.metadata``, ``*.distcp``) and legacy ``torch``
 (``iter_0000100/mp_rank_00/model_optim_rng.pt``); other formats are left to stock.
 """
 
@@ -70,8 +70,10 @@ def check_checkpoint(args: Namespace, load_dir: str | None, model: list[torch.nn
     folder = _checkpoint_folder(args, load_dir)
     if folder is None:
         return
-    if (folder / ".metadata").exists():
+    if (folder / "metadata.json").exists():
         _check_distributed(folder, model)
+    elif (folder / ".metadata").exists() and args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format:
+        raise CheckpointError(f"{folder / 'metadata.json'} is missing: it says that the checkpoint is a torch_dist one")
     elif any(folder.glob("mp_rank_*")):
         _check_legacy(_rank_file(folder), model, strict)
 
@@ -125,9 +127,10 @@ def _check_distributed(folder: Path, model: list[torch.nn.Module]) -> None:
             raise CheckpointError(f"{file} is missing: the checkpoint's .metadata lists it")
         if file.stat().st_size < end:
             raise CheckpointError(f"{file} is cut off: it has {file.stat().st_size} bytes of at least {end}")
-    if not (folder / "common.pt").is_file():
-        raise CheckpointError(f"{folder / 'common.pt'} is missing")
-    _read(folder / "common.pt")
+    if (folder / "common.pt").is_file():
+        _read(folder / "common.pt")
+    elif not any(key.startswith("common_state") for key in metadata.state_dict_metadata):
+        raise CheckpointError(f"{folder / 'common.pt'} is missing")  # from 0.19 on it is among the shards
     saved = {
         key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "properties")
     }
@@ -181,7 +184,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
             return {}
         raise CheckpointError(f"{file} cannot be read, is it whole? {_brief(error)}") from None
     return content

@@ -57,6 +57,11 @@ def remove(pattern: str) -> Callable[[Path], object]:
     return lambda folder: sorted(folder.glob(pattern))[-1].unlink()
 
 
+def old_common_part(folder: Path) -> None:
+    """Before 0.19 some of a checkpoint was in this file, and where it is, it counts."""
+    (folder / "iter_0000003" / "common.pt").write_bytes(b"PK")
+
+
 def tile_keyed(folder: Path) -> None:
     for file in folder.glob("*/*/model_optim_rng.pt"):
         content = torch.load(file, weights_only=False)
@@ -84,8 +89,8 @@ CASES = [
     Case("cut shard", "torch_dist", (".distcp is cut off", "iter_0000003"), cut("iter_0000003/*.distcp")),
     Case("lost shard", "torch_dist", (".distcp is missing", "iter_0000003"), remove("iter_0000003/*.distcp")),
     Case("cut metadata", "torch_dist", ("iter_0000003/.metadata cannot be read",), cut("iter_0000003/.metadata")),
-    Case("cut common part", "torch_dist", ("iter_0000003/common.pt cannot be read",), cut("iter_0000003/common.pt")),
-    Case("lost common part", "torch_dist", ("iter_0000003/common.pt is missing",), remove("iter_0000003/common.pt")),
+    Case("cut common part", "torch_dist", ("iter_0000003/common.pt cannot be read",), old_common_part),
+    Case("lost format", "torch_dist", ("iter_0000003/metadata.json is missing",), remove("iter_0000003/metadata.json")),
     Case("empty tracker", "torch_dist", ("latest_checkpointed_iteration.txt should hold",), cut("latest*")),
     Case("no such step", "torch_dist", ("there is no", "iter_0000009"), flags="--ckpt-step 9"),
     Case("legacy, other hidden size", "legacy", ("mp_rank_00/model_optim_rng.pt is of another model",), flags=WIDER),

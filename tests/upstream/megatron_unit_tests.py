@@ -42,6 +42,18 @@ EDITS = (
     ("tests/unit_tests/conftest.py", r"from tests\.test_utils.*download_and_extract_asset\n", "", 1),
     ("tests/unit_tests/conftest.py", r", autouse=True(?=\)\ndef ensure_test_data)", "", 1),
     ("tests/unit_tests/transformer/test_mlp.py", r"device\.type == 'cuda'", "device.type == 'cpu'", 2),
+    (  # one generator is the CPU's and the GPU's here: the seed that is to count comes last
+        "tests/unit_tests/tensor_parallel/test_initialization.py",
+        r"(torch\.manual_seed\(42\))\n( +)(model_parallel_cuda_manual_seed\(4[12]\).*)",
+        r"\3\n\2\1",
+        10,
+    ),
+    (
+        "tests/unit_tests/transformer/test_attention.py",
+        r"apply_rope_fusion=apply_rope_fusion",
+        "apply_rope_fusion=False",
+        1,
+    ),
     (
         "tests/unit_tests/models/test_gpt_model.py",
         r"from transformer_engine.pytorch.fp8 import check_fp8_support",
