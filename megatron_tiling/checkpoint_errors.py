@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tiling.tile_keys import TILE_KEY, flatten
 
@@ -131,9 +132,8 @@ def _check_distributed(folder: Path, model: list[torch.nn.Module]) -> None:
         _read(folder / "common.pt")
     elif not any(key.startswith("common_state") for key in metadata.state_dict_metadata):
         raise CheckpointError(f"{folder / 'common.pt'} is missing")  # from 0.19 on it is among the shards
-    saved = {
-        key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "properties")
-    }
+    entries = metadata.state_dict_metadata.items()
+    saved = {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
     _refuse_tile_keys(folder, saved)
     _compare(folder, {key: shape for key, shape in _global_shapes(model).items() if key in saved}, saved)
 

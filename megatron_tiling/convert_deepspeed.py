@@ -1,7 +1,7 @@
 """Convert checkpoints between DeepSpeed's tile keys and dense Megatron keys.
 
     python -m megatron_tiling.convert_deepspeed to-dense SOURCE TARGET
-    python -m megatron_tiling.convert_deepspeed to-tiled SOURCE TARGET --splits qkv=1x3 fc1=1x4 fc2=4x1
+    python -m megatron_tiling.convert_deepspeed to-tiled SOURCE TARGET --tiled-linear-splits fc1=1x4 fc2=4x1
 
 ``to-dense`` writes what stock Megatron loads as ``--ckpt-format torch``; ``to-tiled`` writes what DeepSpeed's engine
 saves. Either takes both layouts:
@@ -143,10 +143,11 @@ def read(path: Path) -> Rank:
     model = next((content[key] for key in ("module", "model") if key in content), None)
     if not isinstance(model, Mapping):
         raise Refused(f"{path} holds no 'module' (DeepSpeed) or 'model' (Megatron)")
-    args = content.get("args")
+    state, args = tile_keys.flatten(model), content.get("args")
+    version = 3.0 if tile_keys.uses_core_names(state) else content.get("checkpoint_version", 0)
     return Rank(
-        tile_keys.flatten(model),
-        content.get("checkpoint_version", 0) if not tile_keys.uses_core_names(tile_keys.flatten(model)) else 3.0,
+        state,
+        version,
         None if args is None else Namespace(**dict(_plain(vars(args)))),
         int(content.get("iteration", content.get("global_steps", 0))),
     )
@@ -193,11 +194,10 @@ def tiled_rank(rank: Rank, ranks: int, splits: tile_keys.Splits, core: bool) -> 
     state = tile_keys.reorder_qkv(tile_keys.core_names(rank.state), rank.version, heads and heads // ranks)
     state = tile_keys.split_tiles(state, splits, ranks)
     module = state if core else tile_keys.nest(tile_keys.deepspeed_names(state))
-    # The entries that DeepSpeed's engine looks up without asking whether they are there.
-    steps = {"global_steps": rank.iteration, "global_samples": 0, "skipped_steps": 0, "iteration": rank.iteration}
-    sizes = {"dp_world_size": 1, "mp_world_size": ranks}
-    tiled = {"module": module, "checkpoint_version": 3.0, "optimizer": None, "lr_scheduler": None} | steps | sizes
-    tiled["sparse_tensor_module_names"] = set()
+    tiled: dict[str, Any] = {"module": module, "checkpoint_version": 3.0, "iteration": rank.iteration}
+    # What DeepSpeed's engine looks up without asking whether it is there.
+    tiled |= {"global_steps": rank.iteration, "global_samples": 0, "skipped_steps": 0, "dp_world_size": 1}
+    tiled |= {"mp_world_size": ranks, "optimizer": None, "lr_scheduler": None, "sparse_tensor_module_names": set()}
     return tiled if rank.args is None else tiled | {"args": rank.args}
 
 
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("source", type=Path, metavar="SOURCE", help="folder of the checkpoint; pickles: trust it")
         command.add_argument("target", type=Path, metavar="TARGET", help="new folder")
     tiled.add_argument(
-        "--splits",
+        "--tiled-linear-splits",
         nargs="+",
         required=True,
         metavar="MODULE=INxOUT",
@@ -293,7 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "to-dense":
             done = convert(options.source, options.target)
         else:
-            done = convert(options.source, options.target, parse_splits(options.splits), options.core_names)
+            done = convert(
+                options.source, options.target, parse_splits(options.tiled_linear_splits), options.core_names
+            )
     except (ValueError, OSError) as error:
         print(f"megatron_tiling.convert_deepspeed: {error}", file=sys.stderr)
         return 1

@@ -151,7 +151,7 @@ def split_tiles(state: Mapping[str, Tensor], splits: Splits, tensor_parallel: in
     tiled: State = {}
     for key, value in state.items():
         name, _, kind = key.rpartition(".")
-        module, sharded = MODULE_OF_LAYER.get(name.rpartition(".")[2], (None, 0))
+        module, sharded = MODULE_OF_LAYER.get(name.rpartition(".")[2], ("", 0))
         if module not in splits or kind not in ("weight", "bias"):
             tiled[key] = value
             continue

@@ -193,7 +193,7 @@ def check(llama: bool, folder: Path) -> None:
     checkpointing.save_checkpoint(ITERATION, [dense], None, None, 0)
     names = ["--core-names"] if llama else []
     back = folder / "back"
-    on_rank_0(lambda: convert(["to-tiled", str(folder / "stock"), str(back), "--splits", *FLAGS, *names]))
+    on_rank_0(lambda: convert(["to-tiled", str(folder / "stock"), str(back), "--tiled-linear-splits", *FLAGS, *names]))
     again = gpt(llama, seed=5)
     tile_as_deepspeed(again)
     if llama:
