@@ -5,7 +5,7 @@
 Takes the tests of a core_v0.19.0 checkout, by default out of the git directory that MEGATRON_LM_GIT names, and runs
 all or some files of them twice with the installed megatron-core: with Megatron's local layers, and with every linear
 layer, MLP and LM head replaced by a tiled one. A test that passes with stock layers on every rank must pass with tiled
-ones. Differences to the original: gloo for NCCL, ``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's,
+ones. Differences: gloo for NCCL, ``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's,
 longer timeouts, no download of data, and ``EDITS``. What only a GPU or TransformerEngine can do fails or is skipped in
 both runs, and the table at the end says why.
 """
