@@ -137,8 +137,12 @@ class Llama:
                 theirs[f"{their_name}mlp.{half}_proj.weight"] = tensor
         return theirs
 
-    def build(self) -> Any:
-        """Megatron's model of these sizes, on the CPU and without parallelism; its weights are still to be set."""
+    def build(self, **options: Any) -> Any:
+        """Megatron's model of these sizes, on the CPU; its weights are still to be set.
+
+        Args:
+            options: of ``TransformerConfig``, for a model with parallelism.
+        """
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.transformer import TransformerConfig
@@ -159,6 +163,7 @@ class Llama:
             use_cpu_initialization=True,
             perform_initialization=False,
             gradient_accumulation_fusion=False,
+            **options,
         )
         return GPTModel(
             config,
