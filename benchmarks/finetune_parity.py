@@ -13,7 +13,6 @@ import datetime
 import importlib.metadata
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -170,14 +169,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="prefix of .bin and .idx, from examples/gpt/prepare_data.py")
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--iterations", type=int, default=150, help="of which a third comes before the hand-over")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_parity"), help="logs and checkpoints; emptied")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_parity"), help="an empty folder, for logs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("flags", nargs="*", help="Megatron flags for every run, after --")
     args = parser.parse_args()
     if args.iterations < 9:
         parser.error(f"--iterations {args.iterations}: must be at least 9, for three parts with losses to compare")
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if any(args.work.iterdir()):
+        parser.error(f"--work {args.work}: is not empty")
     args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
     text = report(curves, args)

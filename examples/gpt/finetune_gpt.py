@@ -93,7 +93,7 @@ class PairDataset(MegatronDataset):
         return len(low_level_dataset)
 
     def __len__(self) -> int:
-        return len(self.indices) if self.num_samples is None else self.num_samples
+        return max(len(self.indices), self.num_samples or 0)  # Megatron's samplers refuse an empty data set
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(int(index), len(self.indices))

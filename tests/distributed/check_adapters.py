@@ -1,13 +1,13 @@
-"""Frozen weights cost nothing, and peft's LoRA on tiled layers has the gradients that it has on dense ones.
+"""Frozen weights cost nothing, and LoRA on tiled layers has the gradients that it has on dense ones.
 
 torchrun --standalone --nproc-per-node 2 tests/distributed/check_adapters.py
 """
 
-import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import check_mlp
-import peft
 import torch
 import torch.distributed as dist
 from harness import Counter, megatron, relative_error
@@ -22,6 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.convert import make_tiled
 from megatron_tiling.mlp import TiledMLP
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "gpt"))
+from lora import LoRALinear, add_lora, merge_lora
 
 TILES, SEQUENCE, BATCH, VOCABULARY = 3, 8, 2, 64
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -124,20 +127,11 @@ def check_frozen_head() -> None:
     assert counts[0] - counts[1] == TILES, counts
 
 
-def with_lora(gpt: GPTModel) -> Any:
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=TARGETS,
-        megatron_config=copy.copy(gpt.config),  # peft changes it
-        megatron_core="megatron.core",
-    )
-    peft.inject_adapter_in_model(config, gpt)
-    for name, weight in gpt.named_parameters():
-        if "lora_B" in name:  # zeros, which would hide lora_A
-            sharded = getattr(weight, "tensor_model_parallel", False)
-            seed = 7 + sharded * parallel_state.get_tensor_model_parallel_rank()
-            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+def with_lora(gpt: GPTModel) -> GPTModel:
+    add_lora(gpt, TARGETS, rank=4, alpha=8)
+    for module in gpt.modules():
+        if isinstance(module, LoRALinear):  # zeros would hide the gradient of the other factor
+            torch.nn.init.normal_(module.b.weight, std=0.1)
     return gpt
 
 
@@ -145,28 +139,32 @@ def check_lora() -> None:
     """Adapters as on dense layers, before and after they are merged; the frozen weights have no gradients."""
     dense, tiled = model(), model()
     tile(tiled, TilingConfig(factor=TILES))
-    models = [with_lora(dense), with_lora(tiled)]
-    wrapped = [name for name, module in tiled.named_modules() if type(module).__name__ == "LoraParallelLinear"]
-    assert len(wrapped) == 2 * len(TARGETS)
-    tiled.load_state_dict(dense.state_dict())
-    losses = [loss_of(gpt) for gpt in models]
-    for loss in losses:
-        loss.backward()
-    assert relative_error(losses[1], losses[0]) < 1e-6
-    expected = dict(dense.named_parameters())
+    dense, tiled = with_lora(dense), with_lora(tiled)
+    adapters = [module for module in tiled.modules() if isinstance(module, LoRALinear)]
+    mlps = [module for module in tiled.modules() if isinstance(module, TiledMLP)]
+    assert len(adapters) == 2 * len(TARGETS)
+    for mlp in mlps:
+        assert mlp.reason_for_stock_forward() == "linear_fc1 is not a tiled layer any more"
+    with torch.no_grad():
+        for weight, dense_weight in zip(tiled.parameters(), dense.parameters(), strict=True):
+            weight.copy_(dense_weight)
+    found, expected = loss_of(tiled), loss_of(dense)
+    found.backward()
+    expected.backward()
+    assert relative_error(found, expected) < 1e-6
+    dense_weights = dict(dense.named_parameters())
     for name, weight in tiled.named_parameters():
-        assert weight.requires_grad == ("lora_" in name), name
-        assert (weight.grad is None) != weight.requires_grad, name
-        if weight.grad is not None:
+        is_adapter = name.endswith((".a.weight", ".b.weight"))
+        assert weight.requires_grad == is_adapter, name
+        assert (weight.grad is not None) == is_adapter, name
+        if is_adapter:
             assert weight.grad.abs().sum() > 0, name
-            error = relative_error(weight.grad, expected[name].grad)
+            error = relative_error(weight.grad, dense_weights[name].grad)
             assert error < 5e-6, f"{name}: relative error {error:.1e}"
-    for module in tiled.modules():
-        if isinstance(module, TiledMLP):
-            assert module.reason_for_stock_forward() == "linear_fc1 is not a tiled layer any more"
-        if type(module).__name__ == "LoraParallelLinear":
-            module.merge()
-    assert relative_error(loss_of(tiled), losses[0]) < 1e-6
+    merge_lora(tiled)
+    assert not any(isinstance(module, LoRALinear) for module in tiled.modules())
+    assert [mlp.reason_for_stock_forward() for mlp in mlps] == ["", ""]
+    assert relative_error(loss_of(tiled), expected) < 1e-6
 
 
 def main() -> None:
