@@ -103,6 +103,8 @@ class PairDataset(MegatronDataset):
         pair, tokenizer = self.dataset[self._order[place]], self.config.tokenizer
         length = self.config.sequence_length
         prompt, answer = (list(tokenizer.tokenize(pair[key])) for key in ("prompt", "answer"))
+        if answer[0] == getattr(tokenizer, "bos", None):  # Hugging Face tokenizers begin every text with it
+            del answer[0]
         made = sample(prompt, answer, tokenizer.eod, length) | {"position_ids": torch.arange(length)}
         if self.config.create_attention_mask:  # True is what a token must not see
             made["attention_mask"] = torch.ones(length, length, dtype=torch.bool).triu(1)[None]
