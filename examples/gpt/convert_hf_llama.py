@@ -159,6 +159,8 @@ class Llama:
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
             params_dtype=self.dtype,
             use_cpu_initialization=True,
             perform_initialization=False,
