@@ -4,7 +4,7 @@
     python examples/gpt/convert_hf_llama.py export --hf LLAMA_FOLDER --megatron CHECKPOINT --output NEW_FOLDER
 
 ``import`` writes a torch_dist checkpoint, which a run of any tensor- and pipeline-parallel size loads, tiled or dense,
-and prints the flags that describe the model to Megatron. ``export`` reads a checkpoint of any such run; what is not
+and prints the flags that describe the model to Megatron, which are in its ``model_flags.txt``, too. ``export`` reads a checkpoint of any such run; what is not
 weights (config.json, tokenizer) it takes from the folder that the weights came from. No GPU is needed; the model has to
 fit into the machine's memory twice.
 
@@ -25,6 +25,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
+
+FLAGS_FILE = "model_flags.txt"
 
 #: What Megatron's --use-rope-scaling computes, apart from its factor.
 ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -216,7 +218,7 @@ def start_megatron() -> None:
 
 
 def import_hf(hf: Path, megatron: Path) -> str:
-    """Write the checkpoint; returns the flags for Megatron, one group a line."""
+    """Write the checkpoint; returns the flags for Megatron."""
     tracker = megatron / "latest_checkpointed_iteration.txt"
     if tracker.exists():
         raise ConversionError(f"{megatron} holds a checkpoint already; give another folder or remove it")
@@ -232,9 +234,11 @@ def import_hf(hf: Path, megatron: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict(), "checkpoint_version": 3.0, "iteration": 0}, folder)
+    flags = "\n".join(llama.flags())
     if dist.get_rank() == 0:
+        (megatron / FLAGS_FILE).write_text(flags + "\n")
         tracker.write_text("release")  # last: a checkpoint is there only if all of it is
-    return "\n".join(llama.flags())
+    return flags
 
 
 def export_hf(hf: Path, megatron: Path, output: Path) -> str:
