@@ -4,9 +4,9 @@
     python examples/gpt/convert_hf_llama.py export --hf LLAMA_FOLDER --megatron CHECKPOINT --output NEW_FOLDER
 
 ``import`` writes a torch_dist checkpoint, which a run of any tensor- and pipeline-parallel size loads, tiled or dense,
-and prints the flags that describe the model to Megatron, which are in its ``model_flags.txt``, too. ``export`` reads a checkpoint of any such run; what is not
-weights (config.json, tokenizer) it takes from the folder that the weights came from. No GPU is needed; the model has to
-fit into the machine's memory twice.
+and the flags that describe the model to Megatron: printed, and in its model_flags.txt. ``export`` reads a checkpoint of
+any such run; what is not weights (config.json, tokenizer) it takes from the folder that the weights came from. No GPU
+is needed; the model has to fit into the machine's memory twice.
 
 The two layouts differ in three places. Megatron's QKV weight holds, for each group of query heads, their rows and then
 those of the group's one key and one value head. Its fc1 is the gate projection above the up projection. And with tied
