@@ -5,14 +5,12 @@
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
-With ``"imports": [MODULE, ...]`` these are imported once, before the first run.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
 ``kill_while_saving``.
 """
 
 import collections
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -123,10 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
     filesystem_async.get_write_results_queue("fork")
-    runs = json.loads(Path(sys.argv[1]).read_text())
-    for module in {module for run in runs for module in run.get("imports", [])}:
-        importlib.import_module(module)
-    for run in runs:
+    for run in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()
         if child == 0:
             train(run)
