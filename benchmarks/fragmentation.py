@@ -19,8 +19,10 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ STEP = 1024  # of hidden sizes tried
 HEADS = 8
 HOST_RESERVE = 6 * GIB
 BLOCKER = 2 * MIB
+SLACK = MIB  # of a piece, so that a tile of exactly its size fits
 
 
 class Layer(torch.nn.Module):
@@ -167,10 +170,11 @@ def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int
     }
     for parameter in layer.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    engine, *_ = deepspeed.initialize(model=layer, config=config)  # without optimizer: gathers and releases only
+    # Without optimizer: the engine's hooks gather and release, and the layer is called without the engine around it.
+    engine, *_ = deepspeed.initialize(model=layer, config=config)
     hidden = torch.ones(16, 1, hidden_size, dtype=torch.bfloat16, device=engine.device, requires_grad=True)
     try:
-        engine(hidden).sum().backward()
+        layer(hidden).sum().backward()
     finally:
         forget(engine)
 
@@ -184,16 +188,15 @@ def attempt(hidden_size: int, tiles: int, make: Any) -> tuple[bool, float]:
     start = time.time()
     try:
         trial(hidden_size, tiles, make)
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
+        fits, reason = True, ""
+    except torch.OutOfMemoryError as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        fits, reason = False, f" ({wanted and wanted[1]} in {place.name}, {Path(place.filename).name})"
     gc.collect()
     seconds = time.time() - start
-    print(
-        f"{make.__name__}, {tiles} tiles, hidden {hidden_size}: {'trains' if fits else 'out of memory'}",
-        f"{seconds:.1f} s",
-        flush=True,
-    )
+    outcome = "trains" if fits else f"out of memory{reason}"
+    print(f"{make.__name__}, {tiles} tiles, hidden {hidden_size}: {outcome}, {seconds:.1f} s", flush=True)
     return fits, seconds
 
 
@@ -222,9 +225,12 @@ def largest(fits: Callable[[int], bool], expected: int, bound: int, step: int = 
     return good, "pieces"
 
 
-def search(tile_counts: list[int], piece: int, host: int, seconds: float) -> list[dict[str, Any]]:
-    rows, deadline = [], time.time() + seconds
-    bound = math.isqrt((host - HOST_RESERVE) // 24)
+def search(
+    tile_counts: list[int], piece: int, host: int, seconds: float, done: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """A row for each number of tiles, ours and DeepSpeed's; ``done`` is given all rows so far after each of them."""
+    rows: list[dict[str, Any]] = []
+    deadline, bound = time.time() + seconds, math.isqrt((host - HOST_RESERVE) // 24)
     for tiles in tile_counts:
         for make in (ours, deepspeeds):
             row: dict[str, Any] = {"tiles": tiles, "name": make.__name__, "trials": []}
@@ -232,17 +238,18 @@ def search(tile_counts: list[int], piece: int, host: int, seconds: float) -> lis
 
             def fits(hidden_size: int, row: Any = row, tiles: int = tiles, make: Any = make) -> bool:
                 if time.time() > deadline:
-                    raise TimeoutError
+                    raise TimeoutError("no time was left for the next trial")
                 fitted, took = attempt(hidden_size, tiles, make)
                 row["trials"].append((hidden_size, fitted, took))
                 return fitted
 
             try:
                 row["hidden"], row["limit"] = largest(fits, math.isqrt(piece * tiles // 8), bound)
-            except TimeoutError:
+            except Exception as error:  # the other rows are worth having
+                traceback.print_exc()
                 row["hidden"] = max((size for size, fitted, _ in row["trials"] if fitted), default=None)
-                row["limit"] = "time: the search did not end"
-    return rows
+                row["limit"] = f"not found: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            done(rows)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -280,8 +287,9 @@ def main() -> None:
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         parser.error("expandable segments move pieces together: leave them out of PYTORCH_CUDA_ALLOC_CONF")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    args.results.mkdir(parents=True, exist_ok=True)
     with megatron(tensor_parallel=1):
-        fragments = Fragments(args.piece_mib * MIB)
+        fragments = Fragments(args.piece_mib * MIB + SLACK)
         host = zero3.available_host_memory()
         record = {
             "date": datetime.date.today().isoformat(),
@@ -293,12 +301,14 @@ def main() -> None:
             "piece_mib": args.piece_mib,
             "pieces": fragments.pieces,
             "probe_mib": fragments.largest // MIB,
-            "rows": search(args.tiles, args.piece_mib * MIB, host, args.seconds),
         }
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{record['date']}-fragmentation-{args.piece_mib}.md"
-    path.with_suffix(".json").write_text(json.dumps(record))
-    path.write_text(markdown(record))
+        path = args.results / f"{record['date']}-fragmentation-{args.piece_mib}.md"
+
+        def write(rows: list[dict[str, Any]]) -> None:
+            path.with_suffix(".json").write_text(json.dumps(record | {"rows": rows}))
+            path.write_text(markdown(record | {"rows": rows}))
+
+        search(args.tiles, args.piece_mib * MIB, host, args.seconds, write)
     print(path.read_text())
 
 

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,16 +186,24 @@ def run_layout(tensor: int, small: bool, tile_counts: list[int], path: Path) -> 
     import torch
     from zero3_runs import megatron
 
+    parts: dict[str, Callable[[], Any]] = {
+        "loss": measure_loss,
+        "collectives": measure_collectives,
+        "time": lambda: measure_time(small, tile_counts[:2]),
+        "memory": lambda: measure_memory(small, tile_counts),
+    }
+    record: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}
     with megatron(tensor):
-        record = {
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-            "loss": measure_loss(),
-            "collectives": measure_collectives() if tensor > 1 else None,
-            "memory": measure_memory(small, tile_counts),
-            "time": measure_time(small, tile_counts[:2]),
-        }
-        if torch.distributed.get_rank() == 0:
-            path.write_text(json.dumps(record))
+        for name, measure in parts.items():
+            start = time.perf_counter()
+            try:
+                record[name] = measure()
+            except Exception as error:  # the other parts are worth having
+                traceback.print_exc()
+                record.setdefault("failed", {})[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if torch.distributed.get_rank() == 0:
+                print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+                path.write_text(json.dumps(record))
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -202,30 +212,40 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [line.strip() for line in (__doc__ or "").split("\n\n")[-1].splitlines()]
     for layout, run in record["layouts"].items():
         lines += ["", f"## TP x DP = {layout}, {run['gpu']}", ""]
-        lines += ["| | fetch ahead | gathered at once, MiB | forward, MiB | of dense | 2/T | step, MiB | of dense |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for row in run["memory"]:
-            dense = next(one for one in run["memory"] if one["tiles"] is None and one["ahead"] == row["ahead"])
-            name = "dense" if row["tiles"] is None else f"{row['tiles']} tiles"
-            target = "" if row["tiles"] is None else f"{2 / row['tiles']:.3f}"
-            lines.append(
-                f"| {name} | {'yes' if row['ahead'] else 'no'} | {row['unit']:.1f} | {row['forward']:.1f} "
-                f"| {row['forward'] / (dense['forward'] or 1):.3f} | {target} | {row['step']:.1f} "
-                f"| {row['step'] / (dense['step'] or 1):.3f} |"
-            )
-        base = run["time"][0]["median"]
-        lines += ["", "| step of a GPT | ms | of dense |", "|---|---|---|"]
-        for row in run["time"]:
-            lines.append(f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |")
-        lines += ["", f"Largest relative difference to dense over 20 iterations: loss {run['loss']['loss']:.1e}, "]
-        lines[-1] += f"gradient norm {run['loss']['norm']:.1e}."
-        if run["collectives"]:
+        if "memory" in run:
+            lines += memory_table(run["memory"])
+        if "time" in run:
+            base = run["time"][0]["median"]
+            lines += ["", "| step of a GPT | ms | of dense |", "|---|---|---|"]
+            lines += [
+                f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |" for row in run["time"]
+            ]
+        if "loss" in run:
+            lines += ["", f"Largest relative difference to dense over 20 iterations: loss {run['loss']['loss']:.1e}, "]
+            lines[-1] += f"gradient norm {run['loss']['norm']:.1e}."
+        if any(run.get("collectives", {}).values()):
             counts = ", ".join(f"{name} {number}" for name, number in run["collectives"].items())
             lines += [
                 "",
-                f"All-reduces of one MLP's forward pass (tile factor 2, as Megatron-DeepSpeed cuts): {counts}.",
+                f"All-reduces of one MLP's forward pass at tile factor 2: {counts}.",
             ]
+        lines += [f"\n{name}: failed: {reason}" for name, reason in run.get("failed", {}).items()]
     return "\n".join(lines) + "\n"
+
+
+def memory_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| | fetch ahead | gathered at once, MiB | forward, MiB | of dense | 2/T | step, MiB | of dense |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        dense = next(one for one in rows if one["tiles"] is None and one["ahead"] == row["ahead"])
+        name = "dense" if row["tiles"] is None else f"{row['tiles']} tiles"
+        target = "" if row["tiles"] is None else f"{2 / row['tiles']:.3f}"
+        lines.append(
+            f"| {name} | {'yes' if row['ahead'] else 'no'} | {row['unit']:.1f} | {row['forward']:.1f} "
+            f"| {row['forward'] / (dense['forward'] or 1):.3f} | {target} | {row['step']:.1f} "
+            f"| {row['step'] / (dense['step'] or 1):.3f} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -233,6 +253,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "2x2"], help="tensor x data parallel")
     parser.add_argument("--tiles", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
+    parser.add_argument("--seconds", type=float, default=180, help="limit of one layout")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--one-layout-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -253,25 +274,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (tensor, data) in zip(args.layouts, layouts, strict=True):
             path = Path(folder) / f"{name}.json"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [
-                "--nproc-per-node",
-                str(tensor * data),
-                __file__,
-                "--layouts",
-                name,
-                "--one-layout-into",
-                str(path),
-            ]
-            command += ["--tiles", *map(str, args.tiles), *["--small"] * args.small]
-            environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"} | os.environ
-            subprocess.run(command, check=True, env=environment)
-            record["layouts"][name] = json.loads(path.read_text())
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{record['date']}-zero3.md"
+            command = ["timeout", "-k", "10", str(args.seconds), sys.executable, "-m", "torch.distributed.run"]
+            command += ["--standalone", "--nproc-per-node", str(tensor * data), __file__, "--layouts", name]
+            command += ["--one-layout-into", str(path), "--tiles", *map(str, args.tiles), *["--small"] * args.small]
+            environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "4"} | os.environ
+            status = subprocess.run(command, env=environment).returncode
+            if status:
+                print(f"{name}: exit {status}{', out of time' if status == 124 else ''}", flush=True)
+            if path.exists():
+                record["layouts"][name] = json.loads(path.read_text())
+            write(record, args.results)
+
+
+def write(record: dict[str, Any], results: Path) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{record['date']}-zero3.md"
     path.with_suffix(".json").write_text(json.dumps(record))
     path.write_text(markdown(record))
-    print(path.read_text())
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def train_dense(config: Any) -> tuple[list[float], list[float]]:
 
     from megatron_tiling import zero3
 
-    model, losses, norms = gpt(config), [], []
+    model, losses, norms = gpt(config).to(device()), [], []
     optimizer = torch.optim.AdamW(zero3.parameter_groups(model), lr=4e-3)
     tensor_group, data_group = (
         parallel_state.get_tensor_model_parallel_group(),
