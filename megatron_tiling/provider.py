@@ -100,6 +100,11 @@ def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: Argu
 def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with _ending_in_one_line():
         config = validate_tiling_args(args)
+        if config is not None and args.use_torch_fsdp2 and not compat.torch_fsdp2_trains():
+            raise ValueError(
+                "--use-torch-fsdp2: the FSDP2 wrapper of this megatron-core does not go with its trainer, dense neither; "
+                "it takes 0.19, or give --use-megatron-fsdp"
+            )
     validated = validate(args, *rest, **kwargs)
     if config is not None:
         _prepare(args)
