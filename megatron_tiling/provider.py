@@ -102,8 +102,8 @@ def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, 
         config = validate_tiling_args(args)
         if config is not None and args.use_torch_fsdp2 and not compat.torch_fsdp2_trains():
             raise ValueError(
-                "--use-torch-fsdp2: the FSDP2 wrapper of this megatron-core does not go with its trainer, dense neither; "
-                "it takes 0.19, or give --use-megatron-fsdp"
+                "--use-torch-fsdp2: this megatron-core's FSDP2 wrapper does not go with its trainer; "
+                "take 0.19, or give --use-megatron-fsdp"
             )
     validated = validate(args, *rest, **kwargs)
     if config is not None:
