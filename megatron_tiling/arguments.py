@@ -58,6 +58,7 @@ UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         ("optim_grads_params",),
         "weights stay whole, and tiles are not sharded; give --data-parallel-sharding-strategy optim_grads_params",
     ),
+    ("pipeline_model_parallel_size", (None, 1), "Megatron-FSDP makes no device mesh of pipeline stages; leave it out"),
     ("num_distributed_optimizer_instances", (None, 1), "tiles are sharded over all data-parallel ranks; leave it out"),
     ("nccl_ub", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
     ("fsdp_double_buffer", (None, False), "its buffers are of one size, and tiles are not; leave it out"),

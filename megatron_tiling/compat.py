@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -26,6 +27,11 @@ def model_config_functions() -> list[Callable[..., Any]]:
     import megatron.training.argument_utils as argument_utils
 
     return [getattr(argument_utils, name) for name in CONFIG_FUNCTIONS if hasattr(argument_utils, name)]
+
+
+def torch_fsdp2_trains() -> bool:
+    """Whether Megatron's FSDP2 wrapper takes what its own trainer gives it; that of 0.16 to 0.18 does not."""
+    return "finish_grad_sync" in vars(TorchFullyShardedDataParallel)
 
 
 def drop_cuda_kernel_builds() -> None:

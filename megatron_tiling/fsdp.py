@@ -21,6 +21,7 @@ from megatron.core.distributed import FullyShardedDataParallel, TorchFullySharde
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
@@ -131,3 +132,21 @@ def shard_tiles(module: torch.nn.Module, group: ProcessGroup, reshard_after_forw
         for name, parameter in tile.named_parameters():  # new ones, without Megatron's attributes
             for attribute, value in attributes[name].items():
                 setattr(parameter, attribute, value)
+        if reshard_after_forward:
+            _reshard_after_recompute(tile)
+
+
+def _reshard_after_recompute(tile: Any) -> None:
+    """FSDP2 keeps gathered what runs forward during a backward pass (recompute): all tiles of a layer."""
+    gathered_before = False
+
+    def note(module: Any, args: Any) -> None:
+        nonlocal gathered_before
+        gathered_before = not isinstance(next(tile.parameters()), DTensor)  # for its own backward pass
+
+    def reshard(module: Any, args: Any, output: Any) -> None:
+        if not gathered_before:
+            tile.reshard()
+
+    tile.register_forward_pre_hook(note, prepend=True)  # ahead of FSDP2's
+    tile.register_forward_hook(reshard)

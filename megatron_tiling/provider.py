@@ -103,6 +103,11 @@ def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: Argu
 def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with _ending_in_one_line():
         config = validate_tiling_args(args)
+        if config is not None and args.use_torch_fsdp2 and not compat.torch_fsdp2_trains():
+            raise ValueError(
+                "--use-torch-fsdp2: this megatron-core's FSDP2 wrapper does not go with its trainer; "
+                "take 0.19, or give --use-megatron-fsdp"
+            )
     validated = validate(args, *rest, **kwargs)
     if config is not None:
         _prepare(args)
