@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.transformer.utils import cat_with_oom_fallback
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -144,8 +143,11 @@ def _tile_entry(dense: ShardedTensor, grid: TileGrid, o: int, i: int, tile: Tens
             for rows, own_rows in _row_pieces(grid, o)
         ]
 
-    if grid.paired:
-        return ShardedTensorFactory(dense.key, tile, build, cat_with_oom_fallback, dense.replica_id)
+    def merge(loaded: list[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded])
+
+    if grid.paired or dense.prepend_axis_num:
+        return ShardedTensorFactory(dense.key, tile, build, merge, dense.replica_id)
     (entry,) = build(dense.key, tile, dense.replica_id, None)
     entry.data = tile  # the parameter itself, by which optimizers find their entry
     return entry
@@ -168,6 +170,7 @@ def _at(
     else:
         offset[axis] += row
     offset[axis + 1] += column
+    data = data.reshape(*[1] * axis, *data.shape)  # Megatron prepends axes to regular grids only
     return replace(
         dense,
         key=key,
@@ -178,6 +181,7 @@ def _at(
         global_offset=tuple(offset),
         axis_fragmentations=None,  # tiles may be uneven
         replica_id=replica_id,
+        prepend_axis_num=0,
     )
 
 

@@ -37,8 +37,8 @@ from megatron_tiling.layers import (
     chosen_splits,
     own_wgrad_fusion,
 )
-from megatron_tiling.partitioned_tiles import PairedTiles, WeightTile, regathered_in_backward
-from megatron_tiling.tiling import TiledLinearReturnBias, gathered
+from megatron_tiling.partitioned_tiles import PairedTiles, PartitionedTiles, WeightTile, regathered_in_backward
+from megatron_tiling.tiling import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,8 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
 
         # Made one at a time: under zero.Init each is partitioned before the next one is there.
         tiles = (tile(o, i) for o in range(grid.out_splits) for i in range(grid.in_splits))
-        self.tiles = (PairedTiles if grid.paired else TiledLinearReturnBias)(  # type: ignore[misc]
+        container = PairedTiles if grid.paired else PartitionedTiles
+        self.tiles = container(  # type: ignore[misc]
             grid.in_features,
             grid.out_features,
             bias=False,
@@ -174,11 +175,11 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
             combine_out_splits=self.combine_out_splits,
             linear_cls=lambda *args, **kwargs: next(tiles),
         )
-        self.tiles.in_parts, self.tiles.out_parts = grid.in_parts, grid.out_parts
+        self.tiles.grid, self.tiles.in_parts, self.tiles.out_parts = grid, grid.in_parts, grid.out_parts
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""
-        dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index, union-attr]
+        dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index]
         # Stock describes a weight of the dense shape: this one has no memory.
         self.weight = Parameter(torch.empty(self._shard_shape(), dtype=dtype, device="meta"), requires_grad=False)
         try:
@@ -205,7 +206,7 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
-    def tiles(self) -> TiledLinearReturnBias:
+    def tiles(self) -> PartitionedTiles:
         """The modules that own the tiles, ``tiles.linears[o][i].weight``."""
         return self._modules["tiles"]  # type: ignore[return-value]
 

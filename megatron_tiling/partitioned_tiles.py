@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from megatron_tiling.activation import Activation
 from megatron_tiling.functional import flat
+from megatron_tiling.grid import TileGrid
 from megatron_tiling.tiling import TiledLinearReturnBias, copy_param
 
 
@@ -75,7 +76,19 @@ class WeightTile(_TileModule):
         return "in_features={1}, out_features={0}".format(*whole_shape(self.weight))
 
 
-class PairedTiles(TiledLinearReturnBias):
+class PartitionedTiles(TiledLinearReturnBias):
+    """The tiles of one layer. Sizes are the grid's: ZeRO-3 would gather every weight that is looked at here."""
+
+    grid: TileGrid
+
+    def _in_sizes(self) -> list[int]:
+        return [self.grid.in_size(i) for i in range(self.in_splits)]
+
+    def _out_sizes(self) -> list[int]:
+        return [self.grid.out_size(o) for o in range(self.out_splits)]
+
+
+class PairedTiles(PartitionedTiles):
     """Out-tiles ``[gate_o | up_o]``, joined as ``[gate | up]``."""
 
     def _combine_output_splits(self, outputs: Iterable[tuple[Tensor, None]]) -> tuple[Tensor, None]:

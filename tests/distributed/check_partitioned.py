@@ -37,7 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gelu": {},
     "swiglu with biases, sequence parallel": SWIGLU | {"sequence_parallel": True},
     "swiglu experts": SWIGLU
-    | {"add_bias_linear": False, "num_moe_experts": 4, "moe_router_load_balancing_type": "none"}
+    | {"add_bias_linear": False, "sequence_parallel": True, "num_moe_experts": 4}
+    | {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather"}
     | {key: value for key, value in SIZES.items() if key.startswith("expert")},
 }
 #: 3 tiles of 40 // 2 features are uneven.
@@ -190,11 +191,11 @@ def check_spec() -> None:
 
 def check_tied() -> None:
     """A weight that is the embedding's too stays whole."""
-    built = gpt(make_config(tensor_model_parallel_size=2))
+    built = model("gelu", share_embeddings_and_output_weights=True)
     reports = {report.name: report for report in tile(built, CONFIG)}
     assert reports["output_layer"].note == "tied to the embedding, whose weight stays whole"
     assert type(built.output_layer) is ColumnParallelLinear
-    assert_same(step(built), step(gpt(make_config(tensor_model_parallel_size=2))))
+    assert_same(step(built), step(model("gelu", share_embeddings_and_output_weights=True)))
 
 
 def check_plain_checkpoints() -> None:
@@ -210,13 +211,7 @@ def check_plain_checkpoints() -> None:
     for missing in ("decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.0.self_attention.linear_proj.weight"):
         partial = {key: value for key, value in state.items() if key != missing}
         result = tiled.load_state_dict(partial, strict=False)
-        assert result.missing_keys == [] and result.unexpected_keys == []  # as torch: not asked for
-        try:
-            tiled.load_state_dict(partial)
-        except RuntimeError as error:
-            assert missing in str(error)
-        else:
-            raise AssertionError(f"{missing} is not missed")
+        assert result.missing_keys == [missing] and result.unexpected_keys == [], result
     wrong = state | {"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(3, 4)}
     try:
         tiled.load_state_dict(wrong)
@@ -281,8 +276,9 @@ def assert_covers(tiles: list[ShardedTensor], entry: ShardedTensor) -> None:
             continue
         assert tile_entry.global_shape == entry.global_shape and tile_entry.replica_id == entry.replica_id, entry.key
         assert tile_entry.allow_shape_mismatch == entry.allow_shape_mismatch, entry.key
-        ends = [begin + size for begin, size in zip(start, tile_entry.local_shape, strict=True)]
-        merged[tuple(slice(begin, end) for begin, end in zip(start, ends, strict=True))] = tile_entry.data
+        assert tile_entry.data is not None
+        data = tile_entry.data.reshape(tile_entry.data.shape[-len(start) :])
+        merged[tuple(slice(begin, begin + size) for begin, size in zip(start, data.shape, strict=True))] = data
     assert torch.equal(merged, entry.data), entry.key
 
 
@@ -311,7 +307,7 @@ def check_no_room_for_the_dense_weight() -> None:
     shapes = []
 
     def init(weight: torch.Tensor) -> None:
-        if weight.numel() > 400:
+        if weight.numel() > 1000:
             raise torch.OutOfMemoryError("the dense weight")
         shapes.append(tuple(weight.shape))
         torch.nn.init.normal_(weight)
