@@ -24,7 +24,7 @@ MISTAKES = {
     "--use-tiled-linear --transformer-impl transformer_engine": "use --transformer-impl local",
     "--use-tiled-linear --use-torch-fsdp2 --save /nowhere": "--use-torch-fsdp2 with --save /nowhere: ",
     "--use-tiled-linear --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward": "all tiles would stay gathered",
-    "--use-tiled-linear --use-megatron-fsdp": "--data-parallel-sharding-strategy no_shard: weights stay whole",
+    "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim": "strategy optim: weights stay",
 }
 
 
