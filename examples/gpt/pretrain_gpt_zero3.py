@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def make_optimizer(args: Any, config: zero3.Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam as the flags say; DeepSpeed's own on the CPU, unless the configuration allows torch's."""
+    """AdamW, as Megatron's; DeepSpeed's own where it is offloaded, unless the configuration allows torch's."""
     options = {"lr": args.lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     offloaded = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
     if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=args.decoupled_weight_decay, **options)
-    return (torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam)(groups, **options)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def build_model(args: Any, config: zero3.Config) -> torch.nn.Module:
