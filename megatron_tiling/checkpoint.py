@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.transformer.utils import cat_with_oom_fallback
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -145,8 +144,7 @@ def _tile_entry(dense: ShardedTensor, grid: TileGrid, o: int, i: int, tile: Tens
         ]
 
     def merge(loaded: list[Tensor]) -> Tensor:
-        merged: Tensor = cat_with_oom_fallback([part.reshape(part.shape[-2:]) for part in loaded])
-        return merged
+        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded])
 
     if grid.paired or dense.prepend_axis_num:
         return ShardedTensorFactory(dense.key, tile, build, merge, dense.replica_id)

@@ -121,14 +121,14 @@ class TilingConfig:
                 raise ValueError(
                     f"--tiled-linear-splits {module}={in_splits}x{out_splits}: both numbers must be at least 1"
                 )
-
         if self.storage not in STORAGES:
             raise ValueError(f"--tiled-linear-storage {self.storage}: choose from auto, {', '.join(STORAGES)}")
         if self.partitioned:
             self._refuse_with_partitioned()
 
     def _refuse_with_partitioned(self) -> None:
-        for flag, given, remedy in (
+        for flag, given, reason in (
+            ("fuse_wgrad=True", self.fuse_wgrad is True, "the engine owns the gradients of partitioned tiles"),
             ("--tiled-linear-fp32-accumulate", self.fp32_accumulate, "autograd sums over partitioned tiles"),
             ("--tiled-head-tokens", self.head_tokens is not None, "a partitioned output layer makes whole logits"),
             (
@@ -138,7 +138,7 @@ class TilingConfig:
             ),
         ):
             if given:
-                raise ValueError(f"{flag}: {remedy}; leave it out, or give --tiled-linear-storage resident")
+                raise ValueError(f"{flag}: {reason}; leave it out, or give --tiled-linear-storage resident")
 
     @property
     def partitioned(self) -> bool:

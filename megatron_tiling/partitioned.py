@@ -179,7 +179,7 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""
-        dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index, union-attr]
+        dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index]
         # Stock describes a weight of the dense shape: this one has no memory.
         self.weight = Parameter(torch.empty(self._shard_shape(), dtype=dtype, device="meta"), requires_grad=False)
         try:

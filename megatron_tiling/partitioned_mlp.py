@@ -62,6 +62,11 @@ class PartitionedMLP(TiledMLP):
         assert output is not None
         return output
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Stock's entries; the two layers have one for each tile."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: entry for key, entry in entries.items() if not key.startswith(f"{prefix}tiles.")}
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
     ) -> None:

@@ -222,12 +222,12 @@ def check_plain_checkpoints() -> None:
 
 
 def scrambled(built: Any) -> Any:
-    """With other weights than those drawn, the same for all tilings."""
-    generator = torch.Generator().manual_seed(7 + dist.get_rank())
-    state = {
-        key: value if value is None or not value.is_floating_point() else torch.randn(value.shape, generator=generator)
-        for key, value in built.state_dict().items()
-    }
+    """With other weights than those drawn, equal on replicas; experts of other ranks have others."""
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    state = {}
+    for key, value in built.state_dict().items():
+        shift = 0.25 + (0.125 * expert_rank if ".experts." in key else 0)
+        state[key] = value if value is None or not value.is_floating_point() else 1.5 * value + shift
     built.load_state_dict(state)
     return built
 
@@ -307,7 +307,7 @@ def check_no_room_for_the_dense_weight() -> None:
     shapes = []
 
     def init(weight: torch.Tensor) -> None:
-        if weight.numel() > 400:
+        if weight.numel() > 1000:
             raise torch.OutOfMemoryError("the dense weight")
         shapes.append(tuple(weight.shape))
         torch.nn.init.normal_(weight)
@@ -346,6 +346,31 @@ def check_layers_called_alone() -> None:
         assert layer.mlp.reason_for_stock_forward() == "linear_fc1 has hooks"
     assert_same(step(tiled), step(dense))
     assert len(seen) == 2
+
+
+def check_lists_between_layers() -> None:
+    """fc1's list of paired out-tiles ``[gate_o | up_o]``, and fc2's list of in-tiles."""
+    config = make_config(tensor_model_parallel_size=2, gated_linear_unit=True)
+    options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.normal_, "bias": True}
+    layers = []
+    for cls, tiling in (
+        (ColumnParallelLinear, {}),
+        (PartitionedColumnParallelLinear, {"out_splits": 3, "combine_out_splits": False}),
+    ):
+        torch.manual_seed(0)
+        layers.append(cls(32, 80, stride=2, tp_comm_buffer_name="fc1", **options, **tiling))
+        layers[-1].bias.data.copy_(torch.arange(40))
+    stock, fc1 = layers
+    fc2 = PartitionedRowParallelLinear(40, 32, in_splits=3, input_is_parallel=True, skip_bias_add=True, **options)
+    x = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(1))
+    gate, up = stock(x)[0].chunk(2, -1)
+    tiles, _ = fc1(x)
+    for o, tile_output in enumerate(tiles):
+        columns = fc2.grid.columns(o)
+        assert relative_error(tile_output, torch.cat([gate[..., columns], up[..., columns]], -1)) < 1e-6
+    hidden = [F.silu(gate) * up for gate, up in (part.chunk(2, -1) for part in tiles)]
+    assert torch.equal(fc2(hidden)[0], fc2(torch.cat(hidden, -1))[0])
+    expect_error(lambda: fc2(hidden[:2]), "split into 2 parts, but the layer has in_splits=3")
 
 
 def check_refusals() -> None:
