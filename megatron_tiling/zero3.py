@@ -223,7 +223,11 @@ def _on_meta(transformer: Any) -> Iterator[None]:
     wanted = transformer.use_cpu_initialization, transformer.perform_initialization
     transformer.use_cpu_initialization, transformer.perform_initialization = True, False
     try:
-        with torch.device("meta"):
+        # Torch draws from the generators for meta tensors, too.
+        with (
+            torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []),
+            torch.device("meta"),
+        ):
             yield
     finally:
         transformer.use_cpu_initialization, transformer.perform_initialization = wanted

@@ -28,6 +28,10 @@ class _Gathered(torch.nn.Module):
         (model,) = self._model
         with _untiled(model, write=False):
             state: dict[str, Any] = model.sharded_state_dict(*args, **kwargs)  # type: ignore[operator]
+            for name, module in model.named_modules():
+                if isinstance(module, MLPTile):  # its weights are there as tiles of the two layers
+                    for part, _ in module.named_parameters():
+                        state.pop(f"{name}.{part}", None)
             for entry in nested_values(state):
                 if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                     assert entry.data is not None

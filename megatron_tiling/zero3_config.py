@@ -36,6 +36,7 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("overlap_param_gather", (None, False), "the engine overlaps by itself: stage3_prefetch_bucket_size"),
     ("rampup_batch_size", (None,), "the engine's batch size is fixed"),
     ("optimizer", (None, "adam"), "the ZeRO-3 example trains with AdamW"),
+    ("decoupled_lr", (None,), "there is one learning rate"),
     ("cpu_offloading_num_layers", (None, 0), "offload parameters and optimizer in the engine's configuration"),
 )
 

@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def make_optimizer(args: Any, config: zero3.Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam as the flags say; DeepSpeed's own on the CPU, unless the configuration allows torch's."""
+    """AdamW, as Megatron's; DeepSpeed's own where it is offloaded, unless the configuration allows torch's."""
     options = {"lr": args.lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     offloaded = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
     if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=args.decoupled_weight_decay, **options)
-    return (torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam)(groups, **options)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def build_model(args: Any, config: zero3.Config) -> torch.nn.Module:
@@ -123,6 +123,12 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
 def save(args: Any, engine: Any, scheduler: Any, iteration: int) -> None:
     state = {
         "iteration": iteration,
@@ -133,22 +139,25 @@ def save(args: Any, engine: Any, scheduler: Any, iteration: int) -> None:
     engine.save_checkpoint(args.save, tag=f"iter_{iteration:07d}", client_state=state)
 
 
-def load(args: Any, engine: Any, scheduler: Any) -> None:
-    """Continue from DeepSpeed's checkpoint in `--load`, if there is one yet."""
+def load(args: Any, engine: Any, scheduler: Any) -> dict[str, Any] | None:
+    """Continue from DeepSpeed's checkpoint in `--load`, if there is one yet. Returns its random states."""
     path, state = engine.load_checkpoint(args.load)
     if path is None:
         print_rank_0(f"no checkpoint in --load {args.load}: starting from the beginning")
-        return
+        return None
     args.iteration, args.consumed_train_samples = state["iteration"], state["consumed_train_samples"]
     scheduler.load_state_dict(state["learning_rate"])
-    torch.set_rng_state(state["random"]["cpu"])
-    torch.cuda.set_rng_state(state["random"]["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["random"]["tracker"])
+    random: dict[str, Any] = state["random"]
+    return random
 
 
 def train(args: Any, engine: Any, scheduler: Any) -> int:
     """Returns the last iteration."""
+    args.iteration = 0
+    random = load(args, engine, scheduler) if args.load else None
     data, _, _ = build_train_valid_test_data_iterators(build_datasets)
+    if random is not None:  # now that the data loaders have drawn their seeds
+        restore_random_states(random)
     micro_batches = args.global_batch_size // (args.micro_batch_size * mpu.get_data_parallel_world_size())
     engine.train()
     iteration, start = args.iteration, time.time()
@@ -182,9 +191,6 @@ def main() -> None:
     except ValueError as error:  # a bad setting: what is wrong, not where it was found
         sys.exit(f"megatron_tiling: {error}")
     scheduler = get_optimizer_param_scheduler(engine.optimizer)
-    args.iteration = 0
-    if args.load:
-        load(args, engine, scheduler)
     iteration = train(args, engine, scheduler)
     if args.save_dense:
         zero3_checkpoint.save_dense(model, args.save_dense, iteration)
