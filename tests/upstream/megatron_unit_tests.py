@@ -226,6 +226,7 @@ def run_all(options: argparse.Namespace, folder: Path, tiles: bool) -> dict[str,
     command = [*launcher, __file__, "--rank-folder", str(folder), "--factor", str(options.factor), *options.files]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
     log = Path(options.log or folder, f"{'tiled' if tiles else 'stock'}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         subprocess.run(
             [*command, *(["--tiles"] if tiles else [])], env=environment, stdout=output, stderr=output, check=False
