@@ -127,6 +127,12 @@ def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
     return filled
 
 
+def without_auto(config: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` that leaves ``"auto"`` settings of ZeRO to DeepSpeed's defaults: it knows no such value."""
+    zero = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    return dict(config) | {"zero_optimization": zero}
+
+
 def pointless_settings(config: Mapping[str, Any], sizes: TileSizes) -> list[str]:
     """Reasons, one line each, why whole layers would be alive under this complete ``config``, in spite of the tiles."""
     zero = config["zero_optimization"]
