@@ -158,7 +158,9 @@ class Fragments:
 def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int, bool], torch.nn.Module]]) -> None:
     """Forward and backward of one layer. Raises torch.OutOfMemoryError where a tile finds no room."""
     deepspeed = zero3.import_deepspeed()
-    config = quiet_engine({"offload_param": {"device": "cpu", "pin_memory": False}})
+    # Without overlap there is no stream of its own for gathering, whose allocations could not use the pieces: the
+    # caching allocator reuses memory within one stream.
+    config = quiet_engine({"offload_param": {"device": "cpu", "pin_memory": False}, "overlap_comm": False})
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
         layer = Layer(hidden_size, make(tiles))
     largest = max(parameter.ds_numel for parameter in layer.parameters())

@@ -55,7 +55,8 @@ def gpt(config: Any) -> torch.nn.Module:
     torch.manual_seed(5)
     model_parallel_cuda_manual_seed(11)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
+    with torch.device(device()):  # zero.Init builds there: torch's own modules must draw from the same generator
+        return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
 
 
 def micro_batches(iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
