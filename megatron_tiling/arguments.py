@@ -1,6 +1,8 @@
 """The command-line flags, and what is refused before training starts."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, STORAGES, TilingConfig
@@ -21,11 +23,9 @@ COMPANIONS = {
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "transformer_impl",
-        (None, "local"),
-        "tiled layers are not built from this implementation's specs; use --transformer-impl local",
+        (None, "local", "transformer_engine"),
+        "this implementation's layers cannot be tiled; use --transformer-impl local or transformer_engine",
     ),
-    ("use_megatron_fsdp", (None, False), "tiles are not sharded by Megatron-FSDP; use --use-distributed-optimizer"),
-    ("use_torch_fsdp2", (None, False), "tiles are not sharded by FSDP2; use --use-distributed-optimizer"),
     (
         "defer_embedding_wgrad_compute",
         (None, False),
@@ -37,6 +37,77 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, 1),
         "a tiled layer needs its weight whole; leave this flag out",
     ),
+)
+
+#: The same where Megatron-FSDP or torch FSDP2 is to shard the tiles.
+UNSUPPORTED_WHEN_SHARDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("tiled_linear_storage", (None, "auto", "partitioned"), "only partitioned tiles are sharded; leave it out"),
+    ("save", (None,), "the shards of tiles are not mapped to a dense checkpoint; leave it out"),
+    ("load", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
+    ("pretrained_checkpoint", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
+    ("init_model_with_meta_device", (None, False), "tiles are cut from weights that exist; leave it out"),
+    (
+        "overlap_moe_expert_parallel_comm",
+        (None, False),
+        "it runs parts of a layer past the modules that tiles are sharded by; leave it out",
+    ),
+)
+UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "data_parallel_sharding_strategy",
+        ("optim_grads_params",),
+        "weights stay whole, and tiles are not sharded; give --data-parallel-sharding-strategy optim_grads_params",
+    ),
+    ("pipeline_model_parallel_size", (None, 1), "Megatron-FSDP makes no device mesh of pipeline stages; leave it out"),
+    ("num_distributed_optimizer_instances", (None, 1), "tiles are sharded over all data-parallel ranks; leave it out"),
+    ("nccl_ub", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
+    ("fsdp_double_buffer", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
+    (
+        "megatron_fsdp_max_pool_double_buffer",
+        (None, False),
+        "its buffers are of one size, and tiles are not; leave it out",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TransformerEngineOption:
+    """What TransformerEngine's layers do, and tiled layers do not.
+
+    Attributes:
+        flag: as the command line has it.
+        argument: its attribute of the parsed arguments.
+        setting: its attribute of Megatron's model config.
+    """
+
+    flag: str
+    argument: str
+    setting: str
+
+    def refuse(self, value: Any) -> None:
+        """Raise a ValueError if the value asks for it."""
+        if value:
+            given = f"{self.flag} {value}" if isinstance(value, str) else self.flag
+            raise ValueError(f"--use-tiled-linear with {given}: tiled layers do not do this; leave the flag out")
+
+
+TRANSFORMER_ENGINE_OPTIONS = (
+    TransformerEngineOption("--fp8-format", "fp8", "fp8"),
+    TransformerEngineOption("--fp4-format", "fp4", "fp4"),
+    TransformerEngineOption("--te-precision-config-file", "te_precision_config_file", "quant_recipe"),
+    TransformerEngineOption("--tp-comm-overlap", "tp_comm_overlap", "tp_comm_overlap"),
+    TransformerEngineOption("--delay-wgrad-compute", "delay_wgrad_compute", "delay_wgrad_compute"),
+    TransformerEngineOption("--symmetric-ar-type", "symmetric_ar_type", "symmetric_ar_type"),
+    TransformerEngineOption(
+        "--use-transformer-engine-op-fuser", "use_transformer_engine_op_fuser", "use_transformer_engine_op_fuser"
+    ),
+    TransformerEngineOption("--cpu-offloading-num-layers", "cpu_offloading_num_layers", "cpu_offloading"),
+    TransformerEngineOption(
+        "--fine-grained-activation-offloading",
+        "fine_grained_activation_offloading",
+        "fine_grained_activation_offloading",
+    ),
+    TransformerEngineOption("--cache-mla-latents", "cache_mla_latents", "cache_mla_latents"),
 )
 
 
@@ -118,11 +189,15 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             if getattr(args, attribute) not in (None, False):
                 raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
         return None
-    for attribute, supported, remedy in UNSUPPORTED:
-        value = getattr(args, attribute, None)
-        if value not in supported:
-            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
-            raise ValueError(f"--use-tiled-linear with {flag}: {remedy}")
+    _refuse(args, UNSUPPORTED, "--use-tiled-linear")
+    _check_sharding(args)
+    for option in TRANSFORMER_ENGINE_OPTIONS:
+        option.refuse(getattr(args, option.argument, None))
+    if getattr(args, "transformer_impl", None) == "transformer_engine" and not find_spec("transformer_engine"):
+        raise ValueError(
+            "--use-tiled-linear with --transformer-impl transformer_engine: TransformerEngine is not installed; "
+            "install it, or use --transformer-impl local"
+        )
     config = TilingConfig.from_args(args)
     optimizer = getattr(args, "optimizer", None)
     if config.partitioned and optimizer not in (None, "adam", "sgd"):
@@ -137,6 +212,28 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             "have more; lower it"
         )
     return config
+
+
+def _refuse(args: Namespace, unsupported: tuple[tuple[str, tuple[Any, ...], str], ...], beside: str) -> None:
+    for attribute, supported, remedy in unsupported:
+        value = getattr(args, attribute, None)
+        if value not in supported:
+            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
+            raise ValueError(f"{beside} with {flag}: {remedy}")
+
+
+def _check_sharding(args: Namespace) -> None:
+    if getattr(args, "use_megatron_fsdp", False):
+        beside = "--use-tiled-linear --use-megatron-fsdp"
+        _refuse(args, UNSUPPORTED_WITH_MEGATRON_FSDP, beside)
+        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
+    if getattr(args, "use_torch_fsdp2", False):
+        beside = "--use-tiled-linear --use-torch-fsdp2"
+        if not getattr(args, "torch_fsdp2_reshard_after_forward", True):
+            raise ValueError(
+                f"{beside} with --torch-fsdp2-no-reshard-after-forward: all tiles would stay gathered; leave it out"
+            )
+        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
 
 
 def micro_batch_tokens(args: Namespace) -> int | None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -28,6 +29,11 @@ def model_config_functions() -> list[Callable[..., Any]]:
     return [getattr(argument_utils, name) for name in CONFIG_FUNCTIONS if hasattr(argument_utils, name)]
 
 
+def torch_fsdp2_trains() -> bool:
+    """Whether Megatron's FSDP2 wrapper takes what its own trainer gives it; that of 0.16 to 0.18 does not."""
+    return "finish_grad_sync" in vars(TorchFullyShardedDataParallel)
+
+
 def drop_cuda_kernel_builds() -> None:
     """0.16's trainer builds CUDA kernels as it starts; later ones have none."""
     try:
@@ -42,6 +48,21 @@ def sequential_experts(submodules: Any) -> Any:
     if "moe_use_legacy_grouped_gemm" in inspect.signature(LocalSpecProvider.grouped_mlp_modules).parameters:
         return SequentialMLP, submodules
     return functools.partial(SequentialMLP, submodules=submodules)
+
+
+def uses_transformer_engine(config: Any) -> bool:
+    """Whether a layer spec for this config is to be TransformerEngine's.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    wanted: bool = config.transformer_impl == "transformer_engine"
+    if wanted and not _exists("transformer_engine"):
+        raise SystemExit(
+            "megatron_tiling: --spec with --transformer-impl transformer_engine: TransformerEngine is not installed; "
+            "install it, or use --transformer-impl local"
+        )
+    return wanted
 
 
 def spec_may_be_a_function() -> bool:
@@ -62,7 +83,7 @@ class LayerSpecFromArgs(ModuleSpec):
     Such an object is there before the arguments are parsed, so this one looks at them when a model is built.
 
     Args:
-        rewrite: what to make of the local layer spec.
+        rewrite: what to make of the layer spec.
     """
 
     def __init__(self, rewrite: Callable[[Any], Any]) -> None:
@@ -80,9 +101,10 @@ class LayerSpecFromArgs(ModuleSpec):
         from megatron.training.arguments import core_transformer_config_from_args
 
         args = get_args()
+        config = core_transformer_config_from_args(args)
         layers = get_gpt_decoder_layer_specs(
-            core_transformer_config_from_args(args),
-            use_transformer_engine=False,
+            config,
+            use_transformer_engine=uses_transformer_engine(config),
             normalization=args.normalization,
             qk_l2_norm=args.qk_l2_norm,
         )

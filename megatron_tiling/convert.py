@@ -1,8 +1,8 @@
 """tile(model, config): a built model's linear layers, MLPs and LM head become tiled ones, in place.
 
-Nothing is drawn, copied or moved: the class and the grid of a module are set. (With partitioned storage a weight is
-copied into its tiles and freed, one layer after another.) To be called before the model is wrapped by Float16Module,
-DDP, FSDP or an engine.
+Nothing is drawn, copied or moved: the class and the grid of a module are set. Only TransformerEngine's layers are
+replaced by new ones, which take over their parameters; and with partitioned storage a weight is copied into its tiles
+and freed, one layer after another. To be called before the model is wrapped by Float16Module, DDP, FSDP or an engine.
 """
 
 import re
@@ -14,6 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from megatron_tiling import transformer_engine
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.grid import ALIGNMENT, TileGrid
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
@@ -64,7 +65,7 @@ class LayerReport:
 
 
 def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
-    """Turn a model's stock linear layers into tiled ones, and say what was done with each of them.
+    """Turn a model's linear layers, local or TransformerEngine's, into tiled ones, and say what was done with each.
 
     MLPs whose two layers are tiled become ``TiledMLP`` where their grids match, and the output layer of a language
     model, if tiled, one whose loss is computed tile by tile.
@@ -74,7 +75,8 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
         config: which layers, and their grids.
 
     Raises:
-        ValueError: a grid does not fit a layer's shard, naming layer, number, limit and flag. No layer is changed.
+        ValueError: a grid does not fit a layer's shard, naming layer, number, limit and flag, or TransformerEngine's
+            layers have an option that tiled ones lack, naming it. No layer is changed.
     """
     reports, chosen = [], []
     tied = _tied_output_layers(model)
@@ -90,6 +92,13 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
         if module is None or reason:
             reports.append(LayerReport(name, shape, None, size, reason))
             continue
+        if type(layer) in transformer_engine.TILED_CLASSES:
+            transformer_engine.check_settings(layer.config)
+            if config.partitioned:
+                raise ValueError(
+                    f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
+                    "be parameters; use --transformer-impl local"
+                )
         paired = config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, shape, config, paired)
         if module == "fc2" and config.kept_tiles is not None and config.kept_tiles > grid.in_splits:
@@ -97,13 +106,16 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
                 f"--tiled-mlp-keep {config.kept_tiles}: {name} has {grid.in_splits} tiles; "
                 "give at most that many, or all"
             )
-        chosen.append((layer, grid))
+        chosen.append((name, layer, grid))
         reports.append(LayerReport(name, shape, grid, size))
-    for layer, grid in chosen:
+    for name, layer, grid in chosen:
         if config.partitioned:
             make_partitioned(layer, grid)
-        else:
-            make_tiled(layer, grid.in_splits, grid.out_splits, config)
+            continue
+        if type(layer) in transformer_engine.TILED_CLASSES:
+            layer = transformer_engine.rebuilt(layer)
+            model.set_submodule(name, layer)
+        make_tiled(layer, grid.in_splits, grid.out_splits, config)
     notes = _convert_heads(model, config) | _convert_mlps(model, config)
     return [replace(report, note=report.note or notes.get(report.name, "")) for report in reports]
 
@@ -158,9 +170,8 @@ def _convert_heads(model: torch.nn.Module, config: TilingConfig) -> dict[str, st
 
 
 def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: TilingConfig) -> None:
-    """One stock layer, in place."""
-    tiled_class = TILED_CLASSES[type(layer)]
-    layer.__class__ = tiled_class
+    """Turn a local stock layer into a tiled one, in place; of one that is tiled, change the grid."""
+    layer.__class__ = TILED_CLASSES.get(type(layer), type(layer))
     assert isinstance(layer, (TiledColumnParallelLinear, TiledRowParallelLinear))
     layer.set_tiles(in_splits, out_splits, fp32_accumulate=config.fp32_accumulate)
     if config.fuse_wgrad is not None:
@@ -196,12 +207,14 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "multi-latent attention needs the stock class here"
     if isinstance(layer, tuple(TILED_CLASSES.values())):
         return "tiled already"
-    if type(layer) not in TILED_CLASSES:
+    if type(layer) not in (*TILED_CLASSES, *transformer_engine.TILED_CLASSES):
         return f"{type(layer).__name__} is not a stock column or row layer"
     if module is None:
         return "not one of the modules that are tiled"
     if module not in config.modules:
         return "not in --tiled-linear-modules"
+    if type(layer) in transformer_engine.TILED_CLASSES:
+        return transformer_engine.reason_to_stay_dense(layer)
     return ""
 
 
@@ -230,8 +243,8 @@ def _shard_shape(layer: torch.nn.Module) -> tuple[int, int]:
         return layer.output_size_per_partition, layer.input_size
     if isinstance(layer, RowParallelLinear):
         return layer.output_size, layer.input_size_per_partition
-    weight = next(iter(layer.parameters(recurse=False)), None)
-    return (weight.shape[0], weight.shape[-1]) if weight is not None and weight.dim() > 1 else (0, 0)
+    weight = next((weight for weight in layer.parameters(recurse=False) if weight.dim() > 1), None)
+    return (weight.shape[0], weight.shape[-1]) if weight is not None else (0, 0)
 
 
 def _element_size(layer: torch.nn.Module) -> int:

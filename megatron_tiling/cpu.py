@@ -68,6 +68,8 @@ def with_default_args(argv: Sequence[str]) -> list[str]:
     ['--distributed-backend=mpi']
     """
     given = {argument.partition("=")[0] for argument in argv}
+    if "--use-megatron-fsdp" in given:
+        argv = [*argv, "--no-gradient-reduce-div-fusion"]  # gloo cannot multiply while it adds
     missing = [
         (flag, value) for flag, value in zip(DEFAULT_ARGS[::2], DEFAULT_ARGS[1::2], strict=True) if flag not in given
     ]
@@ -135,6 +137,7 @@ def _patch_torch() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.random.get_rng_state = cuda.get_rng_state
+    _patch_device_meshes()
 
 
 def _patch_device_names() -> None:
@@ -162,6 +165,19 @@ def _patch_device_names() -> None:
     tensor: Any = torch.Tensor
     tensor.to, tensor.type = to, type_
     tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _patch_device_meshes() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    def on_cpu(from_group: Callable[..., DeviceMesh]) -> Any:
+        def call(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+            return from_group(group, "cpu" if _names_cuda(device_type) else device_type, *args, **kwargs)
+
+        return staticmethod(call)
+
+    mesh: Any = DeviceMesh
+    mesh.from_group = on_cpu(mesh.from_group)  # both FSDPs make their meshes of Megatron's groups
 
 
 def _saving_worker(*args: Any) -> None:
@@ -195,7 +211,8 @@ def _patch_training() -> None:
     from megatron_tiling.compat import drop_cuda_kernel_builds
 
     drop_cuda_kernel_builds()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists, for TP > 1 ...
+    if not {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(sys.argv):  # which want anything but 1
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists, for TP > 1 ...
     arguments.get_device_arch_version = lambda: 8  # ... on what it takes for an Ampere GPU
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # warm-up; its random draws depend on TP

@@ -187,9 +187,13 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
             )
         self._check_gather(bool(runtime_gather_output))
         result: tuple[Any, Tensor | None] = super().forward(
-            input_, weight=weight, runtime_gather_output=runtime_gather_output
+            self.normalized(input_), weight=weight, runtime_gather_output=runtime_gather_output
         )
         return result
+
+    def normalized(self, input_: Tensor) -> Tensor:
+        """The input of the tiles, ``[s, b, h]``: of the layer itself, unless it has a norm of its own."""
+        return input_
 
 
 class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):

@@ -183,7 +183,7 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         fp32_accumulate=fc1.fp32_accumulate,
         comm=_comm(fc1),
     )
-    return tiled_mlp(hidden_states, fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
+    return tiled_mlp(fc1.normalized(hidden_states), fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
 
 
 def _comm(fc1: Any) -> ColumnComm | None:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_tiling import compat
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
+from megatron_tiling.checkpoint_errors import check_on_all_ranks
 from megatron_tiling.config import TilingConfig, storage_of
 from megatron_tiling.convert import table, tile
 from megatron_tiling.norm import allow_sequence_parallel
@@ -61,6 +62,7 @@ def install() -> None:
     Idempotent. To be called before the arguments are parsed. Bad settings end the program with one line.
     """
     import megatron.training.arguments as arguments
+    import megatron.training.checkpointing as checkpointing
     import megatron.training.training as training
 
     if getattr(training, "_megatron_tiling_installed", False):
@@ -69,6 +71,7 @@ def install() -> None:
     _wrap(arguments.add_megatron_arguments, _with_tiling_args)
     _wrap(arguments.validate_args, _with_validation)
     _wrap(training.get_model, _with_tiled_provider)
+    _wrap(checkpointing.load_checkpoint, _with_checked_checkpoint)
     _use_built_dataset_helpers()
     for config_from_args in compat.model_config_functions():
         _wrap(config_from_args, _with_tiling_hook)
@@ -100,6 +103,11 @@ def _with_tiling_args(add_arguments: Callable[..., ArgumentParser], parser: Argu
 def _with_validation(validate: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with _ending_in_one_line():
         config = validate_tiling_args(args)
+        if config is not None and args.use_torch_fsdp2 and not compat.torch_fsdp2_trains():
+            raise ValueError(
+                "--use-torch-fsdp2: this megatron-core's FSDP2 wrapper does not go with its trainer; "
+                "take 0.19, or give --use-megatron-fsdp"
+            )
     validated = validate(args, *rest, **kwargs)
     if config is not None:
         _prepare(args)
@@ -110,6 +118,10 @@ def _prepare(args: Namespace) -> None:
     """What a tiled run needs of Megatron beyond its layers."""
     partitioned = storage_of(args) == "partitioned"  # by an engine, which owns the gradients too
     args.tiled_linear_fuse_wgrad = args.gradient_accumulation_fusion and not partitioned
+    if partitioned:
+        from megatron_tiling.fsdp import shard_by_tiles
+
+        shard_by_tiles()
     if args.gradient_accumulation_fusion and not _found("fused_weight_gradient_mlp_cuda"):
         args.gradient_accumulation_fusion = False  # or the constructors of stock's layers raise
         _print_rank_0(
@@ -158,6 +170,24 @@ def _with_tiling_hook(config_from_args: Callable[..., Any], args: Namespace, *re
     if args.use_tiled_linear:
         model_config.pre_wrap_hooks.append(_trainer_hook(args))
     return model_config
+
+
+def _with_checked_checkpoint(
+    load: Callable[..., Any],
+    model: ModelChunks,
+    optimizer: Any,
+    scheduler: Any,
+    load_arg: str = "load",
+    strict: bool = True,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    from megatron.training import get_args
+    from megatron.training.checkpointing import unwrap_model
+
+    if get_args().use_tiled_linear:
+        check_on_all_ranks(get_args(), load_arg, unwrap_model(model), strict)
+    return load(model, optimizer, scheduler, load_arg, strict, *rest, **kwargs)
 
 
 def _stage_name(chunk: int, chunks: int) -> str:

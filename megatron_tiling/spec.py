@@ -2,8 +2,8 @@
 
     pretrain_gpt.py --spec megatron_tiling.spec tiled_layer_spec --transformer-impl local ...
 
-tiles the linear layers of every decoder layer by ``DEFAULT_FACTOR``. The output layer is not part of a spec: the
-runner's ``--use-tiled-linear`` reaches it.
+tiles the linear layers of every decoder layer by ``DEFAULT_FACTOR``; ``--transformer-impl transformer_engine`` too. The
+output layer is not part of a spec: the runner's ``--use-tiled-linear`` reaches it.
 """
 
 import copy
@@ -26,10 +26,13 @@ from megatron_tiling.convert import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.norm import SequenceParallelTorchNorm
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.transformer_engine import spec_classes
 
 
 class TiledSpecProvider(LocalSpecProvider):
     """Megatron's local backend with tiled linear layers, ``1 x factor`` column and ``factor x 1`` row layers.
+
+    ``tiled`` also takes specs of TransformerEngine's backend.
 
     Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
     Experts are sequential MLPs, as in the local backend: grouped GEMMs cannot be tiled.
@@ -82,6 +85,7 @@ class TiledSpecProvider(LocalSpecProvider):
         replacements: dict[Any, Any] = {
             ColumnParallelLinear: self.column_parallel_linear(module if module in COLUMN_MODULES else "qkv"),
             RowParallelLinear: self.row_parallel_linear(module if module in ROW_MODULES else "proj"),
+            **({} if self.config.partitioned else spec_classes(self.config.factor)),
         }
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
@@ -89,7 +93,7 @@ class TiledSpecProvider(LocalSpecProvider):
 
 
 def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The decoder's local layer specs, tiled.
+    """The decoder's layer specs, local or TransformerEngine's, tiled.
 
     Args:
         config: Megatron's ``GPTModelConfig``.
@@ -98,7 +102,7 @@ def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
     transformer = config.transformer
     block = get_gpt_decoder_block_spec(
         transformer,
-        use_transformer_engine=False,
+        use_transformer_engine=compat.uses_transformer_engine(transformer),
         normalization=transformer.normalization,
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,

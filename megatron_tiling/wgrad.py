@@ -1,5 +1,7 @@
 """Where the weight gradient of a tile loop goes: a new tensor for autograd, or straight into ``main_grad``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,5 +40,33 @@ class WeightGrad:
         # A gradient, though nobody reads it, keeps DDP's hooks on the main backward thread: see LinearWithGrad-
         # AccumulationAndAsyncCommunication in megatron-core's tensor_parallel/layers.py. DDP drops it at once.
         self._weight.grad_added_to_main_grad = True
-        make = torch.zeros_like if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like
-        return make(self._weight)
+        if getattr(self._weight, "zero_out_wgrad", False):  # this one DDP adds to main_grad
+            return torch.zeros_like(self._weight)
+        return _Placeholder(self._weight)
+
+
+class _Placeholder(torch.Tensor):
+    """Stands for a gradient that is in ``main_grad`` already: the weight's shape and dtype, and no memory.
+
+    Autograd may hand it on and add it to other gradients of the same weight; every other use is an error.
+    """
+
+    def __new__(cls, weight: Tensor) -> "_Placeholder":
+        placeholder: _Placeholder = torch.Tensor._make_wrapper_subclass(
+            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+        return placeholder
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        in_place = func is torch.ops.aten.add_.Tensor
+        if in_place or func is torch.ops.aten.add.Tensor:
+            augend, addend = args
+            if isinstance(addend, cls) or not in_place:
+                return augend if isinstance(addend, cls) else addend
+        raise RuntimeError(f"{func} reads a weight gradient that gradient accumulation fusion has put into main_grad")
+
+    def __repr__(self, **unused: Any) -> str:  # type: ignore[override]
+        return f"_Placeholder({tuple(self.shape)}, {self.dtype})"

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 
-from megatron_tiling import TilingConfig
+from megatron_tiling import TilingConfig, arguments
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
 from megatron_tiling.config import storage_of
 
@@ -105,23 +105,36 @@ def test_storage() -> None:
     assert parse(f"{flags} resident", optimizer="muon") is not None
 
 
+def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "find_spec", lambda module: None)
+    with pytest.raises(ValueError, match="not installed; install it, or use --transformer-impl local"):
+        parse("--use-tiled-linear", transformer_impl="transformer_engine")
+    monkeypatch.setattr(arguments, "find_spec", lambda module: object())
+    assert parse("--use-tiled-linear", transformer_impl="transformer_engine") is not None
+
+
+@pytest.mark.feature("`{flag}`", refused=True)
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "flag"),
     [
-        (
-            "transformer_impl",
-            "transformer_engine",
-            "--transformer-impl transformer_engine: .* --transformer-impl local",
-        ),
+        ("fp8", "hybrid", "--fp8-format hybrid"),
+        ("fp4", "e2m1", "--fp4-format e2m1"),
+        ("te_precision_config_file", "file.yaml", "--te-precision-config-file file.yaml"),
+        ("tp_comm_overlap", True, "--tp-comm-overlap"),
+        ("delay_wgrad_compute", True, "--delay-wgrad-compute"),
+        ("symmetric_ar_type", "two_shot", "--symmetric-ar-type two_shot"),
+        ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
+        ("cpu_offloading_num_layers", 1, "--cpu-offloading-num-layers"),
+        ("fine_grained_activation_offloading", True, "--fine-grained-activation-offloading"),
         ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
-        ("use_megatron_fsdp", True, "with --use-megatron-fsdp:"),
-        ("use_torch_fsdp2", True, "with --use-torch-fsdp2:"),
-        ("defer_embedding_wgrad_compute", True, "with --defer-embedding-wgrad-compute:"),
-        ("tensor_parallel_num_weight_shards", 2, "with --tensor-parallel-num-weight-shards 2:"),
-        ("expert_tensor_parallel_num_weight_shards", 4, "with --expert-tensor-parallel-num-weight-shards 4:"),
+        ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
+        ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
+        ("defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
+        ("tensor_parallel_num_weight_shards", 2, "--tensor-parallel-num-weight-shards 2"),
+        ("expert_tensor_parallel_num_weight_shards", 4, "--expert-tensor-parallel-num-weight-shards 4"),
     ],
 )
-def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--use-tiled-linear with {flag}: "):
         parse("--use-tiled-linear", **{name: value})
     assert parse("", **{name: value}) is None

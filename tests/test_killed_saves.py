@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from test_checkpoints import TWO_RANKS, arguments, entry, losses, run_together
 
 # When a start is killed: at its n-th file operation in the checkpoint's folder (-1: as it opens the tracker file), and
@@ -12,6 +13,7 @@ KILLS += [(2, 0.008), (2, 0.016), (5, 0.0), (-1, 0.0), (-1, 0.0)]
 FIRST_STOP, ITERATIONS = 2, 26  # a late kill may leave a complete checkpoint: 20 of them, and some iterations more
 
 
+@pytest.mark.feature("resuming after a save that was killed")
 def test_every_start_resumes_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
     """20 starts in a row of one tiled run, each of which finds what the killed one before left behind."""
     saved, world = str(tmp_path / "saved"), TWO_RANKS.world

@@ -108,6 +108,7 @@ def megatron():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.feature("LM head kernels, in a stock model")
 @pytest.mark.parametrize("prediction_heads", [0, 1])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_stock_model_trains_alike(megatron, tied, prediction_heads):

@@ -84,6 +84,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.feature("MLP kernels")
 @pytest.mark.parametrize("tiles, keep", CHOICES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_as_exact_as_stock(name: str, tiles: int, keep: int | None) -> None:
@@ -131,6 +132,7 @@ def test_zero_tokens(keep: int | None, dtype: torch.dtype | None) -> None:
             assert torch.equal(parameter.main_grad, torch.ones_like(parameter.main_grad))
 
 
+@pytest.mark.feature("CUDA graphs, on layers")
 @pytest.mark.parametrize("tiles, keep", CHOICES)
 def test_graph_capture(tiles: int, keep: int | None) -> None:
     mlp = tiled(tiles, keep, **SWIGLU)
@@ -152,6 +154,7 @@ def test_graph_capture(tiles: int, keep: int | None) -> None:
         torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
+@pytest.mark.feature("torch.compile, with a graph break, on layers")
 @pytest.mark.parametrize("tiles, keep", [(3, None), (4, 0)])
 def test_compile(tiles: int, keep: int | None) -> None:
     mlp = tiled(tiles, keep, **SWIGLU)

@@ -8,6 +8,7 @@ from launch import torchrun
 SCRIPTS = Path(__file__).parent / "distributed"
 
 
+@pytest.mark.feature("whole models, TP={world}")
 @pytest.mark.parametrize("world", [1, 2])
 def test_models_equal_dense(world: int) -> None:
     assert f"model checks passed at TP={world}" in torchrun(SCRIPTS / "check_models.py", world=world)

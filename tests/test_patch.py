@@ -1,14 +1,24 @@
 """Patching Megatron-LM trees: stand-ins, and with MEGATRON_LM_GIT=GITDIR the real tags, which then also train."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launch import ROOT, torchrun
-from megatron_lm import checkout, needs_megatron_lm, use_built_dataset_helpers
+from megatron_lm import (
+    VERSIONS,
+    Version,
+    checkout,
+    needs_megatron_lm,
+    search_path,
+    unpacked_wheel,
+    use_built_dataset_helpers,
+)
 from test_training import COMMON, ITERATIONS, free_port, losses
 
 from megatron_tiling import patch
@@ -179,10 +189,18 @@ def test_real_tag(known: Patch, tmp_path: Path) -> None:
 
 
 @needs_megatron_lm
-def test_a_patched_tree_trains_without_the_runner(tmp_path: Path) -> None:
-    """core_v0.19.0 from the tree alone but for the C++ dataset helpers, TP=2: the loss of tiled equals dense."""
-    tree = checkout("core_v0.19.0", tmp_path / "tree")
-    use_built_dataset_helpers(tree)
+@pytest.mark.feature("training of a patched tree", version="{version.wheel}")
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.tag)
+def test_a_patched_tree_trains_without_the_runner(version: Version, tmp_path: Path) -> None:
+    """From the tag's tree alone but for the C++ dataset helpers, TP=2: the loss of tiled equals dense.
+
+    Taking the patch out again leaves the tree as it was, byte for byte.
+    """
+    if missing := [name for name in version.imports if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"the trainer of {version.tag} imports {', '.join(missing)}, which is not installed")
+    tree = checkout(version.tag, tmp_path / "tree")
+    use_built_dataset_helpers(tree, unpacked_wheel(version, tmp_path / "wheel"))
+    stock = snapshot(tree)
     assert command(tree)[0] == 0
     flags = [*COMMON, *"--tensor-model-parallel-size 2 --global-batch-size 4 --train-iters".split(), str(ITERATIONS)]
     kinds = {"dense": "--no-gradient-accumulation-fusion", "tiled": "--use-tiled-linear"}
@@ -198,7 +216,12 @@ def test_a_patched_tree_trains_without_the_runner(tmp_path: Path) -> None:
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     train_many = ROOT / "tests" / "distributed" / "train_many.py"
-    torchrun(train_many, tmp_path / "runs.json", world=2, environment={"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"})
+    environment = search_path(tree) | {"PYTHONDONTWRITEBYTECODE": "1"}
+    output = torchrun(train_many, tmp_path / "runs.json", world=2, environment=environment)
+    assert f" of {tree}/megatron/core/" in output
     dense, tiled = ("".join(Path(f"{tmp_path / kind}.{rank}").read_text() for rank in (0, 1)) for kind in kinds)
     assert len(losses(dense)) == len(losses(tiled)) == ITERATIONS, tiled[-3000:]
     assert max(abs(a - b) for a, b in zip(losses(dense), losses(tiled), strict=True)) <= 2e-5
+    assert not re.search("GEMMs: 0$", tiled, re.M) and dense.count("GEMMs: 0\n") == 2
+    assert command(tree, "--undo")[0] == 0
+    assert snapshot(tree) == stock

@@ -189,6 +189,7 @@ def tiles(log: str) -> list[int]:
     return [sum(int(layers) * int(i) * int(o) for layers, i, o in table) for table in rows]
 
 
+@pytest.mark.feature("training: {layout.name}")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_loss_equals_dense(layout: Layout, logs: Path) -> None:
     dense_log, tiled_log = read(logs, layout, "dense"), read(logs, layout, "tiled")

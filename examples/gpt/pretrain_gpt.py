@@ -213,10 +213,14 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
     return kind(**options)
 
 
-def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+def dataset_kind(args: Any) -> type:
+    """The kind of data set that the flags ask for."""
+    return MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
+
+
+def build_datasets(kind: type, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Training, validation and test sets of `num_samples`, on the ranks that read them (None elsewhere)."""
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
     config = core_transformer_config_from_args(args)
 
     def reads() -> bool:
@@ -225,9 +229,6 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
 
     print_rank_0(f"> building {kind.__name__}s of {num_samples} samples ...")
     return BlendedMegatronDatasetBuilder(kind, num_samples, reads, dataset_config(args)).build()
-
-
-build_datasets.is_distributed = True  # every rank calls it: the builder is collective
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
@@ -241,16 +242,22 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted(ranks)
 
 
-def main() -> None:
-    """Parse Megatron's flags and ours, then hand over to Megatron's trainer."""
-    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+def parse_args(refused: dict[str, str]) -> Any:
+    """Megatron's flags and ours, checked; ends the program at one of those `refused`."""
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    if asked := [flag for name, flag in REFUSED.items() if getattr(args, name)]:
+    if asked := [flag for name, flag in refused.items() if getattr(args, name)]:
         sys.exit(f"{', '.join(asked)}: not in this example; run Megatron-LM's own script the same way")
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    train(
-        config,
-        build_datasets,
+    return args
+
+
+def train(args: Any, kind: type) -> None:
+    """Hand over to Megatron's trainer, with data sets of a `kind`."""
+    trainer, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    datasets: Any = functools.partial(build_datasets, kind)
+    datasets.is_distributed = True  # every rank calls it: the builder is collective
+    trainer(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets,
         ModelType.encoder_or_decoder,
         forward_step,
         store=store,
@@ -259,4 +266,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parsed = parse_args(REFUSED)
+    train(parsed, dataset_kind(parsed))

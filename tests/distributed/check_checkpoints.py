@@ -14,12 +14,12 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import megatron
+from harness import megatron, peak_bytes
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, apply_factories
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -293,13 +293,51 @@ def check_distributed_optimizer(variant: Variant, folder: Path) -> None:
             )
 
 
+def savings_and_loadings(wrapped: DistributedDataParallel, optimizer: Any, place: Path) -> list[Callable[[], Any]]:
+    """What a run does with checkpoints: distributed save and load, legacy save and load."""
+    model, file = wrapped.module, place / f"legacy.{torch.distributed.get_rank()}.pt"
+
+    def load() -> None:
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=metadata()), place))
+
+    def load_legacy() -> None:
+        state = torch.load(file, weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    return [
+        lambda: dist_checkpointing.save(model.sharded_state_dict(metadata=metadata()), place),
+        load,
+        lambda: torch.save(
+            {"model": model.state_dict_for_save_checkpoint(), "optimizer": optimizer.state_dict()}, file
+        ),
+        load_legacy,
+    ]
+
+
+def check_memory(variant: Variant, folder: Path) -> None:
+    """Saving and loading hold no more bytes of tensors at once than stock."""
+    peaks: dict[str, list[int]] = {}
+    size = 0
+    for tiling in ("dense", "factor 8, keep none"):
+        wrapped, optimizer = trained(variant, tiling, distributed=False)
+        place = new_folder(folder, f"memory, {variant.name}, {tiling}")
+        peaks[tiling] = [peak_bytes(step) for step in savings_and_loadings(wrapped, optimizer, place)]
+        size = sum(parameter.nbytes for parameter in wrapped.parameters())
+        assert peaks[tiling][-1] >= 3 * size, "weights and two moments are read: the measurement misses some"
+    dense, tiled = peaks.values()
+    assert all(ours <= stock for ours, stock in zip(tiled, dense, strict=True)), peaks
+    if torch.distributed.get_rank() == 0:
+        print(f"{variant.name}: bytes at once to save, load, and in the legacy format, weights {size}: {peaks}")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     checks = [
         (check, variant)
         for name, check in globals().items()
         if name.startswith("check_")
-        for variant in (RUNNABLE if "optimizer" in name else VARIANTS)
+        for variant in (RUNNABLE if "optimizer" in name or "memory" in name else VARIANTS)
     ]
     with megatron():
         for tp in (torch.distributed.get_world_size(), 1):

@@ -1,14 +1,17 @@
 """What the scripts under torchrun share: Megatron on gloo, all pairs of options, counters."""
 
 import collections
+import gc
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
 COLLECTIVES = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
@@ -32,6 +35,44 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     finally:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations return, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = {
+            held.untyped_storage()._cdata for held in gc.get_objects() if issubclass(type(held), torch.Tensor)
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.known:
+            return
+        self.known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.live -= size
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors made within ``work()`` hold at once, in this thread."""
+    gc.collect()
+    with _LiveBytes() as bytes_:
+        work()
+    return bytes_.peak
 
 
 class Counter(TorchDispatchMode):

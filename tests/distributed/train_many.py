@@ -4,7 +4,9 @@
 
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
+With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: see benchmarks/gathered.py.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
+With ``"check": true`` it is no training but one of the check scripts of this folder.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
 ``kill_while_saving``. ``"argv_of_rank_1"`` replaces ``"argv"`` on that rank.
 """
@@ -23,6 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -43,6 +46,18 @@ def count_gemms() -> None:
         module.gemm_into = counted
     torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
         print(f"GEMMs: {counts['gemm']}"),
+        stop(),
+    )
+
+
+def print_gathered() -> None:
+    """Print, as the run ends, what was gathered at once."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    import gathered
+
+    most = gathered.watch()
+    torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
+        print(most),
         stop(),
     )
 
@@ -98,15 +113,7 @@ def train(run: dict[str, Any]) -> None:
         run["argv"] = run.get("argv_of_rank_1", run["argv"])
     sys.argv = ["megatron_tiling", *run["argv"]]
     try:
-        count_gemms()
-        if "kill" in run:
-            kill_while_saving(**run["kill"])
-        if run.get("runner", True):
-            runner.main()
-        else:
-            sys.argv = cpu.with_default_args(run["argv"])
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            torch.distributed.destroy_process_group()
+        start(run)
         status = 0
     except SystemExit as ending:
         print(ending)
@@ -119,12 +126,32 @@ def train(run: dict[str, Any]) -> None:
         os._exit(status)
 
 
+def start(run: dict[str, Any]) -> None:
+    if run.get("check"):
+        runpy.run_path(run["argv"][0], run_name="__main__")
+        return
+    count_gemms()
+    if run.get("gathered"):
+        print_gathered()
+    if "kill" in run:
+        kill_while_saving(**run["kill"])
+    if run.get("runner", True):
+        runner.main()
+    else:
+        sys.argv = cpu.with_default_args(run["argv"])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
-    cpu.install()  # imports Megatron's trainer, once
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    cpu.install(train=not all(run.get("check") for run in runs))  # imports Megatron, and its trainer, once
+    if os.environ["RANK"] == "0":
+        print(f"megatron-core {megatron.core.__version__} of {megatron.core.__file__}", flush=True)
     torch.set_num_threads(1)
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
-    filesystem_async.get_write_results_queue("fork")
-    runs = json.loads(Path(sys.argv[1]).read_text())
+    if hasattr(filesystem_async, "get_write_results_queue"):  # 0.16 has none, and its runs here save nothing
+        filesystem_async.get_write_results_queue("fork")
     if any("--deepspeed-config" in run["argv"] for run in runs):
         import_deepspeed()  # seconds, for each run that would do it
     for run in runs:

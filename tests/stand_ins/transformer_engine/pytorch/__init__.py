@@ -1,0 +1,19 @@
+"""The layers that megatron.core.extensions.transformer_engine extends."""
+
+from transformer_engine.pytorch import distributed, fp8, ops, tensor
+from transformer_engine.pytorch.attention import DotProductAttention
+from transformer_engine.pytorch.linear import GroupedLinear, LayerNormLinear, Linear
+from transformer_engine.pytorch.norms import LayerNorm, RMSNorm
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNorm",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "distributed",
+    "fp8",
+    "ops",
+    "tensor",
+]
