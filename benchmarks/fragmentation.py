@@ -158,7 +158,9 @@ class Fragments:
 def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int, bool], torch.nn.Module]]) -> None:
     """Forward and backward of one layer. Raises torch.OutOfMemoryError where a tile finds no room."""
     deepspeed = zero3.import_deepspeed()
-    config = quiet_engine({"offload_param": {"device": "cpu", "pin_memory": False}})
+    # Without overlap there is no stream of its own for gathering, whose allocations could not use the pieces: the
+    # caching allocator reuses memory within one stream.
+    config = quiet_engine({"offload_param": {"device": "cpu", "pin_memory": False}, "overlap_comm": False})
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
         layer = Layer(hidden_size, make(tiles))
     largest = max(parameter.ds_numel for parameter in layer.parameters())
@@ -258,7 +260,7 @@ def markdown(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Largest hidden size of one transformer layer in fragmented memory, {record['date']}", "",
-        f"{record['gpu']}, {record['host_gib']:.0f} GiB host memory available; {versions}. "
+        f"{record['gpu']}, {record['host_gib']:.0f} GiB of host memory to use; {versions}. "
         f"Command: `{record['command']}`", "",
         f"{record['pieces']} pieces of {record['piece_mib']} MiB; the largest block that a probe could allocate has "
         f"{record['probe_mib']} MiB. bf16 parameters offloaded to host memory, forward and backward of 16 tokens, "
@@ -281,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piece-mib", type=int, default=2048)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--host-gib", type=float, default=120, help="host memory to use at most, of what is available")
     parser.add_argument("--seconds", type=float, default=330, help="no trial starts later")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
@@ -290,11 +293,11 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     with megatron(tensor_parallel=1):
         fragments = Fragments(args.piece_mib * MIB + SLACK)
-        host = zero3.available_host_memory()
+        host = min(zero3.available_host_memory(), int(args.host_gib * GIB))
         record = {
             "date": datetime.date.today().isoformat(),
             "command": f"python benchmarks/fragmentation.py --piece-mib {args.piece_mib} --tiles "
-            f"{' '.join(map(str, args.tiles))} --seconds {args.seconds:.0f}",
+            f"{' '.join(map(str, args.tiles))} --host-gib {args.host_gib:.0f} --seconds {args.seconds:.0f}",
             "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
             "gpu": torch.cuda.get_device_name(),
             "host_gib": host / GIB,

@@ -255,10 +255,11 @@ def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
 
     ``tile.weight``, read while another module runs, would have ZeRO-3 gather the tile then and ever after.
     """
-    weight = dict.get(tile._parameters, "weight")
+    weight: Any = dict.get(tile._parameters, "weight")
     if weight is None:
         weight = tile.weight
-    return getattr(weight, "ds_shape", None) or weight.shape  # type: ignore[return-value]
+    shape: Sequence[int] = getattr(weight, "ds_shape", None) or weight.shape
+    return shape
 
 
 def copy_param(param: Any, value: Tensor) -> None:

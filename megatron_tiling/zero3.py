@@ -29,6 +29,7 @@ from megatron_tiling.zero3_config import (
     offload_needs,
     pointless_settings,
     with_thresholds,
+    without_auto,
 )
 
 
@@ -87,12 +88,10 @@ def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config
     zero = config["zero_optimization"]
     if any((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_param", "offload_optimizer")):
         _check_host_memory(model, transformer, config)
-    # Thresholds matter to the engine only, but DeepSpeed parses them here, and knows no "auto".
-    settled = {key: value for key, value in zero.items() if value != "auto"}
     with (
         deepspeed.zero.Init(
             data_parallel_group=parallel_state.get_data_parallel_group(),
-            config_dict_or_path=config | {"zero_optimization": settled},
+            config_dict_or_path=without_auto(config),  # thresholds matter to the engine only
             mpu=ModelParallelUnit,
         ),
         _gathering_initialisation(transformer),
@@ -135,8 +134,10 @@ def initialize(
     """
     deepspeed = import_deepspeed()
     sizes = tile_sizes(model)
-    if sizes is not None:
-        config = with_thresholds(config, sizes)
+    if sizes is None:
+        config = without_auto(config)
+    else:
+        config = without_auto(with_thresholds(config, sizes))
         zero = config["zero_optimization"]
         chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}
         _print_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")

@@ -20,6 +20,8 @@ Config = dict[str, Any]
 
 #: DeepSpeed's own defaults, which hold for thresholds that no one sets.
 DEFAULT_PERSISTENCE = 100_000
+#: Gradients are reduced together up to this size: the engine waits for its second last reduction before each new one.
+LEAST_REDUCE_BUCKET = 50_000_000
 
 #: Megatron flags that do not work with the DeepSpeed engine: attribute, values that are fine, why.
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -120,11 +122,17 @@ def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
         ("stage3_max_reuse_distance", 1),
         ("stage3_prefetch_bucket_size", sizes.largest),
         ("stage3_param_persistence_threshold", min(DEFAULT_PERSISTENCE, sizes.smallest - 1)),
-        ("reduce_bucket_size", sizes.largest),
+        ("reduce_bucket_size", max(sizes.largest, LEAST_REDUCE_BUCKET)),
     ):
         if zero.get(key, "auto") == "auto":
             zero[key] = value
     return filled
+
+
+def without_auto(config: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` that leaves ``"auto"`` settings of ZeRO to DeepSpeed's defaults: it knows no such value."""
+    zero = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    return dict(config) | {"zero_optimization": zero}
 
 
 def pointless_settings(config: Mapping[str, Any], sizes: TileSizes) -> list[str]:

@@ -74,6 +74,8 @@ def test_thresholds_follow_the_tile_unless_they_are_set() -> None:
     assert zero["stage3_param_persistence_threshold"] == 999
     assert zero3_config.pointless_settings({"zero_optimization": zero}, SIZES) == []
     assert "stage3_max_live_parameters" not in config["zero_optimization"]
+    left = zero3_config.without_auto(config)["zero_optimization"]
+    assert left == {"stage": 3, "stage3_max_reuse_distance": 5}
 
 
 @pytest.mark.parametrize(
@@ -126,12 +128,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = [EXAMPLES / "pretrain_gpt.py", *common, "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"]
     tiled = [EXAMPLES / "pretrain_gpt_zero3.py", *common, "--use-tiled-linear", "--tile-factor", "3"]
     tiled += ["--deepspeed-config", folder / "engine.json"]
+    dense_engine = [EXAMPLES / "pretrain_gpt_zero3.py", *common, "--deepspeed-config", EXAMPLES / "zero3.json"]
     starts = {
         "dense": [*dense, "--save", folder / "of_dense", "--save-interval", "20", "--no-save-optim"],
         "tiled": [*tiled, "--save", folder / "of_engine", "--save-interval", "10", "--exit-interval", "10"],
         "resumed": [*tiled, "--load", folder / "of_engine", "--save-dense", folder / "of_tiled"],
         "dense_from_tiled": [*dense, "--load", folder / "of_tiled", "--finetune", "--exit-interval", "2"],
         "tiled_from_dense": [*tiled, "--load-dense", folder / "of_dense", "--exit-interval", "2"],
+        "dense_engine": [*dense_engine, "--exit-interval", "3"],
         "other_tiles": [*tiled, "--global-batch-size", "6"],
     }
     plan = [
@@ -150,6 +154,7 @@ def test_the_example_trains_as_megatrons_trainer_does(runs: Path) -> None:
     # Megatron's trainer logs the mean of the first two iterations as the second loss.
     expected[1] = 2 * expected[1] - expected[0]
     assert actual == pytest.approx(expected, rel=2e-5)
+    assert losses(runs, "dense_engine") == pytest.approx(expected[:3], rel=2e-5)
 
 
 def test_dense_checkpoints_go_both_ways(runs: Path) -> None:

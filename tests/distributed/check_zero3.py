@@ -19,7 +19,7 @@ ITERATIONS, TENSOR_PARALLEL, FACTOR = 20, 2, 4
 SEQUENCE, BATCH, WORDS = 24, 2, 128
 ENGINE = {
     "train_micro_batch_size_per_gpu": BATCH,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 1,
     "gradient_clipping": 0.5,
     "bf16": {"enabled": False},
     "fp16": {"enabled": False},
@@ -35,7 +35,7 @@ def transformer(**options: Any) -> Any:
         num_layers=2,
         hidden_size=48,
         num_attention_heads=4,
-        ffn_hidden_size=40,
+        ffn_hidden_size=options.pop("ffn_hidden_size", 40),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=TENSOR_PARALLEL,
@@ -55,7 +55,8 @@ def gpt(config: Any) -> torch.nn.Module:
     torch.manual_seed(5)
     model_parallel_cuda_manual_seed(11)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
+    with torch.device(device()):  # zero.Init builds there: torch's own modules must draw from the same generator
+        return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
 
 
 def micro_batches(iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -317,7 +318,7 @@ def check_collectives(report: Any) -> None:
     sys.path.insert(0, str(__file__).rsplit("/tests/", 1)[0] + "/benchmarks")
     import zero3_collectives
 
-    counts = zero3_collectives.count(Counter, transformer(), factor=2)
+    counts = zero3_collectives.count(Counter, transformer(ffn_hidden_size=80), factor=2)
     report("all-reduces of an MLP", (counts["ours"], counts["DeepSpeed's TiledLinear"]) == (1, 16), counts)
 
 
