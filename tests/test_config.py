@@ -127,8 +127,6 @@ def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -
         ("cpu_offloading_num_layers", 1, "--cpu-offloading-num-layers"),
         ("fine_grained_activation_offloading", True, "--fine-grained-activation-offloading"),
         ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
-        ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
-        ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
         ("defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
         ("tensor_parallel_num_weight_shards", 2, "--tensor-parallel-num-weight-shards 2"),
         ("expert_tensor_parallel_num_weight_shards", 4, "--expert-tensor-parallel-num-weight-shards 4"),

@@ -231,6 +231,13 @@ def build_datasets(kind: type, num_samples: list[int], vp_stage: int | None = No
     return BlendedMegatronDatasetBuilder(kind, num_samples, reads, dataset_config(args)).build()
 
 
+def datasets_of(kind: type) -> Any:
+    """`build_datasets` for one kind, as Megatron's trainer takes it."""
+    build: Any = functools.partial(build_datasets, kind)
+    build.is_distributed = True  # every rank calls it: the builder is collective
+    return build
+
+
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     """The pipeline ranks that hold the word embeddings: first, last if tied, and those with MTP layers."""
     ranks = {pp_ranks[0]}
@@ -253,11 +260,9 @@ def parse_args(refused: dict[str, str]) -> Any:
 def train(args: Any, kind: type) -> None:
     """Hand over to Megatron's trainer, with data sets of a `kind`."""
     trainer, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    datasets: Any = functools.partial(build_datasets, kind)
-    datasets.is_distributed = True  # every rank calls it: the builder is collective
     trainer(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        datasets,
+        datasets_of(kind),
         ModelType.encoder_or_decoder,
         forward_step,
         store=store,

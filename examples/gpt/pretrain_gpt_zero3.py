@@ -31,7 +31,7 @@ from megatron.training.training import build_train_valid_test_data_iterators, ge
 from megatron.training.utils import print_rank_last
 
 # The batches and the data sets are those of the example for Megatron's own trainer.
-from pretrain_gpt import build_datasets, get_batch
+from pretrain_gpt import dataset_kind, datasets_of, get_batch
 
 from megatron_tiling import cpu, zero3, zero3_checkpoint
 from megatron_tiling.agreement import require_agreement
@@ -155,7 +155,7 @@ def train(args: Any, engine: Any, scheduler: Any) -> int:
     """Returns the last iteration."""
     args.iteration = 0
     random = load(args, engine, scheduler) if args.load else None
-    data, _, _ = build_train_valid_test_data_iterators(build_datasets)
+    data, _, _ = build_train_valid_test_data_iterators(datasets_of(dataset_kind(args)))
     if random is not None:  # now that the data loaders have drawn their seeds
         restore_random_states(random)
     micro_batches = args.global_batch_size // (args.micro_batch_size * mpu.get_data_parallel_world_size())

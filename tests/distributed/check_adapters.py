@@ -92,7 +92,7 @@ def check_frozen_mlp() -> None:
     }
     for frozen, expected in gemms.items():
         case = {"expert": False, "bias": False, "sequence_parallel": False, "gated": True, "frozen": frozen}
-        case |= {"tiles": TILES, "keep": None, "fusion": False}
+        case |= {"tiles": TILES, "keep": None, "fusion": False, "storage": "resident"}
         mlp = check_mlp.tiled_copy(check_mlp.stock_mlp(case), case)
         hidden = torch.randn(SEQUENCE, BATCH, mlp.linear_fc1.weight.shape[1], dtype=torch.float64, requires_grad=True)
         assert measured(mlp, hidden) == (expected, "fc1" not in frozen), frozen
