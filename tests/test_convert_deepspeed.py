@@ -19,6 +19,7 @@ from megatron_tiling.convert_deepspeed import convert, main
 LAYER = "decoder.layers.0.mlp.linear_fc1"
 
 
+@pytest.mark.feature("DeepSpeed's tile keys to dense and back")
 def test_models_there_and_back(tmp_path: Path) -> None:
     output = torchrun(ROOT / "tests" / "distributed" / "check_convert_deepspeed.py", tmp_path, world=2)
     assert "converted a GPT there and back" in output and "converted a Llama there and back" in output

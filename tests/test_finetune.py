@@ -128,6 +128,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return {int(iteration): float(loss) for iteration, loss in found}
 
 
+@pytest.mark.feature("fine-tuning from a dense checkpoint of another TP size")
 def test_tiled_tuning_of_a_dense_checkpoint_equals_dense(folder: Path) -> None:
     tiled, dense = losses(folder, "tiled"), losses(folder, "dense at TP=2")
     assert list(tiled) == list(dense) == list(range(1, ITERATIONS + 1)), log(folder, "tiled")[-3000:]
@@ -145,6 +146,7 @@ def test_dense_goes_on_from_tuned_checkpoint(folder: Path) -> None:
     assert max(abs(tiled[i] - resumed[i]) for i in resumed if i != SAVED_AT + 2) <= 2e-5
 
 
+@pytest.mark.feature("Hugging Face Llama to tiled training and back, {kind}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_llama(kind: str, folder: Path) -> None:
     for saved, hf in (("imported", "hf"), ("tuned", "tuned.hf")):
@@ -168,6 +170,7 @@ def test_hugging_face_llama(kind: str, folder: Path) -> None:
     assert curve[ITERATIONS] < curve[1] - 0.1
 
 
+@pytest.mark.feature("frozen weights, LoRA")
 def test_adapters_and_frozen_weights() -> None:
     output = torchrun(HERE / "distributed" / "check_adapters.py", world=2)
     assert all(f"checks passed at TP={tp}" in output for tp in (1, 2))

@@ -58,6 +58,7 @@ def gradient_norms(log: str) -> list[float]:
     return [float(norm) for norm in re.findall(r"gradient norm: (\S+)", log)]
 
 
+@pytest.mark.feature("training: {kind}, tiles sharded, {logs}")
 @pytest.mark.parametrize("kind", FSDPS)
 def test_it_trains_as_dense_and_gathers_two_tiles(kind: str, logs: dict[str, str]) -> None:
     dense, tiled = losses(logs["dense"]), losses(logs[kind])

@@ -106,6 +106,7 @@ def test_offload_that_the_host_cannot_hold_is_refused_with_sizes() -> None:
     assert zero3_config.offload_needs({"zero_optimization": {"offload_param": {"device": "nvme"}}}, 8, 2) == {}
 
 
+@pytest.mark.feature("training: DeepSpeed ZeRO-3, TP=2, DP=2, tiles partitioned")
 def test_training_with_tensor_parallelism_against_dense() -> None:
     output = torchrun(ROOT / "tests" / "distributed" / "check_zero3.py", world=4)
     assert "FAILED" not in output and output.count("ok: ") >= 11, output[-3000:]
@@ -157,6 +158,7 @@ def test_the_example_trains_as_megatrons_trainer_does(runs: Path) -> None:
     assert losses(runs, "dense_engine") == pytest.approx(expected[:3], rel=2e-5)
 
 
+@pytest.mark.feature("dense checkpoints into and out of ZeRO-3")
 def test_dense_checkpoints_go_both_ways(runs: Path) -> None:
     """Weights that the engine saved, in a stock run, and a stock run's, in the engine."""
     from_tiled, from_dense = losses(runs, "dense_from_tiled"), losses(runs, "tiled_from_dense")
