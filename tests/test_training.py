@@ -4,8 +4,10 @@ The script is this repository's examples/gpt/pretrain_gpt.py, or with MEGATRON_L
 pretrain_gpt.py of a Megatron-LM tree.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import socket
 from dataclasses import dataclass, field
@@ -133,9 +135,12 @@ LAYOUTS = [
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """For a run that starts later. Not one that connections are given by themselves: they would take it by then."""
+    for port in random.SystemRandom().sample(range(12000, 32000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise OSError("100 ports between 12000 and 32000 are all in use")
 
 
 def run_all(world: int, folder: Path) -> None:
