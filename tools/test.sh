@@ -14,7 +14,7 @@ if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_avail
 fi
 outcomes=$(mktemp)
 # Over gloo, also where there are GPUs. Two files at a time: many a step runs on one core.
-CUDA_VISIBLE_DEVICES= python -m pytest --numprocesses 2 --dist loadfile --feature-outcomes "$outcomes" "$@"
+CUDA_VISIBLE_DEVICES= python -m pytest --numprocesses 2 --dist loadfile --feature-outcomes="$outcomes" "$@"
 if (($# == 0)); then
     tools/support_matrix.py --check "$outcomes"
 fi
