@@ -165,12 +165,14 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
 
         def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
             super().set_tiles(in_splits, min(out_splits, self._shard_shape()[0] // 2 or 1), **options)
+            made[f"ColumnParallelLinear: {self.grid.out_splits} tiles"] += 1
 
     class Row(TiledRowParallelLinear):
         default_splits = (factor, 1)
 
         def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
             super().set_tiles(min(in_splits, self._shard_shape()[1]), out_splits, **options)
+            made[f"RowParallelLinear: {self.grid.in_splits} tiles"] += 1
 
     replacements: dict[Any, Any] = {ColumnParallelLinear: Column, RowParallelLinear: Row}
     for name, module in list(sys.modules.items()):
@@ -190,7 +192,10 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
         cls.__init__ = init
 
     def head(model: Any) -> str:
-        return convert_head(model, TilingConfig()) if hasattr(model, "output_layer") else "no output layer"
+        layer = getattr(model, "output_layer", None)
+        if type(layer) is Column:
+            layer.__class__ = TiledColumnParallelLinear  # convert_head takes the package's classes only
+        return convert_head(model, TilingConfig())
 
     then(MLP, lambda mlp: convert_mlp(mlp, None))
     then(GPTModel, head)
