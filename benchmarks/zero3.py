@@ -8,8 +8,8 @@ A layout is tensor parallel x data parallel, and takes as many GPUs. Without a G
 * Memory: two MLPs with 16 tokens, parameters offloaded to host memory, so that what the GPU holds of them is what is
   gathered. Peak beyond what is held between steps, in the forward pass (no gradients there) and in the whole step.
   Tiled and dense run with and without fetching ahead: the comparison is between rows of the same kind.
-* Time: a GPT trained by both engines in turn, nothing offloaded; dense with DeepSpeed's default thresholds. ZeRO-3
-  costs host time for each tile and step (hooks, gather, release, reduction): what a tile computes must outlast it.
+* Time: a GPT trained by the engines in turn, nothing offloaded; dense with DeepSpeed's default thresholds. ZeRO-3 costs
+  host time for each tile and step (hooks, gather, release, reduction): what a tile computes must outlast it.
 * Loss: 20 iterations in float32 against a dense Megatron model that no one partitions, AdamW, clipped.
 """
 
@@ -34,10 +34,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "distri
 
 MIB = 2**20
 SIZES = {
-    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, 2), "steps": 12},
-    True: {"mlp": (64, 256, 2), "gpt": (2, 48, 80, 128, 24, 2), "steps": 2},
+    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, (2, 8)), "steps": 12},
+    True: {"mlp": (64, 256, 2), "gpt": (2, 48, 80, 128, 24, (1, 2)), "steps": 2},
 }
-"""By ``--small``: hidden, ffn, depth; layers, hidden, ffn, words, sequence, batch; timed steps of each engine."""
+"""By ``--small``: hidden, ffn, depth; layers, hidden, ffn, words, sequence, batches; timed steps of each engine."""
 
 
 def measure_memory(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
@@ -100,12 +100,12 @@ def peaks(engine: Any, hidden: Any) -> tuple[int, int]:
 
 
 def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds of a training step, engines in turn in random order."""
+    """Milliseconds of a training step for each batch size, engines in turn in random order."""
     import torch
     from megatron.core import parallel_state
     from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
 
-    layers, hidden_size, ffn, words, sequence, batch = SIZES[small]["gpt"]
+    layers, hidden_size, ffn, words, sequence, batches = SIZES[small]["gpt"]
     config = transformer(
         num_layers=layers,
         hidden_size=hidden_size,
@@ -116,20 +116,25 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
         bias_activation_fusion=True,
         normalization="RMSNorm",
     )
+    few = tile_counts[0]
+    kinds: dict[str, dict[str, Any] | None] = {"dense": None}
+    kinds |= {f"{tiles} tiles": {"factor": tiles, "mlp_keep": "all"} for tiles in tile_counts}
+    kinds[f"{few} tiles, DeepSpeed's hooks"] = {"factor": few, "mlp_keep": "all"}
+    kinds[f"{few} tiles, fc1 recomputed"] = {"factor": few, "mlp_keep": 0}
+    kinds[f"{few} tiles, MLPs only"] = {"factor": few, "mlp_keep": "all", "modules": ("fc1", "fc2")}
     engines = {}
-    kinds = {"dense": None} | {f"{tiles} tiles": (tiles, "all") for tiles in tile_counts}
-    kinds[f"{tile_counts[0]} tiles, fc1 recomputed"] = (tile_counts[0], 0)
     for name, tiling in kinds.items():
         build = partial(gpt, config, words, sequence, tiling)
         zero = DEFAULTS if tiling is None else {}
-        engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4))
+        reason = "a comparison" if "DeepSpeed" in name else ""
+        engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4), reason)
     device = engines["dense"].device
-    tokens = torch.randint(0, words, (batch, sequence), device=device)
-    positions = torch.arange(sequence, device=device).expand(batch, sequence)
     mask = torch.triu(torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device), 1)
     group = parallel_state.get_data_parallel_group()
 
-    def seconds(engine: Any) -> float:
+    def seconds(engine: Any, batch: int) -> float:
+        tokens = torch.randint(0, words, (batch, sequence), device=device)
+        positions = torch.arange(sequence, device=device).expand(batch, sequence)
         torch.distributed.barrier(group=group)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -140,17 +145,22 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for engine in engines.values():
-        for _ in range(4):
-            seconds(engine)
+    rows = []
     order = list(engines)
     shuffled = random.Random(0)  # the same order on every rank
-    for _ in range(SIZES[small]["steps"]):
-        shuffled.shuffle(order)
-        for name in order:
-            times[name].append(seconds(engines[name]))
-    rows = [{"name": name, "median": statistics.median(taken), "all": taken} for name, taken in times.items()]
+    for batch in batches:
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for engine in engines.values():
+            for _ in range(4):
+                seconds(engine, batch)
+        for _ in range(SIZES[small]["steps"]):
+            shuffled.shuffle(order)
+            for name in order:
+                times[name].append(seconds(engines[name], batch))
+        rows += [
+            {"name": name, "tokens": batch * sequence, "median": statistics.median(taken), "all": taken}
+            for name, taken in times.items()
+        ]
     for engine in engines.values():
         forget(engine)
     return rows
@@ -220,11 +230,7 @@ def markdown(record: dict[str, Any]) -> str:
         if "memory" in run:
             lines += memory_table(run["memory"])
         if "time" in run:
-            base = run["time"][0]["median"]
-            lines += ["", "| step of a GPT | ms | of dense |", "|---|---|---|"]
-            lines += [
-                f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['median'] / base:.3f} |" for row in run["time"]
-            ]
+            lines += time_table(run["time"])
         if "loss" in run:
             lines += ["", f"Largest relative difference to dense over 20 iterations: loss {run['loss']['loss']:.1e} "]
             lines[-1] += f"({run['loss']['first']:.1e} at the first), "
@@ -237,6 +243,18 @@ def markdown(record: dict[str, Any]) -> str:
             ]
         lines += [f"\n{name}: failed: {reason}" for name, reason in run.get("failed", {}).items()]
     return "\n".join(lines) + "\n"
+
+
+def time_table(rows: list[dict[str, Any]]) -> list[str]:
+    steps = {
+        row["tokens"]: {one["name"]: one["median"] for one in rows if one["tokens"] == row["tokens"]} for row in rows
+    }
+    header = [f"{tokens} tokens, ms | of dense" for tokens in steps]
+    lines = ["", f"| step of a GPT | {' | '.join(header)} |", "|---" * (1 + 2 * len(steps)) + "|"]
+    for name in next(iter(steps.values())):
+        cells = [f"{medians[name] * 1e3:.1f} | {medians[name] / medians['dense']:.3f}" for medians in steps.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def memory_table(rows: list[dict[str, Any]]) -> list[str]:

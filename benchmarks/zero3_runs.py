@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -115,8 +116,8 @@ class MLPStack(torch.nn.Module):
         return hidden.float().square().mean()
 
 
-def gpt(config: Any, words: int, sequence: int, tiling: tuple[int, Any] | None) -> torch.nn.Module:
-    """A GPTModel of Megatron's local layers, with partitioned tiles by ``(factor, tiles of an MLP that are kept)``."""
+def gpt(config: Any, words: int, sequence: int, tiling: dict[str, Any] | None) -> torch.nn.Module:
+    """A GPTModel of Megatron's local layers, with partitioned tiles as these fields of ``TilingConfig`` say."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -127,16 +128,20 @@ def gpt(config: Any, words: int, sequence: int, tiling: tuple[int, Any] | None) 
         config, spec, words, sequence, share_embeddings_and_output_weights=False, position_embedding_type="rope"
     )
     if tiling is not None:
-        factor, keep = tiling
-        tile(model, TilingConfig(factor=factor, mlp_keep=keep, storage="partitioned"))
+        tile(model, TilingConfig(storage="partitioned", **tiling))
     return model
 
 
-def engine_of(config: Any, build: Any, zero: dict[str, Any], optimizer: Any) -> Any:
-    """The engine of ``build()``, its parameters partitioned as they are made."""
+def engine_of(config: Any, build: Any, zero: dict[str, Any], optimizer: Any, reason: str = "") -> Any:
+    """The engine of ``build()``, its parameters partitioned as they are made.
+
+    Args:
+        reason: if there is one, DeepSpeed's own hooks gather the tiles.
+    """
     settings = quiet_engine(zero)
     model = zero3.build(build, config, settings)
-    return zero3.initialize(model, optimizer, settings)
+    with mock.patch.object(zero3, "reason_against", lambda config: reason):
+        return zero3.initialize(model, optimizer, settings)
 
 
 def forget(engine: Any) -> None:

@@ -31,6 +31,7 @@ from megatron_tiling.zero3_config import (
     with_thresholds,
     without_auto,
 )
+from megatron_tiling.zero3_gather import TileGathering, reason_against
 
 
 class ModelParallelUnit:
@@ -141,12 +142,18 @@ def initialize(
         zero = config["zero_optimization"]
         chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}
         _print_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")
-        for reason in pointless_settings(config, sizes):
+        reasons = pointless_settings(config, sizes)
+        for reason in reasons:
             _print_rank_0(f"WARNING: zero_optimization.{reason}")
     reduce_shared_gradients(model)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
     )
+    if sizes is not None and not reasons:
+        if reason := reason_against(config):
+            _print_rank_0(f"DeepSpeed's own hooks gather the tiles: {reason}")
+        else:
+            TileGathering(engine.module, config["zero_optimization"]["stage3_prefetch_bucket_size"])
     return engine
 
 

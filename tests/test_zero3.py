@@ -109,7 +109,7 @@ def test_offload_that_the_host_cannot_hold_is_refused_with_sizes() -> None:
 @pytest.mark.feature("training: DeepSpeed ZeRO-3, TP=2, DP=2, tiles partitioned")
 def test_training_with_tensor_parallelism_against_dense() -> None:
     output = torchrun(ROOT / "tests" / "distributed" / "check_zero3.py", world=4)
-    assert "FAILED" not in output and output.count("ok: ") >= 11, output[-3000:]
+    assert "FAILED" not in output and output.count("ok: ") >= 15, output[-3000:]
 
 
 def losses(folder: Path, name: str) -> list[float]:

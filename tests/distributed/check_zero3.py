@@ -129,13 +129,16 @@ def train_dense(config: Any) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def engine_of(config: Any, tiled: bool, thresholds: dict[str, Any]) -> Any:
+def engine_of(config: Any, tiled: bool, thresholds: dict[str, Any], frozen: str = "nothing") -> Any:
+    """The engine; weights with ``frozen`` in their names are not trained."""
     from megatron_tiling import TilingConfig, tile, zero3
 
     def build() -> torch.nn.Module:
         model = gpt(config)
         if tiled:
             tile(model, TilingConfig(factor=FACTOR, storage="partitioned"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen not in name)
         return model
 
     settings = ENGINE | {"zero_optimization": {"stage": 3, **thresholds}}
@@ -160,10 +163,12 @@ def train_zero3(engine: Any, iterations: int = ITERATIONS) -> tuple[list[float],
 def watching(engine: Any) -> Iterator[dict[str, int]]:
     """The most elements alive at any moment, of linear weights and of all else that is gathered.
 
-    Looked at after each change: every gather starts and every release ends in one of the coordinator's two methods.
+    Looked at after each change: every gather starts and every release ends in one of these methods.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    from megatron_tiling.zero3_gather import TileGathering
 
     linear = {
         id(parameter)
@@ -172,13 +177,19 @@ def watching(engine: Any) -> Iterator[dict[str, int]]:
     }
     parameters = list(engine.module.parameters())
     most = {"linear": 0, "rest": 0}
-    names = ["_PartitionedParameterCoordinator__all_gather_params_", "_PartitionedParameterCoordinator__release_param"]
-    stock = {name: getattr(Coordinator, name) for name in names}
+    methods = [
+        (Coordinator, "_PartitionedParameterCoordinator__all_gather_params_"),
+        (Coordinator, "_PartitionedParameterCoordinator__release_param"),
+        (TileGathering, "_acquire"),
+        (TileGathering, "_release"),
+    ]
+    stock = [getattr(*method) for method in methods]
 
-    def look() -> None:
+    def look(owner: Any) -> None:
         alive = {"linear": 0, "rest": 0}
+        ahead = {id(gather.parameter) for gather in (getattr(owner, "_ahead", None) or (None, []))[1]}
         for parameter in parameters:
-            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE or id(parameter) in ahead:
                 is_weight = id(parameter) in linear and len(parameter.ds_shape) > 1
                 alive["linear" if is_weight else "rest"] += parameter.ds_numel
         for kind in most:
@@ -187,18 +198,18 @@ def watching(engine: Any) -> Iterator[dict[str, int]]:
     def watched(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            look()
+            look(args[0])
             return result
 
         return call
 
-    for name, method in stock.items():
-        setattr(Coordinator, name, watched(method))
+    for (owner, name), method in zip(methods, stock, strict=True):
+        setattr(owner, name, watched(method))
     try:
         yield most
     finally:
-        for name, method in stock.items():
-            setattr(Coordinator, name, method)
+        for (owner, name), method in zip(methods, stock, strict=True):
+            setattr(owner, name, method)
 
 
 def close(actual: list[float], expected: list[float], tolerance: float) -> bool:
@@ -251,6 +262,55 @@ def check_training(report: Any) -> None:
         train_zero3(dense, 3)
     whole = max(zero3.elements(parameter) for parameter in dense.module.decoder.parameters())
     report("dense ZeRO-3 holds a layer", most_dense["linear"] >= whole > 2 * sizes.largest, (most_dense, whole))
+
+
+def check_gathering(report: Any) -> None:
+    """Our hooks fetch ahead and leave nothing behind, also for frozen tiles, recomputed layers and evaluation."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+    from megatron_tiling.zero3_gather import TileGathering
+
+    def config() -> Any:
+        return transformer(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+    def losses_of(engine: Any) -> list[float]:
+        losses, _ = train_zero3(engine, 2)
+        with torch.no_grad():
+            losses.append(averaged([loss_of(engine, *next(micro_batches(0)))]))
+        return losses + train_zero3(engine, 2)[0]
+
+    def has_hooks_of_deepspeed(engine: Any) -> bool:
+        tiles = [module for module in engine.module.modules() if isinstance(module, (WeightTile, MLPTile))]
+        return any(hook.__module__.startswith("deepspeed.") for tile in tiles for hook in tile._forward_hooks.values())
+
+    found: list[bool] = []
+    stock = TileGathering._take_ahead
+
+    def counting(self: Any, tile: Any) -> Any:
+        gathers = stock(self, tile)
+        if tile is not None:
+            found.append(gathers is not None)
+        return gathers
+
+    TileGathering._take_ahead = counting
+    ours = engine_of(config(), tiled=True, thresholds={}, frozen="linear_qkv")
+    losses = losses_of(ours)
+    TileGathering._take_ahead = stock
+    # In the first step each tile is waited for: forward, recomputed and backward. Later only the first one of the
+    # forward pass, of the head's backward pass, and of each layer's recomputation and backward pass.
+    tiles = [name for name, module in ours.module.named_modules() if isinstance(module, (WeightTile, MLPTile))]
+    in_layers = sum(name.startswith("decoder.") for name in tiles)
+    waits = 2 * len(tiles) + in_layers + 1 + 3 * (2 + 2 * config().num_layers)
+    calls = 4 * (2 * len(tiles) + in_layers) + len(tiles)
+    counted = found.count(False), len(found)
+    report("tiles are fetched ahead", counted == (waits, calls), (counted, waits, calls))
+    left = [name for name, one in ours.module.named_parameters() if one.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    report("nothing is left gathered", not [name for name in left if ".tiles." in name], left)
+    theirs = engine_of(config(), True, {"stage3_use_all_reduce_for_fetch_params": True}, frozen="linear_qkv")
+    report("who gathers", (has_hooks_of_deepspeed(ours), has_hooks_of_deepspeed(theirs)) == (False, True))
+    expected = losses_of(theirs)
+    report("as with DeepSpeed's hooks", close(losses, expected, 1e-6), (losses, expected))
 
 
 def thresholds_of(engine: Any) -> dict[str, Any]:
@@ -332,7 +392,14 @@ def main() -> None:
             print(f"ok: {name}" if passed else f"FAILED: {name} {detail}", flush=True)
 
     with megatron(tensor_model_parallel_size=TENSOR_PARALLEL):
-        for check in (check_agreement, check_host_memory, check_collectives, check_warnings, check_training):
+        for check in (
+            check_agreement,
+            check_host_memory,
+            check_collectives,
+            check_warnings,
+            check_gathering,
+            check_training,
+        ):
             check(report)
     sys.exit(next(failed) > 0)
 
