@@ -273,24 +273,24 @@ def without_step_tensors() -> Iterator[None]:
 
 
 def check_distributed_optimizer(variant: Variant, folder: Path) -> None:
-    """The same for each sharding format that Megatron knows."""
+    """The same for each sharding format that Megatron knows: from dense as a tensor-parallel group, else to it."""
     states = {tiling: trained(variant, tiling, distributed=True) for tiling in ("dense", "factor 8, keep none")}
+    source, target = states if parallel_state.get_tensor_model_parallel_world_size() > 1 else reversed(states)
     for kind in OPTIMIZER_FORMATS:
         formats = {"distrib_optim_sharding_type": kind}
-        for source, target in itertools.permutations(states):
-            assert_same_entries(
-                optimizer_state(*states[source], False, **formats), optimizer_state(*states[target], False, **formats)
-            )
-            fresh = trained(variant, target, distributed=True, seed=5)
-            place = new_folder(folder, f"{kind}, {variant.name}, {source}")
-            dist_checkpointing.save(optimizer_state(*states[source], False, **formats), place)
-            loaded = dist_checkpointing.load(optimizer_state(*fresh, True, **formats), place)
-            with torch.no_grad(), without_step_tensors():  # stock copies into float32 parameters in place
-                fresh[1].load_state_dict(loaded)
-            assert_equal(
-                expanded(optimizer_state(*fresh, False, **formats)),
-                expanded(optimizer_state(*states[source], False, **formats)),
-            )
+        assert_same_entries(
+            optimizer_state(*states[source], False, **formats), optimizer_state(*states[target], False, **formats)
+        )
+        fresh = trained(variant, target, distributed=True, seed=5)
+        place = new_folder(folder, f"{kind}, {variant.name}, {source}")
+        dist_checkpointing.save(optimizer_state(*states[source], False, **formats), place)
+        loaded = dist_checkpointing.load(optimizer_state(*fresh, True, **formats), place)
+        with torch.no_grad(), without_step_tensors():  # stock copies into float32 parameters in place
+            fresh[1].load_state_dict(loaded)
+        assert_equal(
+            expanded(optimizer_state(*fresh, False, **formats)),
+            expanded(optimizer_state(*states[source], False, **formats)),
+        )
 
 
 def savings_and_loadings(wrapped: DistributedDataParallel, optimizer: Any, place: Path) -> list[Callable[[], Any]]:

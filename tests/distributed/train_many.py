@@ -11,8 +11,10 @@ With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed 
 ``kill_while_saving``. ``"argv_of_rank_1"`` replaces ``"argv"`` on that rank.
 """
 
+import argparse
 import collections
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -143,6 +145,26 @@ def start(run: dict[str, Any]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def do_once(runs: list[dict[str, Any]], data: Path) -> None:
+    """What takes each run a second or two: tokenizers to import, arguments' help to read, mock data to shuffle."""
+    with contextlib.suppress(ImportError):  # 0.16 has neither
+        importlib.import_module("megatron.core.tokenizers.text")
+        arguments = importlib.import_module("megatron.training.argument_utils").ArgumentGroupFactory
+        stock, known = arguments._get_field_docstrings, {}
+
+        def read(self: Any, config: type) -> dict[str, str]:
+            if config not in known:
+                known[config] = stock(self, config)
+            return known[config]
+
+        arguments._get_field_docstrings = read
+        importlib.import_module("megatron.training.arguments").add_megatron_arguments(argparse.ArgumentParser())
+    for run in runs:
+        for argv in (run["argv"], run.get("argv_of_rank_1", [])):
+            if "--mock-data" in argv:
+                argv += ["--data-cache-path", str(data)]
+
+
 def main() -> None:
     runs = json.loads(Path(sys.argv[1]).read_text())
     cpu.install(train=not all(run.get("check") for run in runs))  # imports Megatron, and its trainer, once
@@ -152,8 +174,9 @@ def main() -> None:
     # A run's first save would spawn this helper, which imports the run's script: many seconds.
     if hasattr(filesystem_async, "get_write_results_queue"):  # 0.16 has none, and its runs here save nothing
         filesystem_async.get_write_results_queue("fork")
+    do_once(runs, Path(sys.argv[1]).with_suffix(".data"))
     if any("--deepspeed-config" in run["argv"] for run in runs):
-        import_deepspeed()  # seconds, for each run that would do it
+        import_deepspeed()
     for run in runs:
         child = os.fork()
         if child == 0:
