@@ -35,6 +35,7 @@ from zero3_runs import forget, installed, megatron, quiet_engine, transformer
 
 from megatron_tiling import zero3
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.zero3_gather import TileGathering
 
 HERE = Path(__file__).parent
 MIB, GIB = 2**20, 2**30
@@ -172,8 +173,10 @@ def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int
     }
     for parameter in layer.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    # Without optimizer: the engine's hooks gather and release, and the layer is called without the engine around it.
+    # Without optimizer, and the layer is called without the engine around it: hooks gather and release.
     engine, *_ = deepspeed.initialize(model=layer, config=config)
+    if (sizes := zero3.tile_sizes(layer)) is not None:
+        TileGathering(layer, elements_ahead=sizes.largest)
     hidden = torch.ones(16, 1, hidden_size, dtype=torch.bfloat16, device=engine.device, requires_grad=True)
     try:
         layer(hidden).sum().backward()
