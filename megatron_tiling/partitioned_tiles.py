@@ -51,7 +51,7 @@ class _TileModule(torch.nn.Module):
                     copy_param(tile, value)
 
 
-def whole_shape(parameter: Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, also while ZeRO-3 has partitioned it away."""
     return getattr(parameter, "ds_shape", parameter.shape)
 

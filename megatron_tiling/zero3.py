@@ -20,7 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+from megatron_tiling.partitioned_tiles import MLPTile, WeightTile, whole_shape
 from megatron_tiling.tiling import gathered
 from megatron_tiling.zero3_config import (
     Config,
@@ -89,15 +89,38 @@ def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config
     zero = config["zero_optimization"]
     if any((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_param", "offload_optimizer")):
         _check_host_memory(model, transformer, config)
+    # It takes over Megatron's process groups. Without them, zero.Init counts one rank, and refuses the batch sizes.
+    deepspeed.init_distributed()
     with (
         deepspeed.zero.Init(
             data_parallel_group=parallel_state.get_data_parallel_group(),
             config_dict_or_path=without_auto(config),  # thresholds matter to the engine only
             mpu=ModelParallelUnit,
+            tensor_overrides=[],  # drawn as Megatron draws; in the engine's dtype, rotary frequencies lose precision
         ),
+        _parameters_in(transformer.params_dtype),
         _gathering_initialisation(transformer),
     ):
         return model()
+
+
+@contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 parameters of torch's own modules (norms, position embeddings) are made in the model's dtype.
+
+    Megatron casts the built model; here parameters are divided before it is built.
+    """
+
+    def cast(module: torch.nn.Module, name: str, parameter: Tensor | None) -> Any:
+        if parameter is None or parameter.dtype != torch.float32 or dtype == torch.float32:
+            return None
+        return torch.nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -118,8 +141,13 @@ def _gathering_initialisation(transformer: Any) -> Iterator[None]:
 
 
 def _initialise_whole(method: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    with gathered(tensor, write=True):
+    if not hasattr(tensor, "ds_id"):
         return method(tensor)
+    whole = torch.empty(whole_shape(tensor))
+    method(whole)  # in the dtype and on the device in which Megatron draws the parameters of torch's modules
+    with gathered(tensor, write=True):
+        tensor.data.copy_(whole)
+    return tensor
 
 
 def initialize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from launch import ROOT, torchrun
-from test_training import COMMON, free_port
+from test_training import COMMON, LLAMA, free_port
 
 from megatron_tiling import zero3_config
 from megatron_tiling.zero3_config import TileSizes
@@ -137,8 +137,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dense_from_tiled": [*dense, "--load", folder / "of_tiled", "--finetune", "--exit-interval", "2"],
         "tiled_from_dense": [*tiled, "--load-dense", folder / "of_dense", "--exit-interval", "2"],
         "dense_engine": [*dense_engine, "--exit-interval", "3"],
-        "other_tiles": [*tiled, "--global-batch-size", "6"],
     }
+    for precision in ("bf16", "fp16"):  # data parallel
+        flags = [f"--{precision}", "--initial-loss-scale", "1024", "--tensor-model-parallel-size", "1"]
+        flags += [*LLAMA.split(), "--exit-interval", "5"]
+        starts[f"dense_{precision}"] = [*dense, *flags]
+        starts[f"tiled_{precision}"] = [*tiled, *flags, "--deepspeed-config", EXAMPLES / "zero3.json"]
+    starts["other_tiles"] = [*tiled, "--global-batch-size", "6"]
     plan = [
         {"name": name, "port": free_port(), "log": str(folder / name), "argv": list(map(str, argv))}
         for name, argv in starts.items()
@@ -156,6 +161,15 @@ def test_the_example_trains_as_megatrons_trainer_does(runs: Path) -> None:
     expected[1] = 2 * expected[1] - expected[0]
     assert actual == pytest.approx(expected, rel=2e-5)
     assert losses(runs, "dense_engine") == pytest.approx(expected[:3], rel=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_example_in_half_precision_and_data_parallel(precision: str, runs: Path) -> None:
+    """The same initial weights, rotary frequencies and arithmetic, but for rounding."""
+    expected, actual = losses(runs, f"dense_{precision}"), losses(runs, f"tiled_{precision}")
+    assert len(expected) == len(actual) == 5
+    expected[1] = 2 * expected[1] - expected[0]
+    assert actual == pytest.approx(expected, rel=6e-4)
 
 
 @pytest.mark.feature("dense checkpoints into and out of ZeRO-3")
