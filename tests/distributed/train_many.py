@@ -147,7 +147,7 @@ def start(run: dict[str, Any]) -> None:
 
 def do_once(runs: list[dict[str, Any]], data: Path) -> None:
     """What takes each run a second or two: tokenizers to import, arguments' help to read, mock data to shuffle."""
-    with contextlib.suppress(ImportError):  # 0.16 has neither
+    with contextlib.suppress(ImportError):  # 0.16 has no argument_utils
         importlib.import_module("megatron.core.tokenizers.text")
         arguments = importlib.import_module("megatron.training.argument_utils").ArgumentGroupFactory
         stock, known = arguments._get_field_docstrings, {}
