@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,14 +26,18 @@ def torchrun(
         fails: a non-zero exit is what is wanted.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    done = subprocess.run(
-        [*launcher, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT | dict(environment or {}),
-    )
-    output = done.stdout + done.stderr
+    # Files, not pipes: when ranks are killed, a process that Megatron's checkpoint writer started holds a pipe open.
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        done = subprocess.run(
+            [*launcher, *map(str, command)],
+            stdout=stdout,
+            stderr=stderr,
+            timeout=900,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | dict(environment or {}),
+        )
+        stdout.seek(0)
+        stderr.seek(0)
+        output = stdout.read() + stderr.read()
     assert (done.returncode != 0) == fails, output[-6000:]
     return output

@@ -30,15 +30,17 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(**parallel_sizes)
     model_parallel_cuda_manual_seed(11)
-    try:
-        yield
-    finally:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    yield
+    # Not after an error: the other ranks may wait elsewhere, until torchrun ends them.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations return, for as long as they live."""
+    """Bytes of the storages of numbers that operations return, for as long as they live.
+
+    Integers are left out: pickled messages are bytes that live until a thread of gloo lets them go.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
                 self._see(value.untyped_storage())
         return result
 
@@ -68,7 +70,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that tensors made within ``work()`` hold at once, in this thread."""
+    """The most bytes that floating-point tensors made within ``work()`` hold at once, in this thread."""
     gc.collect()
     with _LiveBytes() as bytes_:
         work()
