@@ -71,7 +71,8 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
     What the file leaves out or sets to ``"auto"`` follows the flags, so that there is one place to change it.
 
     Raises:
-        ValueError: not ZeRO stage 3, a value that contradicts a flag, or NVMe offload without a path.
+        ValueError: not ZeRO stage 3, a value that contradicts a flag, NVMe offload without a path, or
+            an optimizer on NVMe whose states are to be saved or loaded.
     """
     config: Config = json.loads(Path(path).read_text())
     zero = config.setdefault("zero_optimization", {})
@@ -83,6 +84,14 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
         offload = zero.get(name) or {}
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):
             raise ValueError(f"{path}: zero_optimization.{name}.device is nvme: give {name}.nvme_path, a folder on it")
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        for flag in ("save", "load"):
+            if getattr(args, flag) is not None:
+                raise ValueError(
+                    f"{path}: zero_optimization.offload_optimizer.device is nvme, with --{flag} {getattr(args, flag)}: "
+                    "DeepSpeed does not restore what it keeps there; offload the optimizer to cpu, or exchange weights "
+                    "by --save-dense and --load-dense"
+                )
     samples = args.micro_batch_size * data_parallel_size
     for key, value, flag in (
         ("train_micro_batch_size_per_gpu", args.micro_batch_size, "--micro-batch-size"),
@@ -113,14 +122,16 @@ def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
 
     One tile is fetched ahead of the one in use. A fetch is started while fewer than ``stage3_max_live_parameters``
     elements are alive, and brings up to one tile: with a limit of one tile, no more than two are alive. A reuse
-    distance of 1 keeps a tile that is the next to be used again, as the last one of a forward pass is.
+    distance of 1 keeps a tile that is the next to be used again, as the last one of a forward pass is. Nothing is
+    fetched ahead from NVMe, where DeepSpeed would start the same read twice and end the run.
     """
     filled = copy.deepcopy(dict(config))
     zero = filled["zero_optimization"]
+    on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
     for key, value in (
         ("stage3_max_live_parameters", sizes.largest + 1),
         ("stage3_max_reuse_distance", 1),
-        ("stage3_prefetch_bucket_size", sizes.largest),
+        ("stage3_prefetch_bucket_size", 0 if on_disk else sizes.largest),
         ("stage3_param_persistence_threshold", min(DEFAULT_PERSISTENCE, sizes.smallest - 1)),
         ("reduce_bucket_size", max(sizes.largest, LEAST_REDUCE_BUCKET)),
     ):

@@ -1,6 +1,7 @@
 """ZeRO-3: the engine's configuration, and training with tensor parallelism (distributed/check_zero3, the example)."""
 
 import json
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -15,11 +16,13 @@ from megatron_tiling.zero3_config import TileSizes
 
 SIZES = TileSizes(smallest=1000, largest=2000, layer=8000)
 EXAMPLES = ROOT / "examples" / "gpt"
+NVME = os.environ.get("MEGATRON_TILING_NVME")
+"""A folder for offloaded tensors. DeepSpeed compiles its async_io for it: minutes the first time, and needs libaio."""
 
 
 def run_args(**options: Any) -> Namespace:
     defaults = {"micro_batch_size": 2, "global_batch_size": 16, "clip_grad": 1.0, "bf16": True, "fp16": False}
-    return Namespace(**(defaults | options))
+    return Namespace(**({"save": None, "load": "of_engine"} | defaults | options))
 
 
 def config_file(folder: Path, **config: Any) -> Path:
@@ -49,6 +52,10 @@ def test_flags_complete_the_configuration(tmp_path: Path) -> None:
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             ("offload_param.device is nvme", "offload_param.nvme_path"),
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
+            ("offload_optimizer.device is nvme", "--load of_engine", "--load-dense"),
+        ),
     ],
 )
 def test_a_contradiction_is_refused(config: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
@@ -76,6 +83,8 @@ def test_thresholds_follow_the_tile_unless_they_are_set() -> None:
     assert "stage3_max_live_parameters" not in config["zero_optimization"]
     left = zero3_config.without_auto(config)["zero_optimization"]
     assert left == {"stage": 3, "stage3_max_reuse_distance": 5}
+    on_disk = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    assert zero3_config.with_thresholds(on_disk, SIZES)["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
 
 
 @pytest.mark.parametrize(
@@ -179,6 +188,26 @@ def test_dense_checkpoints_go_both_ways(runs: Path) -> None:
     from_tiled[1] = 2 * from_tiled[1] - from_tiled[0]
     assert len(from_dense) == 2 and from_dense == pytest.approx(from_tiled, rel=2e-5)
     assert from_dense[0] < losses(runs, "dense")[0] - 0.1
+
+
+@pytest.mark.skipif(NVME is None, reason="MEGATRON_TILING_NVME names no folder to offload to")
+def test_offload_to_nvme(tmp_path: Path) -> None:
+    """Parameters and optimizer on disk change no loss. DeepSpeed keeps shards of less than 1 MiB in memory."""
+    disk = {"device": "nvme", "nvme_path": str(NVME), "pin_memory": False}
+    parameters = disk | {"max_in_cpu": 0, "buffer_size": 4_000_000}
+    flags = [*COMMON, "--tensor-model-parallel-size", "1", "--global-batch-size", "4", "--train-iters", "4"]
+    flags += ["--hidden-size", "512", "--ffn-hidden-size", "4096", "--use-tiled-linear", "--tile-factor", "2"]
+    plan = []
+    for name, offload in {"memory": {}, "disk": {"offload_param": parameters, "offload_optimizer": disk}}.items():
+        engine = json.loads((EXAMPLES / "zero3.json").read_text())
+        engine["zero_optimization"] |= offload
+        (tmp_path / f"{name}.json").write_text(json.dumps(engine))
+        argv = [EXAMPLES / "pretrain_gpt_zero3.py", *flags, "--deepspeed-config", tmp_path / f"{name}.json"]
+        plan.append({"name": name, "port": free_port(), "log": str(tmp_path / name), "argv": list(map(str, argv))})
+    (tmp_path / "runs.json").write_text(json.dumps(plan))
+    torchrun(ROOT / "tests" / "distributed" / "train_many.py", tmp_path / "runs.json", world=2)
+    assert len(losses(tmp_path, "disk")) == 4 and losses(tmp_path, "disk") == losses(tmp_path, "memory")
+    assert {file.parents[1].name for file in Path(str(NVME)).rglob("*.swp")} == {"float32params", "optimizer"}
 
 
 def test_other_tiles_on_one_rank_end_every_rank_with_the_same_line(runs: Path) -> None:
