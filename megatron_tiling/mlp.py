@@ -8,7 +8,7 @@ wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -131,23 +131,24 @@ def convert_mlp(mlp: Any, keep: int | None = None) -> str:
     Raises:
         ValueError: there are fewer tiles than ``keep``.
     """
-    if isinstance(mlp, TiledMLP):
-        return "tiled already"
-    if type(mlp) not in TILED_MLP_CLASSES:
-        return f"{type(mlp).__name__} is not a stock MLP"
-    if reason := unfit(mlp, TiledMLP.child_classes):
+    if reason := unfit(mlp, keep, TILED_MLP_CLASSES):
         return reason
-    tiles = mlp.linear_fc2.grid.in_splits
-    if keep is not None and not 0 <= keep <= tiles:
-        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
     mlp.__class__ = TILED_MLP_CLASSES[type(mlp)]
     mlp.keep = keep
     return ""
 
 
-def unfit(mlp: MLP, child_classes: Iterable[type[torch.nn.Module]]) -> str:
-    """Why tiles of fc1 and fc2 cannot do the work of this MLP, or nothing."""
-    for name, tiled_class in zip(LAYERS, child_classes, strict=True):
+def unfit(mlp: Any, keep: int | None, tiled_classes: Mapping[type[MLP], type[TiledMLP]]) -> str:
+    """Why tiles of fc1 and fc2 cannot do the work of this MLP, or nothing.
+
+    Raises:
+        ValueError: they can, but there are fewer of them than ``keep``.
+    """
+    if isinstance(mlp, TiledMLP):
+        return "tiled already"
+    if type(mlp) not in tiled_classes:
+        return f"{type(mlp).__name__} is not a stock MLP"
+    for name, tiled_class in zip(LAYERS, tiled_classes[type(mlp)].child_classes, strict=True):
         if not isinstance(getattr(mlp, name), tiled_class):
             return f"{name} is not tiled"
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
@@ -167,7 +168,12 @@ def unfit(mlp: MLP, child_classes: Iterable[type[torch.nn.Module]]) -> str:
         "linear_fc1 adds its bias itself": fc1.bias is not None and not fc1.skip_bias_add,
         "linear_fc2 splits its input itself": not fc2.input_is_parallel,
     }
-    return next((reason for reason, applies in refusals.items() if applies), "")
+    if reason := next((reason for reason, applies in refusals.items() if applies), ""):
+        return reason
+    tiles = fc2.grid.in_splits
+    if keep is not None and not 0 <= keep <= tiles:
+        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
+    return ""
 
 
 @torch.compiler.disable

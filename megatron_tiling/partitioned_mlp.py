@@ -102,20 +102,13 @@ def convert_partitioned_mlp(mlp: Any, keep: int | None = 0) -> str:
     Raises:
         ValueError: there are fewer tiles than ``keep``.
     """
-    if isinstance(mlp, TiledMLP):
-        return "tiled already"
-    if type(mlp) not in PARTITIONED_MLP_CLASSES:
-        return f"{type(mlp).__name__} is not a stock MLP"
-    if reason := unfit(mlp, PartitionedMLP.child_classes):
+    if reason := unfit(mlp, keep, PARTITIONED_MLP_CLASSES):
         return reason
     fc1, fc2 = (getattr(mlp, name) for name in LAYERS)
     if fc1.grid.out_parts != fc2.grid.in_parts or fc1.grid.paired != mlp.config.gated_linear_unit:
         return "the tiles of fc1 and fc2 hold different features"
-    tiles = fc2.grid.in_splits
-    if keep is not None and not 0 <= keep <= tiles:
-        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
     units = []
-    for index in range(tiles):
+    for index in range(fc2.grid.in_splits):
         fc1_row, fc2_row = fc1.tiles.linears[index], fc2.tiles.linears[0]
         unit = MLPTile(fc1_row[0].weight, fc2_row[index].weight)
         fc1_row[0], fc2_row[index] = MLPTilePart(unit, "fc1"), MLPTilePart(unit, "fc2")
