@@ -83,12 +83,18 @@ def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config
         config: DeepSpeed's, ZeRO stage 3.
 
     Raises:
-        ValueError: the host has too little memory for the offload that ``config`` asks for.
+        ValueError: the host has too little memory, or no library, for the offload that ``config`` asks for.
     """
     deepspeed = import_deepspeed()
     zero = config["zero_optimization"]
-    if any((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_param", "offload_optimizer")):
+    devices = {(zero.get(name) or {}).get("device") for name in ("offload_param", "offload_optimizer")}
+    if "cpu" in devices:
         _check_host_memory(model, transformer, config)
+    if "nvme" in devices and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "offload to nvme needs DeepSpeed's async_io, which cannot be compiled here: install libaio and its "
+            "headers (libaio-dev, libaio-devel), or offload to cpu"
+        )
     # It takes over Megatron's process groups. Without them, zero.Init counts one rank, and refuses the batch sizes.
     deepspeed.init_distributed()
     with (

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from megatron_tiling.zero3_config import TileSizes
 
 SIZES = TileSizes(smallest=1000, largest=2000, layer=8000)
 EXAMPLES = ROOT / "examples" / "gpt"
-NVME = os.environ.get("MEGATRON_TILING_NVME")
-"""A folder for offloaded tensors. DeepSpeed compiles its async_io for it: minutes the first time, and needs libaio."""
+NVME = os.environ.get("MEGATRON_TILING_NVME", "")
+"""A folder for offloaded tensors. DeepSpeed compiles its async_io for it: needs libaio, and minutes the first time."""
 
 
 def run_args(**options: Any) -> Namespace:
-    defaults = {"micro_batch_size": 2, "global_batch_size": 16, "clip_grad": 1.0, "bf16": True, "fp16": False}
-    return Namespace(**({"save": None, "load": "of_engine"} | defaults | options))
+    batches = {"micro_batch_size": 2, "global_batch_size": 16}
+    others = {"clip_grad": 1.0, "bf16": True, "fp16": False, "save": None, "load": "of_engine"}
+    return Namespace(**(batches | others | options))
 
 
 def config_file(folder: Path, **config: Any) -> Path:
@@ -126,18 +128,37 @@ def losses(folder: Path, name: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", log)]
 
 
+def with_zero(folder: Path, name: str, **zero: Any) -> Path:
+    """The example's engine configuration with more settings of ``zero_optimization``."""
+    config = json.loads((EXAMPLES / "zero3.json").read_text())
+    config["zero_optimization"] |= zero
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def train(folder: Path, starts: dict[str, list[Any]], flags_of_rank_1: dict[str, list[str]]) -> None:
+    """One training run on two ranks after the other; logs are ``folder/name.rank``."""
+    plan: list[dict[str, Any]] = []
+    for name, flags in starts.items():
+        argv = list(map(str, flags))
+        plan.append({"name": name, "port": free_port(), "log": str(folder / name), "argv": argv})
+        if name in flags_of_rank_1:
+            plan[-1]["argv_of_rank_1"] = argv + flags_of_rank_1[name]
+    (folder / "runs.json").write_text(json.dumps(plan))
+    torchrun(ROOT / "tests" / "distributed" / "train_many.py", folder / "runs.json", world=2)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training runs at TP=2: dense on Megatron's trainer, and tiled on the engine, from and to each other's weights."""
     folder = tmp_path_factory.mktemp("zero3")
-    offload = {name: {"device": "cpu", "pin_memory": False} for name in ("offload_param", "offload_optimizer")}
-    engine = json.loads((EXAMPLES / "zero3.json").read_text())
-    engine["zero_optimization"] |= offload
-    (folder / "engine.json").write_text(json.dumps(engine))
+    offload = {"device": "cpu", "pin_memory": False}
+    engine = with_zero(folder, "engine", offload_param=offload, offload_optimizer=offload)
     common = [*COMMON, "--tensor-model-parallel-size", "2", "--global-batch-size", "4", "--train-iters", "20"]
     dense = [EXAMPLES / "pretrain_gpt.py", *common, "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"]
     tiled = [EXAMPLES / "pretrain_gpt_zero3.py", *common, "--use-tiled-linear", "--tile-factor", "3"]
-    tiled += ["--deepspeed-config", folder / "engine.json"]
+    tiled += ["--deepspeed-config", engine]
     dense_engine = [EXAMPLES / "pretrain_gpt_zero3.py", *common, "--deepspeed-config", EXAMPLES / "zero3.json"]
     starts = {
         "dense": [*dense, "--save", folder / "of_dense", "--save-interval", "20", "--no-save-optim"],
@@ -153,13 +174,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         starts[f"dense_{precision}"] = [*dense, *flags]
         starts[f"tiled_{precision}"] = [*tiled, *flags, "--deepspeed-config", EXAMPLES / "zero3.json"]
     starts["other_tiles"] = [*tiled, "--global-batch-size", "6"]
-    plan = [
-        {"name": name, "port": free_port(), "log": str(folder / name), "argv": list(map(str, argv))}
-        for name, argv in starts.items()
-    ]
-    plan[-1]["argv_of_rank_1"] = [*plan[-1]["argv"], "--tile-factor", "2"]
-    (folder / "runs.json").write_text(json.dumps(plan))
-    torchrun(ROOT / "tests" / "distributed" / "train_many.py", folder / "runs.json", world=2)
+    train(folder, starts, {"other_tiles": ["--tile-factor", "2"]})
     return folder
 
 
@@ -190,24 +205,19 @@ def test_dense_checkpoints_go_both_ways(runs: Path) -> None:
     assert from_dense[0] < losses(runs, "dense")[0] - 0.1
 
 
-@pytest.mark.skipif(NVME is None, reason="MEGATRON_TILING_NVME names no folder to offload to")
+@pytest.mark.skipif(not NVME, reason="MEGATRON_TILING_NVME names no folder to offload to")
 def test_offload_to_nvme(tmp_path: Path) -> None:
     """Parameters and optimizer on disk change no loss. DeepSpeed keeps shards of less than 1 MiB in memory."""
-    disk = {"device": "nvme", "nvme_path": str(NVME), "pin_memory": False}
-    parameters = disk | {"max_in_cpu": 0, "buffer_size": 4_000_000}
-    flags = [*COMMON, "--tensor-model-parallel-size", "1", "--global-batch-size", "4", "--train-iters", "4"]
-    flags += ["--hidden-size", "512", "--ffn-hidden-size", "4096", "--use-tiled-linear", "--tile-factor", "2"]
-    plan = []
-    for name, offload in {"memory": {}, "disk": {"offload_param": parameters, "offload_optimizer": disk}}.items():
-        engine = json.loads((EXAMPLES / "zero3.json").read_text())
-        engine["zero_optimization"] |= offload
-        (tmp_path / f"{name}.json").write_text(json.dumps(engine))
-        argv = [EXAMPLES / "pretrain_gpt_zero3.py", *flags, "--deepspeed-config", tmp_path / f"{name}.json"]
-        plan.append({"name": name, "port": free_port(), "log": str(tmp_path / name), "argv": list(map(str, argv))})
-    (tmp_path / "runs.json").write_text(json.dumps(plan))
-    torchrun(ROOT / "tests" / "distributed" / "train_many.py", tmp_path / "runs.json", world=2)
+    flags = [EXAMPLES / "pretrain_gpt_zero3.py", *COMMON, "--use-tiled-linear", "--tile-factor", "2"]
+    flags += ["--hidden-size", "512", "--ffn-hidden-size", "4096", "--tensor-model-parallel-size", "1"]
+    flags += ["--global-batch-size", "4", "--train-iters", "4", "--deepspeed-config"]
+    with tempfile.TemporaryDirectory(dir=NVME) as disk:
+        optimizer = {"device": "nvme", "nvme_path": disk, "pin_memory": False}
+        parameters = optimizer | {"max_in_cpu": 0, "buffer_size": 4_000_000}
+        offload = with_zero(tmp_path, "offload", offload_param=parameters, offload_optimizer=optimizer)
+        train(tmp_path, {"memory": [*flags, EXAMPLES / "zero3.json"], "disk": [*flags, offload]}, {})
+        assert {file.parents[1].name for file in Path(disk).rglob("*.swp")} == {"float32params", "optimizer"}
     assert len(losses(tmp_path, "disk")) == 4 and losses(tmp_path, "disk") == losses(tmp_path, "memory")
-    assert {file.parents[1].name for file in Path(str(NVME)).rglob("*.swp")} == {"float32params", "optimizer"}
 
 
 def test_other_tiles_on_one_rank_end_every_rank_with_the_same_line(runs: Path) -> None:

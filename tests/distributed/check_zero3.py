@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from harness import Counter, megatron
@@ -356,21 +357,32 @@ def check_agreement(report: Any) -> None:
     require_agreement({"--tile-factor": 4})
 
 
-def check_host_memory(report: Any) -> None:
-    """An offload larger than the host ends before it begins, with the sizes."""
+def refusal(config: Any, **zero: Any) -> str:
+    """What `build` has against this offload."""
+    from megatron_tiling import zero3
+
+    try:
+        zero3.build(lambda: gpt(config), config, ENGINE | {"zero_optimization": {"stage": 3, **zero}})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_offload(report: Any) -> None:
+    """An offload larger than the host, or to a disk without the library for it, ends before it begins."""
     from megatron_tiling import zero3
 
     config = transformer()
-    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     parameters = sum(-(-parameter.numel() // 2) for parameter in gpt(config).parameters())
-    zero3.available_host_memory = lambda: 1000
-    try:
-        zero3.build(lambda: gpt(config), config, ENGINE | {"zero_optimization": offload})
-        message = ""
-    except ValueError as error:
-        message = str(error)
+    with mock.patch.object(zero3, "available_host_memory", lambda: 1000):
+        message = refusal(config, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     words = [f"({parameters * 4} bytes)", f"({parameters * 16} bytes)", "(1000 bytes) are available", "offload_param"]
     report("host memory is too small", all(word in message for word in words), message)
+    with mock.patch.object(
+        zero3.import_deepspeed().ops.op_builder.AsyncIOBuilder, "is_compatible", lambda *_, **__: False
+    ):
+        message = refusal(config, offload_param={"device": "nvme", "nvme_path": "/disk"})
+    report("no libaio", "offload to nvme" in message and "libaio-dev" in message, message)
 
 
 def check_collectives(report: Any) -> None:
@@ -394,7 +406,7 @@ def main() -> None:
     with megatron(tensor_model_parallel_size=TENSOR_PARALLEL):
         for check in (
             check_agreement,
-            check_host_memory,
+            check_offload,
             check_collectives,
             check_warnings,
             check_gathering,
