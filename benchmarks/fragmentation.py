@@ -102,7 +102,8 @@ def deepspeeds(tiles: int) -> Callable[[int, int, bool], torch.nn.Module]:
 
     def linear(inputs: int, outputs: int, is_row: bool) -> torch.nn.Module:
         splits = {"in_splits": tiles if is_row else 1, "out_splits": 1 if is_row else tiles}
-        return TiledLinear(inputs, outputs, bias=False, linear_cls=_Linear, **splits)
+        # Without a dtype, each tile is made in float32 before zero.Init casts it.
+        return TiledLinear(inputs, outputs, bias=False, linear_cls=_Linear, dtype=torch.bfloat16, **splits)
 
     return linear
 

@@ -8,8 +8,10 @@ A layout is tensor parallel x data parallel, and takes as many GPUs. Without a G
 * Memory: two MLPs with 16 tokens, parameters offloaded to host memory, so that what the GPU holds of them is what is
   gathered. Peak beyond what is held between steps, in the forward pass (no gradients there) and in the whole step.
   Tiled and dense run with and without fetching ahead: the comparison is between rows of the same kind.
-* Time: a GPT trained by the engines in turn, nothing offloaded; dense with DeepSpeed's default thresholds. ZeRO-3 costs
-  host time for each tile and step (hooks, gather, release, reduction): what a tile computes must outlast it.
+* Time: a GPT of two layers trained by the engines in turn, nothing offloaded. Dense with DeepSpeed's default
+  thresholds, which keep all of so small a model gathered, and with the tiles' thresholds for a whole layer, as a deep
+  model is trained. Tiles keep pre-activations (``--tiled-mlp-keep all``) unless fc1 is recomputed, as it is by default.
+  ZeRO-3 costs host time for each tile and step (autograd, gather, reduction): what a tile computes must outlast it.
 * Loss: 20 iterations in float32 against a dense Megatron model that no one partitions, AdamW, clipped.
 """
 
@@ -33,8 +35,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "distributed")]
 
 MIB = 2**20
+PARTS = ["loss", "collectives", "time", "memory"]
 SIZES = {
-    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, (2, 8)), "steps": 12},
+    False: {"mlp": (4096, 16384, 2), "gpt": (2, 4096, 14336, 8192, 2048, (2, 4, 8)), "steps": 12},
     True: {"mlp": (64, 256, 2), "gpt": (2, 48, 80, 128, 24, (1, 2)), "steps": 2},
 }
 """By ``--small``: hidden, ffn, depth; layers, hidden, ffn, words, sequence, batches; timed steps of each engine."""
@@ -105,6 +108,10 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     from megatron.core import parallel_state
     from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
 
+    from megatron_tiling import TilingConfig, tile, zero3
+    from megatron_tiling.convert import as_flag, coarser_splits
+    from megatron_tiling.zero3_config import TileSizes, with_thresholds
+
     layers, hidden_size, ffn, words, sequence, batches = SIZES[small]["gpt"]
     config = transformer(
         num_layers=layers,
@@ -116,17 +123,23 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
         bias_activation_fusion=True,
         normalization="RMSNorm",
     )
+    fc1 = 2 * ffn * hidden_size // config.tensor_model_parallel_size
+    a_layer = with_thresholds({"zero_optimization": {}}, TileSizes(fc1, fc1, fc1))["zero_optimization"]
     few = tile_counts[0]
-    kinds: dict[str, dict[str, Any] | None] = {"dense": None}
-    kinds |= {f"{tiles} tiles": {"factor": tiles, "mlp_keep": "all"} for tiles in tile_counts}
+    kinds: dict[str, dict[str, Any] | None] = {"dense": None, "dense, a layer at a time": None}
+    for tiles in tile_counts:
+        kinds[f"{tiles} tiles"] = {"factor": tiles, "mlp_keep": "all"}
+        with zero3.on_meta(config):
+            built = tile(gpt(config, words, sequence, None), TilingConfig(factor=tiles, storage="partitioned"))
+        splits = coarser_splits(built)
+        kinds[f"{tiles} tiles, {as_flag(splits)}"] = {"factor": tiles, "mlp_keep": "all", "splits": splits}
     kinds[f"{few} tiles, DeepSpeed's hooks"] = {"factor": few, "mlp_keep": "all"}
     kinds[f"{few} tiles, fc1 recomputed"] = {"factor": few, "mlp_keep": 0}
-    kinds[f"{few} tiles, MLPs only"] = {"factor": few, "mlp_keep": "all", "modules": ("fc1", "fc2")}
     engines = {}
     for name, tiling in kinds.items():
         build = partial(gpt, config, words, sequence, tiling)
-        zero = DEFAULTS if tiling is None else {}
-        reason = "a comparison" if "DeepSpeed" in name else ""
+        zero = {"dense": DEFAULTS, "dense, a layer at a time": a_layer}.get(name, {})
+        reason = "a comparison" if "hooks" in name else ""
         engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4), reason)
     device = engines["dense"].device
     mask = torch.triu(torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device), 1)
@@ -196,7 +209,7 @@ def measure_collectives() -> dict[str, int]:
     return zero3_collectives.count(Counter, transformer(num_layers=1, hidden_size=256, ffn_hidden_size=1024), factor=2)
 
 
-def run_layout(tensor: int, small: bool, tile_counts: list[int], path: Path) -> None:
+def run_layout(tensor: int, small: bool, tile_counts: list[int], wanted: list[str], path: Path) -> None:
     """One layout, in a process of torchrun's."""
     import torch
     from zero3_runs import megatron
@@ -209,10 +222,10 @@ def run_layout(tensor: int, small: bool, tile_counts: list[int], path: Path) -> 
     }
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}
     with megatron(tensor):
-        for name, measure in parts.items():
+        for name in wanted:
             start = time.perf_counter()
             try:
-                record[name] = measure()
+                record[name] = parts[name]()
             except Exception as error:  # the other parts are worth having
                 traceback.print_exc()
                 record.setdefault("failed", {})[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -276,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "2x2"], help="tensor x data parallel")
     parser.add_argument("--tiles", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
     parser.add_argument("--seconds", type=float, default=180, help="limit of one layout")
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -284,9 +298,11 @@ def main() -> None:
     layouts = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
     if args.one_layout_into:
         ((tensor, _),) = layouts
-        run_layout(tensor, args.small, args.tiles, args.one_layout_into)
+        run_layout(tensor, args.small, args.tiles, args.parts, args.one_layout_into)
         return
     options = f"--layouts {' '.join(args.layouts)} --tiles {' '.join(map(str, args.tiles))}" + " --small" * args.small
+    if args.parts != PARTS:
+        options += f" --parts {' '.join(args.parts)}"
     from zero3_runs import installed
 
     record: dict[str, Any] = {
@@ -301,6 +317,7 @@ def main() -> None:
             command = ["timeout", "-k", "10", str(args.seconds), sys.executable, "-m", "torch.distributed.run"]
             command += ["--standalone", "--nproc-per-node", str(tensor * data), __file__, "--layouts", name]
             command += ["--one-layout-into", str(path), "--tiles", *map(str, args.tiles), *["--small"] * args.small]
+            command += ["--parts", *args.parts]
             environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "4"} | os.environ
             status = subprocess.run(command, env=environment).returncode
             if status:

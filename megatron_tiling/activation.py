@@ -10,7 +10,7 @@ Tensors may be strided views whose last dimension is dense.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -54,7 +54,7 @@ class Activation:
         if self.formula is not None and _on_kernels(pre):
             from megatron_tiling.activation_kernels import activate
 
-            activate(pre, bias, scale, out, **asdict(self.formula))
+            activate(pre, bias, scale, out, **vars(self.formula))
         else:
             out.copy_(self.function(_joined(pre), None if bias is None else _joined(bias), scale))
 
@@ -70,7 +70,7 @@ class Activation:
             from megatron_tiling.activation_kernels import activate_backward
 
             return activate_backward(
-                pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **asdict(self.formula)
+                pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **vars(self.formula)
             )
         leaves = {"pre": _joined(pre).requires_grad_()}
         if bias is not None:

@@ -6,8 +6,10 @@ and freed, one layer after another. To be called before the model is wrapped by 
 """
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -54,6 +56,14 @@ class LayerReport:
     grid: TileGrid | None
     element_size: int
     note: str = ""
+
+    @property
+    def tiles(self) -> int:
+        return 1 if self.grid is None else self.grid.tiles
+
+    def with_splits(self, splits: tuple[int, int]) -> Self:
+        assert self.grid is not None
+        return replace(self, grid=replace(self.grid, in_splits=splits[0], out_splits=splits[1]))
 
     @property
     def tile_mib(self) -> float:
@@ -179,7 +189,10 @@ def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: 
 
 
 def table(reports: list[LayerReport]) -> str:
-    """The startup table: module, dense shape, grid and tile MiB; equal layers of the model share a line."""
+    """The startup table: module, dense shape, grid and tile MiB; equal layers of the model share a line.
+
+    Below it, the flag for grids of fewer tiles, where tiles are partitioned and that would take no more memory.
+    """
     lines: dict[tuple[str, ...], list[str]] = {}
     for report in reports:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", report.name)
@@ -190,7 +203,39 @@ def table(reports: list[LayerReport]) -> str:
     rows += [(key[0], str(len(names)), *key[1:]) for key, names in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    text = "\n".join("  ".join(cells).rstrip() for cells in padded)
+    if coarser := coarser_splits(reports):
+        text += f"\nFewer tiles, which gather no more at once and take less time: {as_flag(coarser)}"
+    return text
+
+
+def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:
+    """Grids of fewer tiles for partitioned layers, none larger than what is gathered at once anyway, by module.
+
+    Each tile costs host time in each pass. A tile of a ``TiledMLP``, one of fc1 and one of fc2, is gathered as one.
+    """
+    layers: defaultdict[str, list[LayerReport]] = defaultdict(list)
+    gathered: defaultdict[str, float] = defaultdict(float)
+    for report in reports:
+        parent, _, attribute = report.name.rpartition(".")
+        if report.grid is not None and report.note.startswith("partitioned"):
+            in_mlp = "TiledMLP" in report.note
+            gathered[parent if in_mlp else report.name] += report.tile_mib
+            if not in_mlp and attribute in MODULE_OF_ATTRIBUTE:
+                layers[MODULE_OF_ATTRIBUTE[attribute]].append(report)
+    coarser = {}
+    for module, of_module in layers.items():
+        for tiles in range(1, min(report.tiles for report in of_module)):
+            splits = TilingConfig(factor=tiles).splits_of(module)
+            if all(report.with_splits(splits).tile_mib <= max(gathered.values()) for report in of_module):
+                coarser[module] = splits
+                break
+    return coarser
+
+
+def as_flag(splits: Mapping[str, tuple[int, int]]) -> str:
+    settings = (f"{module}={in_splits}x{out_splits}" for module, (in_splits, out_splits) in splits.items())
+    return f"--tiled-linear-splits {' '.join(settings)}"
 
 
 def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -251,7 +251,7 @@ def _all_reduce(group: torch.distributed.ProcessGroup, average: bool) -> Callabl
 
 
 def _check_host_memory(model: Callable[[], torch.nn.Module], transformer: Any, config: Mapping[str, Any]) -> None:
-    with _on_meta(transformer):
+    with on_meta(transformer):
         parameters = list(model().parameters())
     ranks = parallel_state.get_data_parallel_world_size()
     partition = sum(-(-parameter.numel() // ranks) for parameter in parameters)
@@ -260,7 +260,7 @@ def _check_host_memory(model: Callable[[], torch.nn.Module], transformer: Any, c
 
 
 @contextmanager
-def _on_meta(transformer: Any) -> Iterator[None]:
+def on_meta(transformer: Any) -> Iterator[None]:
     """Megatron's layers are built with neither memory nor random numbers."""
     wanted = transformer.use_cpu_initialization, transformer.perform_initialization
     transformer.use_cpu_initialization, transformer.perform_initialization = True, False

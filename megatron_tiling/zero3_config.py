@@ -20,8 +20,9 @@ Config = dict[str, Any]
 
 #: DeepSpeed's own defaults, which hold for thresholds that no one sets.
 DEFAULT_PERSISTENCE = 100_000
-#: Gradients are reduced together up to this size: the engine waits for its second last reduction before each new one.
-LEAST_REDUCE_BUCKET = 50_000_000
+#: Gradients are reduced together up to this size: every reduction costs the host half a millisecond, and the engine
+#: waits for the second last one before it starts another.
+LEAST_REDUCE_BUCKET = 200_000_000
 
 #: Megatron flags that do not work with the DeepSpeed engine: attribute, values that are fine, why.
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (

@@ -8,11 +8,11 @@ the file.
 
 import importlib.metadata
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 #: Of several tests that show one feature, the worst decides; one that was skipped only where no other has run.
 WORST_FIRST = ("failed", "refused", "run", "not run")
@@ -41,6 +41,7 @@ def _record(item: pytest.Item, marker: pytest.Mark, position: int) -> dict[str, 
         "place": [item.path.name, position],
         "feature": marker.args[0].format(**parameters),
         "version": version.format(**parameters),
+        "device": "GPU" if torch.cuda.is_available() else "CPU",
         "refused": marker.kwargs.get("refused", False),
     }
 
@@ -67,7 +68,5 @@ class _Recorder:
                 known["outcome"] = min(known["outcome"], outcome, key=WORST_FIRST.index)
 
     def pytest_sessionfinish(self) -> None:
-        torch = sys.modules.get("torch")  # not imported only to be asked
-        device = "GPU" if torch is not None and torch.cuda.is_available() else "CPU"
         records = sorted(self.records.values(), key=lambda record: record.pop("place"))
-        self.file.write_text(json.dumps([record | {"device": device} for record in records], indent=1) + "\n")
+        self.file.write_text(json.dumps(records, indent=1) + "\n")

@@ -1,9 +1,5 @@
-"""Activations of the tile loop: the torch path, and the Triton kernels against float64.
+"""Activations of the tile loop: the torch path, and the Triton kernels against float64."""
 
-Without a GPU the kernels run in Triton's interpreter, on the CPU.
-"""
-
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +10,6 @@ from torch import Tensor
 
 from megatron_tiling.activation import Activation, Formula
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the import below
 kernels = pytest.importorskip("megatron_tiling.activation_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
