@@ -42,8 +42,6 @@ def test_no_advice_where_no_tiles_are_partitioned_or_none_can_be_larger() -> Non
 
 
 def test_one_layer_that_needs_its_tiles_speaks_for_its_module() -> None:
-    small, large = (layer(f"self_attention.{name}", (rows, 64), (1, 4)) for name, rows in QUERY_AND_KEYS.items())
-    assert coarser_splits([small, large]) == {}
-
-
-QUERY_AND_KEYS = {"linear_kv": 64, "linear_q": 4096}
+    keys = layer("self_attention.linear_kv", (64, 64), (1, 4))
+    queries = layer("self_attention.linear_q", (4096, 64), (1, 4))
+    assert coarser_splits([keys, queries]) == {}
