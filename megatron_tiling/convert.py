@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 
 from megatron_tiling import transformer_engine
-from megatron_tiling.config import TilingConfig
+from megatron_tiling.config import ROW_MODULES, TilingConfig
 from megatron_tiling.grid import ALIGNMENT, TileGrid
 from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.lm_head import convert_head
@@ -57,9 +57,10 @@ class LayerReport:
     element_size: int
     note: str = ""
 
-    @property
-    def tiles(self) -> int:
-        return 1 if self.grid is None else self.grid.tiles
+    def natural_splits(self, module: str) -> int:
+        """Tiles along the dimension that ``--tile-factor`` cuts."""
+        assert self.grid is not None
+        return self.grid.in_splits if module in ROW_MODULES else self.grid.out_splits
 
     def with_splits(self, splits: tuple[int, int]) -> Self:
         assert self.grid is not None
@@ -191,7 +192,7 @@ def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: 
 def table(reports: list[LayerReport]) -> str:
     """The startup table: module, dense shape, grid and tile MiB; equal layers of the model share a line.
 
-    Below it, the flag for grids of fewer tiles, where tiles are partitioned and that would take no more memory.
+    Below it, grids of fewer tiles for partitioned layers, if there are some that gather no more at once.
     """
     lines: dict[tuple[str, ...], list[str]] = {}
     for report in reports:
@@ -205,7 +206,7 @@ def table(reports: list[LayerReport]) -> str:
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     text = "\n".join("  ".join(cells).rstrip() for cells in padded)
     if coarser := coarser_splits(reports):
-        text += f"\nFewer tiles, which gather no more at once and take less time: {as_flag(coarser)}"
+        text += f"\nFewer tiles gather no more at once, and cost the host less. Add to the grids: {as_flag(coarser)}"
     return text
 
 
@@ -219,13 +220,13 @@ def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:
     for report in reports:
         parent, _, attribute = report.name.rpartition(".")
         if report.grid is not None and report.note.startswith("partitioned"):
-            in_mlp = "TiledMLP" in report.note
-            gathered[parent if in_mlp else report.name] += report.tile_mib
-            if not in_mlp and attribute in MODULE_OF_ATTRIBUTE:
-                layers[MODULE_OF_ATTRIBUTE[attribute]].append(report)
+            gathered[parent if "TiledMLP" in report.note else report.name] += report.tile_mib
+            layers[MODULE_OF_ATTRIBUTE.get(attribute, "")].append(report)
     coarser = {}
     for module, of_module in layers.items():
-        for tiles in range(1, min(report.tiles for report in of_module)):
+        if not module or any("TiledMLP" in report.note for report in of_module):
+            continue
+        for tiles in range(1, min(report.natural_splits(module) for report in of_module)):
             splits = TilingConfig(factor=tiles).splits_of(module)
             if all(report.with_splits(splits).tile_mib <= max(gathered.values()) for report in of_module):
                 coarser[module] = splits

@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+TIMEOUT = 900
+"""Seconds."""
 
 
 def torchrun(
@@ -28,16 +30,20 @@ def torchrun(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     # Files, not pipes: when ranks are killed, a process that Megatron's checkpoint writer started holds a pipe open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        done = subprocess.run(
-            [*launcher, *map(str, command)],
-            stdout=stdout,
-            stderr=stderr,
-            timeout=900,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | dict(environment or {}),
-        )
+        try:
+            code = subprocess.run(
+                [*launcher, *map(str, command)],
+                stdout=stdout,
+                stderr=stderr,
+                timeout=TIMEOUT,
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | dict(environment or {}),
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
         stdout.seek(0)
         stderr.seek(0)
         output = stdout.read() + stderr.read()
-    assert (done.returncode != 0) == fails, output[-6000:]
+    assert code is not None, f"not done after {TIMEOUT} seconds\n{output[-6000:]}"
+    assert (code != 0) == fails, output[-6000:]
     return output

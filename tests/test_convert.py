@@ -12,7 +12,10 @@ def layer(name: str, shape: tuple[int, int], splits: tuple[int, int], note: str 
 
 
 def reports(mlp: str = MLP) -> list[LayerReport]:
-    """The layers of an 8B Llama, cut into 4: a tile of the MLP has 44 million elements, of qkv 6, of proj 4."""
+    """The layers of an 8B Llama, the output layer cut into 16, the others into 4.
+
+    A tile of the MLP has 44 million elements, of the output layer 33, of qkv 6, of proj 4.
+    """
     return [
         layer("self_attention.linear_qkv", (6144, 4096), (1, 4)),
         layer("self_attention.linear_proj", (4096, 4096), (4, 1)),
