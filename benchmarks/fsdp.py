@@ -1,11 +1,13 @@
 """Dense and tiled training under Megatron-FSDP and torch FSDP2, through the stock trainer.
 
     python benchmarks/fsdp.py --script PRETRAIN_GPT --output FOLDER [--layouts dp2 tp2dp2] [--precisions fp32 bf16]
+        [--hosts 2]
 
 Four Llama-style layers, h=4096, ffn=14336, 8 query groups, vocabulary 32000, sequence 2048, global batch 8, local
 implementation, tile factor 4. Dense and tiled start from the same weights and read the same data: in fp32 their
 losses and gradient norms differ by the order of sums alone, in bf16 by its rounding too. Peak memory is PyTorch's,
-from the first step on; gathered parameters are counted by gathered.py. Writes fsdp.md.
+from the first step on; gathered parameters are counted by gathered.py. Writes fsdp.md. With ``--hosts 2``, four
+processes share two GPUs (hosts.py).
 """
 
 import argparse
@@ -13,13 +15,14 @@ import datetime
 import importlib.metadata
 import os
 import re
+import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from hosts import torchrun
 
 MODEL = """
     --num-layers 4 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -34,7 +37,7 @@ MODEL = """
 LAYOUTS = {
     "dp2": (2, ""),
     "dp4": (4, ""),
-    "tp2dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2dp2": (4, "--tensor-model-parallel-size 2"),  # sequence parallelism would want the norm of apex or TE
 }
 FSDPS = {
     "Megatron-FSDP": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
@@ -45,6 +48,8 @@ KINDS = {
     "dense": "",
     "tiled": "--use-tiled-linear --tile-factor 4",
     "tiled, keep all": "--use-tiled-linear --tile-factor 4 --tiled-mlp-keep all",
+    "tiled, keep all, grids as advised": "--use-tiled-linear --tile-factor 4 --tiled-mlp-keep all "
+    "--tiled-linear-splits qkv=1x1 proj=1x1 output=1x3",  # by the startup table
 }
 MIB = 2**20
 
@@ -83,16 +88,15 @@ def worker(arguments: list[str]) -> None:
 def train(args: argparse.Namespace, layout: str, fsdp: str, precision: str, kind: str) -> Run:
     """One run; its log is left in the output folder."""
     world, parallel = LAYOUTS[layout]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command += [__file__, "--worker", str(args.script), *MODEL, *parallel.split(), *FSDPS[fsdp].split()]
+    command = [__file__, "--worker", str(args.script), *MODEL, *parallel.split(), *FSDPS[fsdp].split()]
     command += [*KINDS[kind].split(), "--train-iters", str(args.iterations)]
     command += ["--bf16"] if precision == "bf16" else []
     command += args.flags.split()
     name = "_".join(re.sub(r"\W+", "-", word) for word in (layout, fsdp, precision, kind))
     log = args.output / f"fsdp.{name}.log"
-    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTHONWARNINGS": "ignore"}
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTHONWARNINGS": "ignore"}
     with log.open("w") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        status = torchrun(command, world, environment, args.hosts, file)
     text = log.read_text()
     losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
     if status or len(losses) != args.iterations:
@@ -126,7 +130,7 @@ def report(args: argparse.Namespace, tables: dict[str, list[str]]) -> str:
         "",
         f"{device}; {versions}. Command:",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    python {shlex.join(sys.argv)}",
         "",
         f"{args.iterations} iterations. Differences are the largest over all of them, from dense under the same FSDP, "
         "of the gradient norm the relative one. Units are tiles (fc1 and fc2 tile of an MLP together), in dense runs "
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("--fsdps", nargs="+", choices=FSDPS, default=list(FSDPS))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=["tiled"])
     parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--hosts", type=int, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--flags", default="", help="more Megatron flags for every run, as one string")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

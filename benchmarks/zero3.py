@@ -1,9 +1,10 @@
 """Tiled against dense ZeRO-3 on one host: parameter memory of a layer, time of a step, loss, collectives.
 
-    python benchmarks/zero3.py [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--results DIR]
+    python benchmarks/zero3.py [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--hosts 1] [--results DIR]
 
-A layout is tensor parallel x data parallel, and takes as many GPUs. Without a GPU it runs over gloo at sizes given by
-``--small``, to see that it runs. Every layout is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
+A layout is tensor parallel x data parallel, and takes as many GPUs, or half of them with ``--hosts 2`` (hosts.py), to
+see losses and memory. Without a GPU it runs over gloo at sizes given by ``--small``, to see that it runs. Every layout
+is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
 
 * Memory: two MLPs with 16 tokens, parameters offloaded to host memory, so that what the GPU holds of them is what is
   gathered. Peak beyond what is held between steps, in the forward pass (no gradients there) and in the whole step.
@@ -21,7 +22,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "2x2"], help="tensor x data parallel")
     parser.add_argument("--tiles", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--hosts", type=int, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
     parser.add_argument("--seconds", type=float, default=180, help="limit of one layout")
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -303,8 +304,10 @@ def main() -> None:
         run_layout(tensor, args.small, args.tiles, args.parts, args.one_layout_into)
         return
     options = f"--layouts {' '.join(args.layouts)} --tiles {' '.join(map(str, args.tiles))}" + " --small" * args.small
+    options += f" --hosts {args.hosts}" * (args.hosts > 1)
     if args.parts != PARTS:
         options += f" --parts {' '.join(args.parts)}"
+    from hosts import OUT_OF_TIME, torchrun
     from zero3_runs import installed
 
     record: dict[str, Any] = {
@@ -316,14 +319,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (tensor, data) in zip(args.layouts, layouts, strict=True):
             path = Path(folder) / f"{name}.json"
-            command = ["timeout", "-k", "10", str(args.seconds), sys.executable, "-m", "torch.distributed.run"]
-            command += ["--standalone", "--nproc-per-node", str(tensor * data), __file__, "--layouts", name]
-            command += ["--one-layout-into", str(path), "--tiles", *map(str, args.tiles), *["--small"] * args.small]
-            command += ["--parts", *args.parts]
+            command = [__file__, "--layouts", name, "--one-layout-into", str(path), "--parts", *args.parts]
+            command += ["--tiles", *map(str, args.tiles), *["--small"] * args.small]
             environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "4"} | os.environ
-            status = subprocess.run(command, env=environment).returncode
+            status = torchrun(command, tensor * data, environment, args.hosts, seconds=args.seconds)
             if status:
-                print(f"{name}: exit {status}{', out of time' if status == 124 else ''}", flush=True)
+                print(f"{name}: exit {status}{', out of time' if status == OUT_OF_TIME else ''}", flush=True)
             if path.exists():
                 record["layouts"][name] = json.loads(path.read_text())
             write(record, args.results)
