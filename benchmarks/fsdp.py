@@ -37,7 +37,7 @@ MODEL = """
 LAYOUTS = {
     "dp2": (2, ""),
     "dp4": (4, ""),
-    "tp2dp2": (4, "--tensor-model-parallel-size 2"),  # sequence parallelism would want the norm of apex or TE
+    "tp2dp2": (4, "--tensor-model-parallel-size 2"),  # with sequence parallelism, dense wants the norm of apex or TE
 }
 FSDPS = {
     "Megatron-FSDP": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "

@@ -39,12 +39,14 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ),
 )
 
+
+def _no_checkpoints(remedy: str) -> tuple[tuple[str, tuple[Any, ...], str], ...]:
+    return tuple((argument, (None,), remedy) for argument in ("save", "load", "pretrained_checkpoint"))
+
+
 #: The same where Megatron-FSDP or torch FSDP2 is to shard the tiles.
 UNSUPPORTED_WHEN_SHARDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("tiled_linear_storage", (None, "auto", "partitioned"), "only partitioned tiles are sharded; leave it out"),
-    ("save", (None,), "the shards of tiles are not mapped to a dense checkpoint; leave it out"),
-    ("load", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
-    ("pretrained_checkpoint", (None,), "a dense checkpoint is not mapped to the shards of tiles; leave it out"),
     ("init_model_with_meta_device", (None, False), "tiles are cut from weights that exist; leave it out"),
     (
         "overlap_moe_expert_parallel_comm",
@@ -67,6 +69,15 @@ UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, False),
         "its buffers are of one size, and tiles are not; leave it out",
     ),
+    *_no_checkpoints(
+        "its shards of tiles are not mapped to and from dense checkpoints; leave it out, or give --use-torch-fsdp2"
+    ),
+)
+UNSUPPORTED_WITH_FSDP2: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("ckpt_format", (None, "torch_dist"), "tiles would show in the checkpoint; give --ckpt-format torch_dist"),
+)
+UNSUPPORTED_WITH_FSDP2_AND_EXPERTS = _no_checkpoints(
+    "stock Megatron saves and loads no experts that FSDP2 shards; leave it out"
 )
 
 
@@ -233,7 +244,10 @@ def _check_sharding(args: Namespace) -> None:
             raise ValueError(
                 f"{beside} with --torch-fsdp2-no-reshard-after-forward: all tiles would stay gathered; leave it out"
             )
+        _refuse(args, UNSUPPORTED_WITH_FSDP2, beside)
         _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
+        if getattr(args, "num_experts", None):
+            _refuse(args, UNSUPPORTED_WITH_FSDP2_AND_EXPERTS, f"{beside} --num-experts {args.num_experts}")
 
 
 def micro_batch_tokens(args: Namespace) -> int | None:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
 from megatron_tiling.grid import TileGrid
@@ -118,38 +120,55 @@ def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: di
         prefix: of the keys.
         metadata: as stock takes it.
 
-    Tiles that ZeRO-3 owns are gathered one by one, a collective, and copied to the CPU.
+    Tiles that ZeRO-3 owns are gathered one by one, a collective, and copied to the CPU. Of tiles that FSDP2 shards,
+    each rank has its rows.
     """
     dense: ShardedTensor = entries.pop(f"{prefix}weight")
     apart = bool((metadata or {}).get("singleton_local_shards", False))
     tiles = {}
     for o, i, tile in tiles_of(layer):
-        data: Tensor = tile
+        data, first_row, of_tile = local_rows(tile), 0, dense
         if hasattr(tile, "ds_id"):
             with gathered(tile):
                 data = tile.detach().to("cpu", copy=True)
-        tiles[f"{prefix}tiles.linears.{o}.{i}.weight"] = _tile_entry(dense, layer.grid, o, i, data, apart)
+        elif isinstance(tile, DTensor):
+            _, (first_row, _) = compute_local_shape_and_global_offset(tile.shape, tile.device_mesh, tile.placements)
+            of_tile = replace(dense, replica_id=(*dense.replica_id[:-1], 0))  # no other rank has these rows
+        name = f"{prefix}tiles.linears.{o}.{i}.weight"
+        tiles[name] = _tile_entry(of_tile, layer.grid, o, i, data, first_row, apart)
     if layer.is_output_layer:
         entries[f"{prefix}weight"] = _WholeWeight(list(tiles.values()))
     return tiles | entries
 
 
-def _tile_entry(dense: ShardedTensor, grid: TileGrid, o: int, i: int, tile: Tensor, apart: bool) -> Any:
-    """The tile's place in the dense weight. A paired tile is two places; ``apart`` gives gate and up a key each."""
+def local_rows(tile: Tensor) -> Tensor:
+    """The rows of a tile that are in this rank's memory: those of its shard under FSDP2, or all."""
+    with torch.no_grad():  # with a gradient, the local tensor would be a new view, which no optimizer knows
+        return tile.to_local() if isinstance(tile, DTensor) else tile
+
+
+def _tile_entry(
+    dense: ShardedTensor, grid: TileGrid, o: int, i: int, rows_here: Tensor, first_row: int, apart: bool
+) -> Any:
+    """The place of a tile, or of its rows from ``first_row`` on, in the dense weight.
+
+    A paired tile is two places; ``apart`` gives gate and up a key each.
+    """
+    pieces = list(_row_pieces(grid, o, first_row, first_row + rows_here.shape[0]))
 
     def build(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
         return [
             _at(dense, key, data[own_rows], rows.start, grid.columns(i).start, replica_id, grid.paired, apart)
-            for rows, own_rows in _row_pieces(grid, o)
+            for rows, own_rows in pieces
         ]
 
     def merge(loaded: list[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded])
+        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded]) if loaded else rows_here
 
-    if grid.paired or dense.prepend_axis_num:
-        return ShardedTensorFactory(dense.key, tile, build, merge, dense.replica_id)
-    (entry,) = build(dense.key, tile, dense.replica_id, None)
-    entry.data = tile  # the parameter itself, by which optimizers find their entry
+    if grid.paired or dense.prepend_axis_num or not pieces:
+        return ShardedTensorFactory(dense.key, rows_here, build, merge, dense.replica_id)
+    (entry,) = build(dense.key, rows_here, dense.replica_id, None)
+    entry.data = rows_here  # the very object, by which optimizers find their entry
     return entry
 
 
@@ -203,10 +222,12 @@ class _WholeWeight(LocalNonpersistentObject):
             tile.allow_shape_mismatch = value
 
 
-def _row_pieces(grid: TileGrid, o: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of the dense weight, and the tile's own rows that they are."""
+def _row_pieces(grid: TileGrid, o: int, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Rows of the dense weight, and which of the tile's rows from ``first`` to ``last`` they are."""
     start = 0
     for rows in grid.row_ranges(o):
         stop = start + rows.stop - rows.start
-        yield rows, slice(start, stop)
+        begin, end = max(start, first), stop if last is None else min(stop, last)
+        if begin < end:
+            yield slice(rows.start + begin - start, rows.start + end - start), slice(begin - first, end - first)
         start = stop

@@ -13,6 +13,7 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,13 @@ def check_checkpoint(args: Namespace, load_dir: str | None, model: list[torch.nn
         strict: the model takes all of its weights from the checkpoint.
 
     Raises:
-        CheckpointError: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys.
+        CheckpointError: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys; or stock would
+            fail in the first step after it.
     """
     folder = _checkpoint_folder(args, load_dir)
     if folder is None:
         return
+    _check_optimizer_can_resume(args, folder)
     if (folder / "metadata.json").exists():
         _check_distributed(folder, model)
     elif (folder / ".metadata").exists() and args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format:
@@ -100,6 +103,17 @@ def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty")
     return folder
+
+
+def _check_optimizer_can_resume(args: Namespace, folder: Path) -> None:
+    """Under FSDP2, stock loads an optimizer's states in place: all but the step that torch's Adam keeps among them."""
+    if not getattr(args, "use_torch_fsdp2", False) or args.no_load_optim or args.finetune or folder.name == "release":
+        return
+    if not any(map(find_spec, ("apex", "transformer_engine"))):
+        raise CheckpointError(
+            f"{folder}: without apex or TransformerEngine, stock Megatron cannot load an optimizer under "
+            "--use-torch-fsdp2, dense or tiled; give --no-load-optim or --finetune"
+        )
 
 
 def _deepspeed_files(folder: Path) -> list[Path]:

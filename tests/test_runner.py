@@ -22,7 +22,11 @@ MISTAKES = {
     "--use-tiled-linear --tiled-head-tokens 49": "--tiled-head-tokens 49: a micro-batch has 48 tokens",
     "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",
     "--use-tiled-linear --transformer-impl transformer_engine": "use --transformer-impl local",
-    "--use-tiled-linear --use-torch-fsdp2 --save /nowhere": "--use-torch-fsdp2 with --save /nowhere: ",
+    "--use-tiled-linear --use-torch-fsdp2 --ckpt-format torch_dcp": "torch_dcp: tiles would show in the checkpoint",
+    "--use-tiled-linear --use-torch-fsdp2 --num-experts 2 --save /nowhere": "--num-experts 2 with --save /nowhere: ",
+    "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --load /nowhere": (
+        "--use-megatron-fsdp with --load /nowhere: "
+    ),
     "--use-tiled-linear --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward": "all tiles would stay gathered",
     "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim": "strategy optim: weights stay",
 }
