@@ -163,9 +163,9 @@ def _tile_entry(
         ]
 
     def merge(loaded: list[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded]) if loaded else rows_here
+        return torch.cat([part.reshape(part.shape[-2:]) for part in loaded])
 
-    if grid.paired or dense.prepend_axis_num or not pieces:
+    if grid.paired or dense.prepend_axis_num:
         return ShardedTensorFactory(dense.key, rows_here, build, merge, dense.replica_id)
     (entry,) = build(dense.key, rows_here, dense.replica_id, None)
     entry.data = rows_here  # the very object, by which optimizers find their entry

@@ -13,7 +13,6 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,26 @@ class CheckpointError(ValueError):
     """The checkpoint is not one for this run; the message names the file or folder."""
 
 
-def check_on_all_ranks(args: Namespace, load_arg: str, model: list[torch.nn.Module], strict: bool) -> None:
+def check_on_all_ranks(args: Namespace, load_arg: str, model: list[torch.nn.Module], strict: bool) -> Path | None:
     """``check_checkpoint`` on every rank; if any rank finds a fault, all end, and the first of them says why.
 
     Args:
         load_arg: the name of the argument that holds the folder.
 
+    Returns:
+        The folder that was looked at, if there is one.
+
     Raises:
         SystemExit: with the line on the first rank that found a fault, with exit code 1 and no line on others.
     """
     if getattr(args, "non_persistent_ckpt_type", None):
-        return  # stock may take such a checkpoint from elsewhere
+        return None  # stock may take such a checkpoint from elsewhere
     load_dir = getattr(args, load_arg)
     if load_dir is None or not Path(load_dir, TRACKER).is_file():
         load_dir = getattr(args, "pretrained_checkpoint", None) or load_dir
-    fault = None
+    fault = folder = None
     try:
-        check_checkpoint(args, load_dir, model, strict)
+        folder = check_checkpoint(args, load_dir, model, strict)
     except CheckpointError as error:
         fault = str(error)
     faults: list[str | None] = [None] * torch.distributed.get_world_size()
@@ -55,9 +57,12 @@ def check_on_all_ranks(args: Namespace, load_arg: str, model: list[torch.nn.Modu
     first = next((rank for rank, found in enumerate(faults) if found), None)
     if first is not None:
         raise SystemExit(f"megatron_tiling: {fault}" if first == torch.distributed.get_rank() else 1)
+    return folder
 
 
-def check_checkpoint(args: Namespace, load_dir: str | None, model: list[torch.nn.Module], strict: bool = True) -> None:
+def check_checkpoint(
+    args: Namespace, load_dir: str | None, model: list[torch.nn.Module], strict: bool = True
+) -> Path | None:
     """Look at the checkpoint that Megatron is about to load into ``model``.
 
     Args:
@@ -66,20 +71,22 @@ def check_checkpoint(args: Namespace, load_dir: str | None, model: list[torch.nn
         model: this rank's model chunks, unwrapped.
         strict: the model takes all of its weights from the checkpoint.
 
+    Returns:
+        Its folder; ``None`` where stock starts from random weights.
+
     Raises:
-        CheckpointError: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys; or stock would
-            fail in the first step after it.
+        CheckpointError: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys.
     """
     folder = _checkpoint_folder(args, load_dir)
     if folder is None:
-        return
-    _check_optimizer_can_resume(args, folder)
+        return None
     if (folder / "metadata.json").exists():
         _check_distributed(folder, model)
     elif (folder / ".metadata").exists() and args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format:
         raise CheckpointError(f"{folder / 'metadata.json'} is missing: it says that the checkpoint is a torch_dist one")
     elif any(folder.glob("mp_rank_*")):
         _check_legacy(_rank_file(folder), model, strict)
+    return folder
 
 
 def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
@@ -103,17 +110,6 @@ def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty")
     return folder
-
-
-def _check_optimizer_can_resume(args: Namespace, folder: Path) -> None:
-    """Under FSDP2, stock loads an optimizer's states in place: all but the step that torch's Adam keeps among them."""
-    if not getattr(args, "use_torch_fsdp2", False) or args.no_load_optim or args.finetune or folder.name == "release":
-        return
-    if not any(map(find_spec, ("apex", "transformer_engine"))):
-        raise CheckpointError(
-            f"{folder}: without apex or TransformerEngine, stock Megatron cannot load an optimizer under "
-            "--use-torch-fsdp2, dense or tiled; give --no-load-optim or --finetune"
-        )
 
 
 def _deepspeed_files(folder: Path) -> list[Path]:

@@ -13,10 +13,12 @@ the one after it, and the untiled rest (norms, biases, embeddings, layers left d
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.distributed import FullyShardedDataParallel, TorchFullyShardedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.distributed import DeviceMesh, ProcessGroup
@@ -134,6 +136,36 @@ def shard_tiles(module: torch.nn.Module, group: ProcessGroup, reshard_after_forw
                 setattr(parameter, attribute, value)
         if reshard_after_forward:
             _reshard_after_recompute(tile)
+
+
+def refuse_ranks_without_rows(model: torch.nn.Module) -> None:
+    """Raise a ValueError if FSDP2 would leave a rank nothing of some tile: stock cannot load such optimizer states."""
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    for name, tile in model.named_modules():
+        rows = min((parameter.shape[0] for parameter in tile.parameters()), default=0) if isinstance(tile, TILES) else 0
+        if rows and -(-rows // ranks) * (ranks - 1) >= rows:
+            raise ValueError(
+                f"{name}: {rows} rows of a tile leave some of {ranks} data-parallel ranks without any, which cannot be "
+                "saved and loaded; take fewer tiles, or leave out --save and --load"
+            )
+
+
+def restore_adam_step(optimizer: Any, checkpoint: Path) -> None:
+    """Give torch's Adam the step of the states that were loaded.
+
+    Under FSDP2 stock loads an optimizer's states in place, tensor by tensor; the step, which they share, it leaves.
+
+    Args:
+        optimizer: Megatron's.
+        checkpoint: the ``torch_dist`` folder that it was loaded from, ``iter_0000100``.
+    """
+    for inner in (one.optimizer for one in optimizer.chained_optimizers):
+        incomplete = [state for state in inner.state.values() if "exp_avg" in state and "step" not in state]
+        if isinstance(inner, torch.optim.Adam) and incomplete:
+            saved = load_common_state_dict(checkpoint)["optimizer"]
+            step = saved.get("optimizer", saved)["state"]["common_step"]
+            for state in incomplete:
+                state["step"] = torch.as_tensor(step).clone()
 
 
 def _reshard_after_recompute(tile: Any) -> None:

@@ -143,7 +143,13 @@ def _trainer_hook(args: Namespace) -> Hook:
 
     def run(chunks: ModelChunks) -> ModelChunks:
         with _ending_in_one_line():
-            return hook(chunks)
+            tiled = hook(chunks)
+            if args.use_torch_fsdp2 and (args.save or args.load or args.pretrained_checkpoint):
+                from megatron_tiling.fsdp import refuse_ranks_without_rows
+
+                for chunk in tiled:
+                    refuse_ranks_without_rows(chunk)
+            return tiled
 
     return run
 
@@ -185,9 +191,14 @@ def _with_checked_checkpoint(
     from megatron.training import get_args
     from megatron.training.checkpointing import unwrap_model
 
-    if get_args().use_tiled_linear:
-        check_on_all_ranks(get_args(), load_arg, unwrap_model(model), strict)
-    return load(model, optimizer, scheduler, load_arg, strict, *rest, **kwargs)
+    args = get_args()
+    folder = check_on_all_ranks(args, load_arg, unwrap_model(model), strict) if args.use_tiled_linear else None
+    loaded = load(model, optimizer, scheduler, load_arg, strict, *rest, **kwargs)
+    if folder is not None and optimizer is not None and args.use_torch_fsdp2:
+        from megatron_tiling.fsdp import restore_adam_step
+
+        restore_adam_step(optimizer, folder)
+    return loaded
 
 
 def _stage_name(chunk: int, chunks: int) -> str:

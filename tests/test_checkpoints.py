@@ -68,11 +68,6 @@ class Run:
         return LAYOUTS[self.layout][0]
 
     @property
-    def takes_weights_alone(self) -> bool:
-        """Stock loads no optimizer states under FSDP2 without apex or TransformerEngine."""
-        return self.source is not None and self.tiling.startswith("FSDP2")
-
-    @property
     def name(self) -> str:
         usual = {"llama", "torch_dist"}
         own = [self.layout, self.tiling, *(word for word in (self.model, self.storage) if word not in usual)]
@@ -168,7 +163,6 @@ def arguments(run: Run, folder: Path) -> list[str]:
         flags += ["--save", str(folder / run.name), "--save-interval", str(SAVED_AT)]
     else:
         flags += ["--load", str(folder / run.source.name), "--ckpt-step", str(SAVED_AT)]
-        flags += ["--no-load-optim"] if run.takes_weights_alone else []
     return [str(SCRIPTS / "pretrain_gpt.py"), *flags]
 
 
@@ -214,8 +208,6 @@ def test_resume_equals_uninterrupted_dense(run: Run, folder: Path) -> None:
     assert ("megatron_tiling: tiled linear layers" in log) == (run.tiling != "dense")
     # The trainer logs the mean of two iterations as the second loss of a run.
     compared = [iteration for iteration in found if iteration != SAVED_AT + 2]
-    if run.takes_weights_alone:
-        compared = compared[:1]
     difference = max(abs(float(found[iteration]) - float(dense[iteration])) for iteration in compared)
     assert difference <= 2e-5, f"largest difference {difference:.1e}"
     if (run.layout, run.tiling) == (run.source.layout, run.source.tiling):

@@ -15,6 +15,8 @@ KINDS = {
     "torch FSDP2": "--use-tiled-linear --use-torch-fsdp2 --no-gradient-accumulation-fusion",
 }
 FSDPS = tuple(KINDS)[1:]
+#: Tiles of a row or two, which cannot all be shared by two ranks.
+TOO_SMALL = f"{KINDS['torch FSDP2']} --tiled-linear-splits qkv=1x72 --load /nowhere"
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
 NO_DROPOUT = "--hidden-dropout 0"  # Megatron-FSDP gives all tensor-parallel ranks one random state, dense ones too
 #: Ranks, flags of all runs, flags of the tiled ones.
@@ -46,12 +48,15 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 *["--train-iters", str(ITERATIONS)],
             ],
         }
-        for kind, extra in KINDS.items()
+        for kind, extra in (KINDS | {"too small": TOO_SMALL}).items()
     ]
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
     torchrun(Path(__file__).parent / "distributed" / "train_many.py", file, world=world)
-    return {kind: "".join(Path(folder, f"{kind}.{rank}").read_text() for rank in {0, world - 1}) for kind in KINDS}
+    return {
+        kind: "".join(Path(folder, f"{kind}.{rank}").read_text() for rank in {0, world - 1})
+        for kind in [*KINDS, "too small"]
+    }
 
 
 def gradient_norms(log: str) -> list[float]:
@@ -75,3 +80,10 @@ def test_it_trains_as_dense_and_gathers_two_tiles(kind: str, logs: dict[str, str
         assert 1 <= int(units) <= 2
         assert int(size) <= 2 * int(largest)
     assert len(re.findall(pattern, logs[kind])) == 2
+
+
+def test_tiles_that_leave_a_rank_without_rows_are_refused(logs: dict[str, str]) -> None:
+    lines = [line for line in logs["too small"].splitlines() if "leave some of 2 data-parallel ranks" in line]
+    assert len(lines) == 2, logs["too small"][-3000:]
+    assert all(line.startswith("megatron_tiling: decoder.layers.0.self_attention.linear_qkv") for line in lines)
+    assert "Traceback" not in logs["too small"]
