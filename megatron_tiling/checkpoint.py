@@ -3,7 +3,7 @@
 * ``state_dict`` has the dense keys and weights wherever the tiles are plain parameters in memory. Tiles that an engine
   owns keep their own keys: ``state_dict`` is no collective, and an engine's own checkpoint needs its own parameters.
 * ``sharded_state_dict`` has one entry a tile, under the tile's name, that points at the tile's place in the dense
-  weight: the key, global shape and replica ids are stock's. Nothing is merged or copied, and optimizers find the
+  weight, or at that of the rows which FSDP2 leaves this rank: the key, global shape and replica ids are stock's. Nothing is merged or copied, and optimizers find the
   parameter they hold.
 * ``load_state_dict`` takes dense weights as well as tiles.
 * ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time, as ``gather`` does it.
@@ -127,24 +127,26 @@ def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: di
     apart = bool((metadata or {}).get("singleton_local_shards", False))
     tiles = {}
     for o, i, tile in tiles_of(layer):
-        data, first_row, of_tile = local_rows(tile), 0, dense
-        if hasattr(tile, "ds_id"):
-            with gathered(tile):
-                data = tile.detach().to("cpu", copy=True)
-        elif isinstance(tile, DTensor):
-            _, (first_row, _) = compute_local_shape_and_global_offset(tile.shape, tile.device_mesh, tile.placements)
-            of_tile = replace(dense, replica_id=(*dense.replica_id[:-1], 0))  # no other rank has these rows
+        rows, first_row = _rows_here(tile)
+        # No other rank has the rows of a shard.
+        of_tile = replace(dense, replica_id=(*dense.replica_id[:-1], 0)) if isinstance(tile, DTensor) else dense
         name = f"{prefix}tiles.linears.{o}.{i}.weight"
-        tiles[name] = _tile_entry(of_tile, layer.grid, o, i, data, first_row, apart)
+        tiles[name] = _tile_entry(of_tile, layer.grid, o, i, rows, first_row, apart)
     if layer.is_output_layer:
         entries[f"{prefix}weight"] = _WholeWeight(list(tiles.values()))
     return tiles | entries
 
 
-def local_rows(tile: Tensor) -> Tensor:
-    """The rows of a tile that are in this rank's memory: those of its shard under FSDP2, or all."""
-    with torch.no_grad():  # with a gradient, the local tensor would be a new view, which no optimizer knows
-        return tile.to_local() if isinstance(tile, DTensor) else tile
+def _rows_here(tile: Parameter) -> tuple[Tensor, int]:
+    """The rows of a tile that this rank saves and loads, and the first of them: those of its FSDP2 shard, or all."""
+    if hasattr(tile, "ds_id"):
+        with gathered(tile):
+            return tile.detach().to("cpu", copy=True), 0
+    if isinstance(tile, DTensor):
+        _, (first, _) = compute_local_shape_and_global_offset(tile.shape, tile.device_mesh, tile.placements)
+        with torch.no_grad():  # with a gradient, the local tensor would be a new view, which no optimizer knows
+            return tile.to_local(), first
+    return tile, 0
 
 
 def _tile_entry(

@@ -9,7 +9,8 @@ the one after it, and the untiled rest (norms, biases, embeddings, layers left d
   bias is added by others, after the layer let it go). It would prefetch some 500 million parameters, in the order of
   their names, which is not the one of their use; here it gathers one unit ahead, the one that followed last time.
 * torch FSDP2 (``TorchFullyShardedDataParallel``) needs inner modules sharded before outer ones, which Megatron's
-  wrapper does the other way round: tiles are sharded before it starts. FSDP2 itself prefetches one unit ahead.
+  wrapper does the other way round: tiles are sharded before it starts. FSDP2 itself prefetches one unit ahead. In a
+  checkpoint, a rank's rows of a tile are a part of the dense weight (checkpoint.py).
 """
 
 from collections.abc import Callable
