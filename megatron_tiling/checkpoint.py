@@ -2,9 +2,9 @@
 
 * ``state_dict`` has the dense keys and weights wherever the tiles are plain parameters in memory. Tiles that an engine
   owns keep their own keys: ``state_dict`` is no collective, and an engine's own checkpoint needs its own parameters.
-* ``sharded_state_dict`` has one entry a tile, under the tile's name, that points at the tile's place in the dense
-  weight, or at that of the rows which FSDP2 leaves this rank: the key, global shape and replica ids are stock's. Nothing is merged or copied, and optimizers find the
-  parameter they hold.
+* ``sharded_state_dict`` has one entry a tile, under the tile's name, that points at the place of the tile, or of the
+  rows of it that FSDP2 leaves this rank, in the dense weight: the key, global shape and replica ids are stock's.
+  Nothing is merged or copied, and optimizers find the parameter they hold.
 * ``load_state_dict`` takes dense weights as well as tiles.
 * ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time, as ``gather`` does it.
 

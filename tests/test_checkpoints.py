@@ -195,9 +195,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.feature(
-    "checkpoints, dense to tiled and back, between TP, PP, DP and torch FSDP2 layouts; torch_dist and legacy"
-)
+@pytest.mark.feature("checkpoints, dense to tiled and back, between TP, PP, DP and FSDP2; torch_dist and legacy")
 @pytest.mark.parametrize("run", RESUMED, ids=lambda run: run.name)
 def test_resume_equals_uninterrupted_dense(run: Run, folder: Path) -> None:
     assert run.source is not None
