@@ -191,6 +191,7 @@ def _saving_worker(*args: Any) -> None:
 def _patch_core() -> None:
     import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.tensor_parallel.random as tp_random
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import AllGatherPipeline
 
     from megatron_tiling.norm import allow_sequence_parallel
 
@@ -200,6 +201,10 @@ def _patch_core() -> None:
     tp_random._set_cuda_rng_state = set_rng_state
     if hasattr(async_utils, "PersistentAsyncCaller"):
         async_utils.PersistentAsyncCaller.async_loop = _saving_worker
+
+    # Gathers that gloo does in threads of its own, while tiles are computed, seem to end one run of thirty in a crash.
+    pipeline: Any = AllGatherPipeline
+    pipeline.all_gather_params = functools.partialmethod(pipeline.all_gather_params, async_param_gather=False)
 
     allow_sequence_parallel()  # a CPU has no fused norm
 
