@@ -144,7 +144,8 @@ def refuse_ranks_without_rows(model: torch.nn.Module) -> None:
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     for name, tile in model.named_modules():
         rows = min((parameter.shape[0] for parameter in tile.parameters()), default=0) if isinstance(tile, TILES) else 0
-        if rows and -(-rows // ranks) * (ranks - 1) >= rows:
+        chunk = -(-rows // ranks)  # of every rank but the last ones, as torch.chunk has it
+        if rows and chunk * (ranks - 1) >= rows:
             raise ValueError(
                 f"{name}: {rows} rows of a tile leave some of {ranks} data-parallel ranks without any, which cannot be "
                 "saved and loaded; take fewer tiles, or leave out --save and --load"
@@ -160,13 +161,12 @@ def restore_adam_step(optimizer: Any, checkpoint: Path) -> None:
         optimizer: Megatron's.
         checkpoint: the ``torch_dist`` folder that it was loaded from, ``iter_0000100``.
     """
-    for inner in (one.optimizer for one in optimizer.chained_optimizers):
-        incomplete = [state for state in inner.state.values() if "exp_avg" in state and "step" not in state]
-        if isinstance(inner, torch.optim.Adam) and incomplete:
+    for one in optimizer.chained_optimizers:
+        states = one.optimizer.state
+        if isinstance(one.optimizer, torch.optim.Adam) and any("step" not in state for state in states.values()):
             saved = load_common_state_dict(checkpoint)["optimizer"]
             step = saved.get("optimizer", saved)["state"]["common_step"]
-            for state in incomplete:
-                state["step"] = torch.as_tensor(step).clone()
+            one._restore_common_per_param_step({"state": states}, step)
 
 
 def _reshard_after_recompute(tile: Any) -> None:
