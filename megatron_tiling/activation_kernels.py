@@ -140,6 +140,7 @@ def activate(
     rows, columns = out.shape
     if not rows:
         return
+    bias, scale = _dense(bias), _dense(scale)
     numbers, flags = _operands(pre, bias, scale, out)
     block_rows, block_columns = _block(numbers, sums_rows=False)
     programs = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
@@ -157,6 +158,7 @@ def activate_backward(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """``pre`` becomes its gradient, ``grad`` the activation. Returns the gradients of bias and scale, in float32."""
     halves, rows, columns = pre.shape
+    bias, scale = _dense(bias), _dense(scale)
     numbers, flags = _operands(pre, bias, scale, grad)
     block_rows, block_columns = _block(numbers, sums_rows=bias_grad)
     row_blocks, column_blocks = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
@@ -176,11 +178,17 @@ def activate_backward(
     )
 
 
+def _dense(vectors: Tensor | None) -> Tensor | None:
+    """What a kernel only reads may come in any layout: expanded, strided, transposed."""
+    return None if vectors is None else vectors.contiguous()
+
+
 def _operands(
     pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor
 ) -> tuple[tuple[int, ...], dict[str, bool]]:
     halves, rows, columns = pre.shape
-    assert pre.stride(2) == 1 and out.stride(1) == 1 and (bias is None or bias.stride(1) == 1)
+    if columns > 1 and (pre.stride(2) != 1 or out.stride(1) != 1):
+        raise ValueError("pre-activations and activations need dense rows")
     bias_half_stride = 0 if bias is None else bias.stride(0)
     numbers = (rows, columns, pre.stride(0), pre.stride(1), bias_half_stride, out.stride(0))
     return numbers, {"GATED": halves == 2, "BIAS": bias is not None, "SCALE": scale is not None}

@@ -13,7 +13,7 @@ A layer here is a partitioned layer: it has a ``grid`` and modules ``tiles.linea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -89,20 +89,29 @@ def leave_to_dense_weights(unit: Any, state_dict: dict[str, Any], prefix: str, l
         state_dict.pop(f"{prefix}{name}")
 
 
-def take_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
-    """Load the dense weight, if it is there. Says whether anything for the tiles is."""
+def take_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """Load the dense weight, if it is there."""
     weight = state_dict.get(f"{prefix}weight")
     if weight is None:
-        return has_any(state_dict, f"{prefix}tiles.")
+        return
     try:
         load_dense_weight(layer, weight)
     except ValueError as error:
         error_msgs.append(f"{prefix}weight: {error}")
-    return True
 
 
-def has_any(state_dict: dict[str, Any], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in state_dict)
+def missing_weights(state_dict: Mapping[str, Any], layer_prefix: str, tile_keys: Iterable[Sequence[str]]) -> list[str]:
+    """What a strict load of one layer misses: the dense weight, or where there are tiles, those that are not.
+
+    Args:
+        layer_prefix: of the layer's keys.
+        tile_keys: for each tile the keys under any of which it may be.
+    """
+    if state_dict.get(f"{layer_prefix}weight") is not None:
+        return []
+    tiles = list(tile_keys)
+    missing = [keys[0] for keys in tiles if not any(key in state_dict for key in keys)]
+    return [f"{layer_prefix}weight"] if len(missing) == len(tiles) else missing
 
 
 def in_memory(parameter: Tensor) -> bool:

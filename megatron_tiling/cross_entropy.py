@@ -313,8 +313,9 @@ def update_statistics(
     if sum_logits is not None:
         sum_logits += scaled.sum(dim=-1)
     new_largest = torch.maximum(largest, tile_largest)
-    sum_exp *= torch.exp(largest - new_largest)
-    sum_exp += torch.exp(scaled - new_largest[:, None]).sum(dim=-1)
+    shift = torch.where(torch.isneginf(new_largest), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
+    sum_exp *= torch.exp(largest - shift)
+    sum_exp += torch.exp(scaled - shift[:, None]).sum(dim=-1)
     largest.copy_(new_largest)
     columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
     label_logit.copy_(torch.where(here, scaled.gather(1, columns[:, None]).squeeze(1), label_logit))

@@ -3,9 +3,10 @@
 Pure Python. Tiles subdivide what one rank holds, never the global weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 #: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
 ALIGNMENT = 16
@@ -66,6 +67,10 @@ class TileGrid:
     @property
     def tiles(self) -> int:
         return self.in_splits * self.out_splits
+
+    def indices(self) -> Iterator[tuple[int, int]]:
+        """``(o, i)`` of each tile, row by row."""
+        return product(range(self.out_splits), range(self.in_splits))
 
     @cached_property
     def in_parts(self) -> list[int]:

@@ -81,7 +81,7 @@ class _TiledParallelLinear(torch.nn.Module):
         forward pass does not use it.
         """
         grid = self.grid
-        views = (_TileView(self, grid, o, i) for o in range(grid.out_splits) for i in range(grid.in_splits))
+        views = (_TileView(self, grid, o, i) for o, i in grid.indices())
         tiles = TiledLinearReturnBias(
             grid.in_features,
             grid.out_features,

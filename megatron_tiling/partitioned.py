@@ -28,7 +28,7 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_tiling.checkpoint import put_dense_weight, sharded_tiles, take_dense_weight
+from megatron_tiling.checkpoint import missing_weights, put_dense_weight, sharded_tiles, take_dense_weight
 from megatron_tiling.grid import TileGrid
 from megatron_tiling.layers import (
     TiledColumnParallelLinear,
@@ -163,7 +163,7 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
             return WeightTile(parameter)
 
         # Made one at a time: under zero.Init each is partitioned before the next one is there.
-        tiles = (tile(o, i) for o in range(grid.out_splits) for i in range(grid.in_splits))
+        tiles = (tile(o, i) for o, i in grid.indices())
         container = PairedTiles if grid.paired else PartitionedTiles
         self.tiles = container(  # type: ignore[misc]
             grid.in_features,
@@ -198,10 +198,11 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes the dense weight, or leaves it to the tiles' own keys."""
-        found = take_dense_weight(self, state_dict, prefix, error_msgs)
-        if strict and not found and not self.tiles_are_elsewhere:
-            missing_keys.append(f"{prefix}weight")
+        """Takes the dense weight, or leaves it to the tiles' own keys, all of which must be there."""
+        take_dense_weight(self, state_dict, prefix, error_msgs)
+        if strict and not self.tiles_are_elsewhere:
+            tiles = [[f"{prefix}tiles.linears.{o}.{i}.weight"] for o, i in self.grid.indices()]
+            missing_keys += missing_weights(state_dict, prefix, tiles)
         rest = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

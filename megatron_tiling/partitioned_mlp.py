@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_tiling.checkpoint import has_any, leave_to_dense_weights
+from megatron_tiling.checkpoint import leave_to_dense_weights, missing_weights
 from megatron_tiling.mlp import LAYERS, TiledMLP, activation_of, unfit
 from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear, column_input
 from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart
@@ -70,12 +70,15 @@ class PartitionedMLP(TiledMLP):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
     ) -> None:
-        """Says which dense weights are missing; the layers and the units load what is there."""
-        if strict and not has_any(state_dict, f"{prefix}tiles."):
-            for name in LAYERS:
-                layer = f"{prefix}{name}."
-                if state_dict.get(f"{layer}weight") is None and not has_any(state_dict, f"{layer}tiles."):
-                    missing_keys.append(f"{layer}weight")
+        """Says which weights are missing; the layers and the units load what is there."""
+        if strict:
+            for name, part in zip(LAYERS, MLPTile.weight_names, strict=True):
+                layer, places = f"{prefix}{name}.", getattr(self, name).grid.indices()
+                keys = [
+                    (f"{prefix}tiles.{index}.{part}", f"{layer}tiles.linears.{o}.{i}.weight")
+                    for index, (o, i) in enumerate(places)
+                ]
+                missing_keys += missing_weights(state_dict, layer, keys)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
 
 

@@ -5,6 +5,7 @@ program handles a token's row or a block of it. Both kernels are bound by memory
 logit once, the second reads and writes it once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +29,14 @@ def update_statistics(
     tokens, columns = logits.shape
     if tokens == 0:
         return
-    _update_statistics[(tokens,)](
-        logits, logits.stride(0), columns, first_column, labels, scale,
-        largest, sum_exp, label_logit, sum_logits, argmax,
-        BLOCK=min(STATISTICS_BLOCK, triton.next_power_of_2(columns)), num_warps=STATISTICS_WARPS,
-    )  # fmt: skip
+    _check_written(logits, largest, sum_exp, label_logit, sum_logits, argmax)
+    block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
+    with torch.cuda.device_of(logits):
+        _update_statistics[(tokens,)](
+            logits, logits.stride(0), columns, first_column, labels.contiguous(), scale,
+            largest, sum_exp, label_logit, sum_logits, argmax,
+            BLOCKS=triton.cdiv(columns, block), BLOCK=block, num_warps=STATISTICS_WARPS,
+        )  # fmt: skip
 
 
 def logits_to_gradient(
@@ -49,19 +53,31 @@ def logits_to_gradient(
     tokens, columns = logits.shape
     if tokens == 0:
         return
+    _check_written(logits)
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
-    _logits_to_gradient[(tokens, triton.cdiv(columns, block))](
-        logits, logits.stride(0), columns, first_column, labels, log_sum_exp, grad_loss,
-        scale, label_weight, other_weight,
-        BLOCK=block, num_warps=GRADIENT_WARPS,
-    )  # fmt: skip
+    # Autograd hands over gradients of any stride: of `losses.sum()` one element for all tokens.
+    with torch.cuda.device_of(logits):
+        _logits_to_gradient[(tokens, triton.cdiv(columns, block))](
+            logits, logits.stride(0), columns, first_column,
+            labels.contiguous(), log_sum_exp.contiguous(), grad_loss.contiguous(),
+            scale, label_weight, other_weight,
+            BLOCK=block, num_warps=GRADIENT_WARPS,
+        )  # fmt: skip
+
+
+def _check_written(logits: Tensor, *statistics: Tensor | None) -> None:
+    """What the kernels write lies as they suppose: rows of logits dense, statistics dense."""
+    if (logits.shape[1] > 1 and logits.stride(1) != 1) or not all(
+        tensor is None or tensor.is_contiguous() for tensor in statistics
+    ):
+        raise ValueError("a tile of logits needs dense rows, and the statistics of its tokens must be contiguous")
 
 
 @triton.jit
 def _update_statistics(
     logits_ptr, row_stride, columns, first_column, labels_ptr, scale,
     largest_ptr, sum_exp_ptr, label_logit_ptr, sum_logits_ptr, argmax_ptr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * row_stride
@@ -71,8 +87,8 @@ def _update_statistics(
         argmax = tl.load(argmax_ptr + token)
     if sum_logits_ptr is not None:
         sum_logits = tl.load(sum_logits_ptr + token)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    for index in range(BLOCKS):  # of a known number: Triton's interpreter takes no other since numpy 2.5
+        column = index * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
         logit = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32) * scale
         logit = tl.where(inside, logit, float("-inf"))
@@ -83,7 +99,8 @@ def _update_statistics(
         if sum_logits_ptr is not None:
             sum_logits += tl.sum(tl.where(inside, logit, 0.0), axis=0)
         new_largest = tl.maximum(largest, block_largest)
-        sum_exp = sum_exp * tl.exp(largest - new_largest) + tl.sum(tl.exp(logit - new_largest), axis=0)
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
+        sum_exp = sum_exp * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift), axis=0)
         largest = new_largest
     tl.store(largest_ptr + token, largest)
     tl.store(sum_exp_ptr + token, sum_exp)

@@ -134,3 +134,29 @@ def test_torch_path(gated: bool) -> None:
         *((torch.cat(bias_grad.unbind(0), -1), leaves[1].grad), (scale_grad, leaves[2].grad)),
     ):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided", "offset", "transposed"])
+def test_kernels_read_bias_and_scale_of_any_layout(layout: str) -> None:
+    """``PartitionedMLP`` hands over a scale with a stride."""
+    pre, bias, scale, grad = operands(2, 6, 20, True, True, torch.float32)
+    settings = asdict(Formula("silu"))
+
+    def relaid(tensor: Tensor) -> Tensor:
+        if layout == "expanded":
+            return tensor[..., :1].expand(tensor.shape)
+        if layout == "strided":
+            return torch.stack([tensor, torch.full_like(tensor, 99)], dim=-1)[..., 0]
+        if layout == "offset":
+            return torch.cat([torch.full_like(tensor, 99), tensor], dim=-1)[..., tensor.shape[-1] :]
+        return tensor.unsqueeze(0).expand(2, *tensor.shape).contiguous().movedim(0, -1)[..., 1]
+
+    results = []
+    for make in (relaid, lambda tensor: relaid(tensor).clone(memory_format=torch.contiguous_format)):
+        operands_ = pre.clone(memory_format=torch.preserve_format), make(bias), make(scale)
+        out, grad_ = torch.empty_like(grad), grad.clone()
+        kernels.activate(*operands_, out, **settings)
+        grads = kernels.activate_backward(*operands_, grad_, bias_grad=True, scale_grad=True, **settings)
+        results.append((out, grad_, operands_[0], *grads))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

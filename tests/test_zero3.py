@@ -173,6 +173,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flags += [*LLAMA.split(), "--exit-interval", "5"]
         starts[f"dense_{precision}"] = [*dense, *flags]
         starts[f"tiled_{precision}"] = [*tiled, *flags, "--deepspeed-config", EXAMPLES / "zero3.json"]
+    starts["other_grid"] = [*tiled, "--load", folder / "of_engine", "--tile-factor", "6"]
     starts["other_tiles"] = [*tiled, "--global-batch-size", "6"]
     train(folder, starts, {"other_tiles": ["--tile-factor", "2"]})
     return folder
@@ -218,6 +219,14 @@ def test_offload_to_nvme(tmp_path: Path) -> None:
         train(tmp_path, {"memory": [*flags, EXAMPLES / "zero3.json"], "disk": [*flags, offload]}, {})
         assert {file.parents[1].name for file in Path(disk).rglob("*.swp")} == {"float32params", "optimizer"}
     assert len(losses(tmp_path, "disk")) == 4 and losses(tmp_path, "disk") == losses(tmp_path, "memory")
+
+
+def test_a_checkpoint_of_other_tiles_is_refused(runs: Path) -> None:
+    """Flat partitions of 3 and of 6 tiles have the same sizes here: the engine would load them, permuted."""
+    for rank in range(2):
+        log = Path(runs, f"other_grid.{rank}").read_text()
+        assert "was saved with other tiles: " in log and "give --tile-factor" in log, log[-2000:]
+        assert "lm loss" not in log
 
 
 def test_other_tiles_on_one_rank_end_every_rank_with_the_same_line(runs: Path) -> None:

@@ -33,7 +33,7 @@ from megatron.training.utils import print_rank_last
 # The batches and the data sets are those of the example for Megatron's own trainer.
 from pretrain_gpt import dataset_kind, datasets_of, get_batch
 
-from megatron_tiling import cpu, zero3, zero3_checkpoint
+from megatron_tiling import cpu, zero3, zero3_checkpoint, zero3_resume
 from megatron_tiling.agreement import require_agreement
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import table, tile
@@ -141,7 +141,10 @@ def save(args: Any, engine: Any, scheduler: Any, iteration: int) -> None:
 
 def load(args: Any, engine: Any, scheduler: Any) -> dict[str, Any] | None:
     """Continue from DeepSpeed's checkpoint in `--load`, if there is one yet. Returns its random states."""
-    path, state = engine.load_checkpoint(args.load)
+    try:
+        path, state = zero3_resume.load_checkpoint(engine, args.load)
+    except ValueError as error:
+        sys.exit(f"megatron_tiling: --load {args.load}: {error}")
     if path is None:
         print_rank_0(f"no checkpoint in --load {args.load}: starting from the beginning")
         return None
