@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from zero3_runs import forget, installed, megatron, quiet_engine, transformer
 
-from megatron_tiling import zero3
-from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
-from megatron_tiling.zero3_gather import TileGathering
+from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.zero3 import engine as zero3
+from megatron_tiling.zero3.gather import TileGathering
 
 HERE = Path(__file__).parent
 MIB, GIB = 2**20, 2**30

@@ -12,7 +12,7 @@ from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer impo
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from megatron_tiling.fsdp import TILES, tiles_of
+from megatron_tiling.partitioned.modules import TILE_MODULES, tile_modules
 
 
 class Gathered:
@@ -87,8 +87,8 @@ def _watch_torch_fsdp2(gathered: Gathered) -> None:
 
     def unit_of(group: Any) -> Any:
         module = group.modules[0]
-        is_layer = isinstance(module, TransformerLayer) and not tiles_of(module)
-        return id(group) if is_layer or isinstance(module, TILES) else None
+        is_layer = isinstance(module, TransformerLayer) and not tile_modules(module)
+        return id(group) if is_layer or isinstance(module, TILE_MODULES) else None
 
     def counted_unshard(self: Any, *args: Any) -> None:
         unshard(self, *args)

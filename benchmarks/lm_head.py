@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
-from megatron_tiling.head_tiles import HeadTiles
-from megatron_tiling.lm_head import TiledOutputLayer
+from megatron_tiling.resident.lm_head import TiledOutputLayer
+from megatron_tiling.tiles.head_cut import HeadTiles
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB", "four GEMMs, nothing else"

@@ -18,8 +18,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-from megatron_tiling.mlp import convert_mlp
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.mlp import convert_mlp
 
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 

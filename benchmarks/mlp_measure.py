@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mlp_candidates import Candidate
 from torch import Tensor
 
-from megatron_tiling.activation import Activation, Formula
+from megatron_tiling.tiles.activation import Activation, Formula
 
 MIB = 2**20
 HEAD_START = 2_000_000  # GPU cycles of waiting, in which the CPU runs ahead: launch latency is no one's time

@@ -108,9 +108,10 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     from megatron.core import parallel_state
     from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
 
-    from megatron_tiling import TilingConfig, tile, zero3
-    from megatron_tiling.convert import as_flag, coarser_splits
-    from megatron_tiling.zero3_config import TileSizes, with_thresholds
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import as_flag, coarser_splits
+    from megatron_tiling.zero3 import engine as zero3
+    from megatron_tiling.zero3.config import TileSizes, with_thresholds
 
     layers, hidden_size, ffn, words, sequence, batches = SIZES[small]["gpt"]
     config = transformer(

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.zero3 import import_deepspeed
+from megatron_tiling.zero3.engine import import_deepspeed
 
 
 def dense(config: Any) -> MLP:

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_tiling import zero3
+from megatron_tiling.zero3 import engine as zero3
 
 #: DeepSpeed's own thresholds, which suit dense layers.
 DEFAULTS = {

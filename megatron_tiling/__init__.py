@@ -3,45 +3,32 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.grid import TileGrid
+from megatron_tiling.tiles.grid import TileGrid
 
 if TYPE_CHECKING:
     from megatron_tiling.convert import tile as tile
-    from megatron_tiling.layers import TiledColumnParallelLinear as TiledColumnParallelLinear
-    from megatron_tiling.layers import TiledRowParallelLinear as TiledRowParallelLinear
-    from megatron_tiling.provider import install as install
-    from megatron_tiling.provider import tiled_model_provider as tiled_model_provider
-    from megatron_tiling.provider import tiling_hook as tiling_hook
-    from megatron_tiling.tiling import TiledLinear as TiledLinear
-    from megatron_tiling.tiling import TiledLinearReturnBias as TiledLinearReturnBias
-    from megatron_tiling.tiling import split_tensor_along_last_dim as split_tensor_along_last_dim
+    from megatron_tiling.resident.layers import TiledColumnParallelLinear as TiledColumnParallelLinear
+    from megatron_tiling.resident.layers import TiledRowParallelLinear as TiledRowParallelLinear
+    from megatron_tiling.tiles.tiled_linear import TiledLinear as TiledLinear
+    from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias as TiledLinearReturnBias
+    from megatron_tiling.tiles.tiled_linear import split_tensor_along_last_dim as split_tensor_along_last_dim
+    from megatron_tiling.trainer.hook import install as install
+    from megatron_tiling.trainer.hook import tiled_model_provider as tiled_model_provider
+    from megatron_tiling.trainer.hook import tiling_hook as tiling_hook
 
-__all__ = [
-    "TileGrid",
-    "TiledColumnParallelLinear",
-    "TiledLinear",
-    "TiledLinearReturnBias",
-    "TiledRowParallelLinear",
-    "TilingConfig",
-    "install",
-    "split_tensor_along_last_dim",
-    "tile",
-    "tiled_model_provider",
-    "tiling_hook",
-]
-
-#: Names that need torch or Megatron, whose import takes seconds: loaded when they are first asked for.
+#: Where the names are that need torch or Megatron, whose import takes seconds: loaded when they are first asked for.
 _LAZY = {
-    "TiledColumnParallelLinear": "layers",
-    "TiledLinear": "tiling",
-    "TiledLinearReturnBias": "tiling",
-    "TiledRowParallelLinear": "layers",
-    "install": "provider",
-    "split_tensor_along_last_dim": "tiling",
+    "TiledColumnParallelLinear": "resident.layers",
+    "TiledLinear": "tiles.tiled_linear",
+    "TiledLinearReturnBias": "tiles.tiled_linear",
+    "TiledRowParallelLinear": "resident.layers",
+    "install": "trainer.hook",
+    "split_tensor_along_last_dim": "tiles.tiled_linear",
     "tile": "convert",
-    "tiled_model_provider": "provider",
-    "tiling_hook": "provider",
+    "tiled_model_provider": "trainer.hook",
+    "tiling_hook": "trainer.hook",
 }
+__all__ = ["TileGrid", "TilingConfig", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ def main() -> None:
         cpu.install()
         sys.argv = cpu.with_default_args(sys.argv)
 
-    from megatron_tiling.provider import install
+    from megatron_tiling.trainer.hook import install
 
     install()
     try:

@@ -11,6 +11,21 @@ ROW_MODULES = ("proj", "fc2")
 MODULES = ("qkv", "proj", "fc1", "fc2", "output")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 272
+#: Attribute name of a layer in its parent module -> the module name that flags use.
+MODULE_OF_ATTRIBUTE = {
+    "linear_qkv": "qkv",
+    "linear_q": "qkv",
+    "linear_kv": "qkv",
+    "linear_q_proj": "qkv",
+    "linear_q_up_proj": "qkv",
+    "linear_kv_up_proj": "qkv",
+    "linear_proj": "proj",
+    "linear_fc1": "fc1",
+    "linear_fc2": "fc2",
+    "output_layer": "output",
+}
+#: Multi-latent attention asks whether these are stock layers, by exact class.
+MLA_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 Storage = Literal["resident", "partitioned"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 

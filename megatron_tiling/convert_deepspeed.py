@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from megatron_tiling import tile_keys
 from megatron_tiling.config import parse_splits
+from megatron_tiling.tiles import deepspeed_keys
 
 DEEPSPEED_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 MEGATRON_FOLDER = re.compile(r"mp_rank_(\d+)")
@@ -61,7 +61,7 @@ class Rank:
         iteration: at which it was saved.
     """
 
-    state: tile_keys.State
+    state: deepspeed_keys.State
     version: float
     args: Namespace | None
     iteration: int
@@ -143,8 +143,8 @@ def read(path: Path) -> Rank:
     model = next((content[key] for key in ("module", "model") if key in content), None)
     if not isinstance(model, Mapping):
         raise Refused(f"{path} holds no 'module' (DeepSpeed) or 'model' (Megatron)")
-    state, args = tile_keys.flatten(model), content.get("args")
-    version = 3.0 if tile_keys.uses_core_names(state) else content.get("checkpoint_version", 0)
+    state, args = deepspeed_keys.flatten(model), content.get("args")
+    version = 3.0 if deepspeed_keys.uses_core_names(state) else content.get("checkpoint_version", 0)
     return Rank(
         state,
         version,
@@ -167,9 +167,9 @@ def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def dense_rank(rank: Rank, ranks: int) -> dict[str, Any]:
     """What stock Megatron loads of a tile-keyed rank, as one of ``ranks``."""
-    state = tile_keys.core_names(tile_keys.join_tiles(rank.state))
+    state = deepspeed_keys.core_names(deepspeed_keys.join_tiles(rank.state))
     heads = getattr(rank.args, "num_attention_heads", None)
-    state = tile_keys.reorder_qkv(state, rank.version, heads and heads // ranks)
+    state = deepspeed_keys.reorder_qkv(state, rank.version, heads and heads // ranks)
     dense = {"model": state, "checkpoint_version": 3.0, "iteration": rank.iteration}
     return dense if rank.args is None else dense | {"args": _core_args(rank.args, ranks)}
 
@@ -188,12 +188,12 @@ def _core_args(args: Namespace, ranks: int) -> Namespace:
     return Namespace(**values)
 
 
-def tiled_rank(rank: Rank, ranks: int, splits: tile_keys.Splits, core: bool) -> dict[str, Any]:
+def tiled_rank(rank: Rank, ranks: int, splits: deepspeed_keys.Splits, core: bool) -> dict[str, Any]:
     """What DeepSpeed's engine loads of a dense rank, as one of ``ranks``; with ``core`` under megatron-core's names."""
     heads = getattr(rank.args, "num_attention_heads", None)
-    state = tile_keys.reorder_qkv(tile_keys.core_names(rank.state), rank.version, heads and heads // ranks)
-    state = tile_keys.split_tiles(state, splits, ranks)
-    module = state if core else tile_keys.nest(tile_keys.deepspeed_names(state))
+    state = deepspeed_keys.reorder_qkv(deepspeed_keys.core_names(rank.state), rank.version, heads and heads // ranks)
+    state = deepspeed_keys.split_tiles(state, splits, ranks)
+    module = state if core else deepspeed_keys.nest(deepspeed_keys.deepspeed_names(state))
     tiled: dict[str, Any] = {"module": module, "checkpoint_version": 3.0, "iteration": rank.iteration}
     # What DeepSpeed's engine looks up without asking whether it is there.
     tiled |= {"global_steps": rank.iteration, "global_samples": 0, "skipped_steps": 0, "dp_world_size": 1}
@@ -201,7 +201,7 @@ def tiled_rank(rank: Rank, ranks: int, splits: tile_keys.Splits, core: bool) -> 
     return tiled if rank.args is None else tiled | {"args": rank.args}
 
 
-def convert(source: Path, target: Path, splits: tile_keys.Splits | None = None, core: bool = False) -> str:
+def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = None, core: bool = False) -> str:
     """Write a dense checkpoint, or with ``splits`` a tile-keyed one, into the new folder ``target``.
 
     The folder appears when it is whole; one rank's weights are in memory at a time.
@@ -243,7 +243,7 @@ def convert(source: Path, target: Path, splits: tile_keys.Splits | None = None, 
 
 
 def _check(rank: Rank, path: Path, ranks: int, wants_tiles: bool) -> None:
-    if tile_keys.is_tiled(rank.state) != wants_tiles:
+    if deepspeed_keys.is_tiled(rank.state) != wants_tiles:
         raise Refused(f"{path} {'has no tile keys' if wants_tiles else 'has tile keys already'}")
     world = getattr(rank.args, "tensor_model_parallel_size", getattr(rank.args, "model_parallel_size", ranks))
     if world != ranks:

@@ -193,7 +193,7 @@ def _patch_core() -> None:
     import megatron.core.tensor_parallel.random as tp_random
     from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import AllGatherPipeline
 
-    from megatron_tiling.norm import allow_sequence_parallel
+    from megatron_tiling.trainer.norm import allow_sequence_parallel
 
     def set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
@@ -213,7 +213,7 @@ def _patch_training() -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
-    from megatron_tiling.compat import drop_cuda_kernel_builds
+    from megatron_tiling.trainer.versions import drop_cuda_kernel_builds
 
     drop_cuda_kernel_builds()
     if not {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(sys.argv):  # which want anything but 1

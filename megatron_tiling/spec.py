@@ -20,13 +20,20 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_tiling import compat
-from megatron_tiling.config import COLUMN_MODULES, DEFAULT_FACTOR, ROW_MODULES, Storage, TilingConfig
-from megatron_tiling.convert import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-from megatron_tiling.norm import SequenceParallelTorchNorm
-from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
-from megatron_tiling.transformer_engine import spec_classes
+from megatron_tiling.config import (
+    COLUMN_MODULES,
+    DEFAULT_FACTOR,
+    MLA_DOWN_PROJECTIONS,
+    MODULE_OF_ATTRIBUTE,
+    ROW_MODULES,
+    Storage,
+    TilingConfig,
+)
+from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.transformer_engine import spec_classes
+from megatron_tiling.trainer import versions
+from megatron_tiling.trainer.norm import SequenceParallelTorchNorm
 
 
 class TiledSpecProvider(LocalSpecProvider):
@@ -67,7 +74,7 @@ class TiledSpecProvider(LocalSpecProvider):
         return self._replacements().get(stock, stock)
 
     def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
-        return compat.sequential_experts(
+        return versions.sequential_experts(
             MLPSubmodules(
                 linear_fc1=self.column_parallel_linear("fc1"),
                 linear_fc2=self.row_parallel_linear("fc2"),
@@ -102,7 +109,7 @@ def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
     transformer = config.transformer
     block = get_gpt_decoder_block_spec(
         transformer,
-        use_transformer_engine=compat.uses_transformer_engine(transformer),
+        use_transformer_engine=versions.uses_transformer_engine(transformer),
         normalization=transformer.normalization,
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
@@ -113,8 +120,8 @@ def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
 #: What `--spec megatron_tiling.spec tiled_layer_spec` finds, in the form that this Megatron takes.
 tiled_layer_spec: Any = (
     _tiled_block_spec
-    if compat.spec_may_be_a_function()
-    else compat.LayerSpecFromArgs(lambda layer: TiledSpecProvider().tiled(layer))
+    if versions.spec_may_be_a_function()
+    else versions.LayerSpecFromArgs(lambda layer: TiledSpecProvider().tiled(layer))
 )
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tiling.activation import Activation, Formula
+from megatron_tiling.tiles.activation import Activation, Formula
 
-kernels = pytest.importorskip("megatron_tiling.activation_kernels")
+kernels = pytest.importorskip("megatron_tiling.tiles.kernels.activation")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FUNCTIONS = {

@@ -1,7 +1,7 @@
 """What the startup table advises; whole models are converted in distributed/check_models.py."""
 
-from megatron_tiling.convert import LayerReport, coarser_splits, table
-from megatron_tiling.grid import TileGrid
+from megatron_tiling.report import LayerReport, coarser_splits, table
+from megatron_tiling.tiles.grid import TileGrid
 
 MLP = "partitioned, TiledMLP, keep 0"
 

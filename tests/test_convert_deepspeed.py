@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from launch import ROOT, torchrun
 from megatron.training.checkpointing import _transpose_first_dim
 
-from megatron_tiling import tile_keys
 from megatron_tiling.convert_deepspeed import convert, main
+from megatron_tiling.tiles import deepspeed_keys as tile_keys
 
 LAYER = "decoder.layers.0.mlp.linear_fc1"
 

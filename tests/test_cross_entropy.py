@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
-from megatron_tiling.head_tiles import HeadTiles
+from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head_cut import HeadTiles
 
 
 def dense_losses(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tiling import TileGrid
-from megatron_tiling.grid import partition_uniform
+from megatron_tiling.tiles.grid import partition_uniform
 
 
 @given(st.integers(1, 500), st.integers(1, 40))

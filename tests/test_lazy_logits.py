@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tiling.cross_entropy import CrossEntropyLoop
-from megatron_tiling.functional import TileLoop
-from megatron_tiling.grid import TileGrid
-from megatron_tiling.head_tiles import HeadTiles
-from megatron_tiling.lazy_logits import LazyLogits, lazy_linear
+from megatron_tiling.resident.lazy_logits import LazyLogits, lazy_linear
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.head import CrossEntropyLoop
+from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.linear import TileLoop
 
 TOKENS, VOCABULARY, HIDDEN = (4, 2), 9, 5
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tiling import cross_entropy
-from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
-from megatron_tiling.head_tiles import HeadTiles
+from megatron_tiling.tiles import head as cross_entropy
+from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head_cut import HeadTiles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -117,7 +117,7 @@ def test_a_stock_model_trains_alike(megatron, tied, prediction_heads):
     from megatron.core.transformer import TransformerConfig
 
     from megatron_tiling.config import TilingConfig
-    from megatron_tiling.lm_head import convert_head
+    from megatron_tiling.resident.lm_head import convert_head
 
     config = TransformerConfig(
         num_layers=1, hidden_size=256, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, bf16=True,

@@ -18,9 +18,9 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tiling import mlp_loop
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-from megatron_tiling.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
+from megatron_tiling.tiles import mlp as mlp_loop
 
 HIDDEN, FFN = 6, 11  # 11 features: uneven tiles for every number of tiles but 1
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

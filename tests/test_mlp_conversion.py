@@ -25,7 +25,7 @@ from test_mlp import (
 )
 from torch import Tensor
 
-from megatron_tiling.mlp import convert_mlp
+from megatron_tiling.resident.mlp import convert_mlp
 
 
 def test_ddp_pre_hooks_run_first_and_in_order(loops: Loops) -> None:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tiling import cross_entropy
-from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles import head as cross_entropy
+from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
 
-kernels = pytest.importorskip("megatron_tiling.softmax_kernels")
+kernels = pytest.importorskip("megatron_tiling.tiles.kernels.softmax")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, COLUMNS = 6, 37
 

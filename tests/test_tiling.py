@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tiling import TiledLinear, TiledLinearReturnBias, TileGrid, split_tensor_along_last_dim
-from megatron_tiling.functional import TileLoop, tiled_linear
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 
 
 class LinearWithBias(torch.nn.Linear):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tiling.functional import TileLoop, tiled_linear
-from megatron_tiling.grid import TileGrid
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 
 FUSED = TileLoop(TileGrid(8, 12, 2, 3), fuse_wgrad=True)
 

@@ -12,8 +12,8 @@ import pytest
 from launch import ROOT, torchrun
 from test_training import COMMON, LLAMA, free_port
 
-from megatron_tiling import zero3_config
-from megatron_tiling.zero3_config import TileSizes
+from megatron_tiling.zero3 import config as zero3_config
+from megatron_tiling.zero3.config import TileSizes
 
 SIZES = TileSizes(smallest=1000, largest=2000, layer=8000)
 EXAMPLES = ROOT / "examples" / "gpt"

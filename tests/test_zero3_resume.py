@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Linear, Sequential
 
-from megatron_tiling import zero3_resume
+from megatron_tiling.zero3 import resume as zero3_resume
 
 SHAPES = {"0.weight": (3, 2), "0.bias": (3,)}
 

@@ -33,11 +33,15 @@ from megatron.training.utils import print_rank_last
 # The batches and the data sets are those of the example for Megatron's own trainer.
 from pretrain_gpt import dataset_kind, datasets_of, get_batch
 
-from megatron_tiling import cpu, zero3, zero3_checkpoint, zero3_resume
-from megatron_tiling.agreement import require_agreement
+from megatron_tiling import cpu
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.convert import table, tile
-from megatron_tiling.zero3_config import check_flags, engine_config
+from megatron_tiling.convert import tile
+from megatron_tiling.report import table
+from megatron_tiling.zero3 import checkpoint as zero3_checkpoint
+from megatron_tiling.zero3 import engine as zero3
+from megatron_tiling.zero3 import resume as zero3_resume
+from megatron_tiling.zero3.agreement import require_agreement
+from megatron_tiling.zero3.config import check_flags, engine_config
 
 if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
     sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.convert import make_tiled
-from megatron_tiling.mlp import TiledMLP
+from megatron_tiling.resident.mlp import TiledMLP
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "gpt"))
 from lora import LoRALinear, add_lora, merge_lora

@@ -24,8 +24,9 @@ from test_checkpoints import TWO_RANKS, Run, arguments
 from test_training import free_port
 from train_many import train
 
-from megatron_tiling import cpu, tile_keys
+from megatron_tiling import cpu
 from megatron_tiling.convert_deepspeed import convert
+from megatron_tiling.tiles import deepspeed_keys as tile_keys
 
 LEGACY = Run("TP=2", "factor 3", storage="legacy")
 SAVED = {"torch_dist": TWO_RANKS, "legacy": LEGACY}

@@ -32,8 +32,8 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.lm_head import TiledOutputLayer
-from megatron_tiling.mlp import TiledMLP
+from megatron_tiling.resident.lm_head import TiledOutputLayer
+from megatron_tiling.resident.mlp import TiledMLP
 
 VOCABULARY, SEQUENCE, BATCH = 64, 12, 2
 BASE: dict[str, Any] = {

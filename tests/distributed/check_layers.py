@@ -81,7 +81,7 @@ def build(case: dict[str, Any], kind: str) -> tuple[Any, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_tiling import TiledColumnParallelLinear, TiledRowParallelLinear
-    from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+    from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 
     partitioned = case["storage"] == "partitioned"
     tiled_class: type = {

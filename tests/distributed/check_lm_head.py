@@ -45,7 +45,7 @@ class Whole(TorchDispatchMode):
     seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from megatron_tiling.lazy_logits import LazyLogits
+        from megatron_tiling.resident.lazy_logits import LazyLogits
 
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -138,7 +138,7 @@ def step(model: Any, mode: str, main_grad: torch.dtype | None = None) -> tuple[d
 
 def check(case: dict[str, Any]) -> None:
     from megatron_tiling.config import TilingConfig
-    from megatron_tiling.lm_head import TiledOutputLayer, convert_head
+    from megatron_tiling.resident.lm_head import TiledOutputLayer, convert_head
 
     model = build(case)
     dense, dense_counter, dense_whole = step(model, case["mode"])
@@ -186,7 +186,7 @@ def check_other_uses() -> None:
             model = build(case)
             if convert:
                 from megatron_tiling.config import TilingConfig
-                from megatron_tiling.lm_head import convert_head
+                from megatron_tiling.resident.lm_head import convert_head
 
                 convert_head(model, TilingConfig())
             output = use(model, batch())
@@ -203,7 +203,7 @@ def z_loss(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels:
 
 
 def smoothed(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any) -> Tensor:
-    from megatron_tiling.lazy_logits import LazyLogits
+    from megatron_tiling.resident.lazy_logits import LazyLogits
 
     logits, _ = output_layer(hidden_states, weight=output_weight)
     if not isinstance(logits, LazyLogits):
@@ -244,7 +244,7 @@ def check_refusals() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     from megatron_tiling.config import TilingConfig
-    from megatron_tiling.lm_head import convert_head
+    from megatron_tiling.resident.lm_head import convert_head
 
     case = {name: values[0] for name, values in OPTIONS.items()}
     refusals: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -289,9 +289,9 @@ def check_float64() -> None:
     """Vocabulary-parallel losses and gradients against one float64 formula, input gathered or not."""
     import torch.distributed as dist
 
-    from megatron_tiling.cross_entropy import CrossEntropyLoop, tiled_linear_cross_entropy
-    from megatron_tiling.functional import ColumnComm
-    from megatron_tiling.head_tiles import HeadTiles
+    from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+    from megatron_tiling.tiles.head_cut import HeadTiles
+    from megatron_tiling.tiles.linear import ColumnComm
 
     group = dist.group.WORLD
     assert group is not None

@@ -70,8 +70,8 @@ def stock_mlp(case: dict[str, Any]) -> Any:
 
 
 def tiled_copy(mlp: Any, case: dict[str, Any]) -> Any:
-    from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-    from megatron_tiling.mlp import convert_mlp
+    from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+    from megatron_tiling.resident.mlp import convert_mlp
 
     attributes = (value for module in mlp.modules() for value in vars(module).values())
     mlp = copy.deepcopy(mlp, {id(value): value for value in attributes if isinstance(value, dist.ProcessGroup)})
@@ -90,9 +90,9 @@ def tiled_copy(mlp: Any, case: dict[str, Any]) -> Any:
 
 
 def partitioned(mlp: Any, case: dict[str, Any]) -> Any:
-    from megatron_tiling.grid import ALIGNMENT, TileGrid
-    from megatron_tiling.partitioned import make_partitioned
-    from megatron_tiling.partitioned_mlp import convert_partitioned_mlp
+    from megatron_tiling.partitioned.layers import make_partitioned
+    from megatron_tiling.partitioned.mlp import convert_partitioned_mlp
+    from megatron_tiling.tiles.grid import ALIGNMENT, TileGrid
 
     fc1, fc2, tiles = mlp.linear_fc1, mlp.linear_fc2, case["tiles"]
     make_partitioned(fc1, TileGrid(HIDDEN, fc1.output_size_per_partition, 1, tiles, case["gated"], ALIGNMENT))
@@ -160,7 +160,7 @@ def check(case: dict[str, Any]) -> None:
 
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP, expert_tensor_parallel_size=TP):
-        from megatron_tiling import mlp_loop
+        from megatron_tiling.tiles import mlp as mlp_loop
 
         mlp_loop.TOKEN_MULTIPLE = 2
         cases = [case | {"storage": "resident"} for seed in range(4) for case in all_pairs(OPTIONS, seed)]

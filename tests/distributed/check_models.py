@@ -25,8 +25,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_tiling import TilingConfig, tile, tiled_model_provider, tiling_hook
-from megatron_tiling.convert import LayerReport, table
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.report import LayerReport, table
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.spec import TiledSpecProvider
 
 TP = int(os.environ.get("WORLD_SIZE", "1"))

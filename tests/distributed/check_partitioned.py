@@ -23,12 +23,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch.nn import Parameter
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.checkpoint import dense_weight
 from megatron_tiling.convert import PARTITIONED
-from megatron_tiling.mlp import TiledMLP
-from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
-from megatron_tiling.partitioned_mlp import PartitionedMLP
-from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+from megatron_tiling.partitioned.checkpoint import dense_weight
+from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.partitioned.mlp import PartitionedMLP
+from megatron_tiling.partitioned.modules import MLPTile, WeightTile
+from megatron_tiling.resident.mlp import TiledMLP
 from megatron_tiling.spec import TiledSpecProvider
 
 SIZES = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}

@@ -17,9 +17,9 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.mlp import TiledMLP
+from megatron_tiling.resident.mlp import TiledMLP
+from megatron_tiling.resident.transformer_engine import TILED_CLASSES
 from megatron_tiling.spec import TiledSpecProvider
-from megatron_tiling.transformer_engine import TILED_CLASSES
 
 LINEARS = TilingConfig(factor=3, modules=("qkv", "proj", "fc1", "fc2"))
 LLAMA = {

@@ -96,7 +96,7 @@ def train_dense(config: Any) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the model that no one partitions; gradients are reduced as Megatron does."""
     from megatron.core import parallel_state
 
-    from megatron_tiling import zero3
+    from megatron_tiling.zero3 import engine as zero3
 
     model, losses, norms = gpt(config).to(device()), [], []
     optimizer = torch.optim.AdamW(zero3.parameter_groups(model), lr=4e-3)
@@ -132,7 +132,8 @@ def train_dense(config: Any) -> tuple[list[float], list[float]]:
 
 def engine_of(config: Any, tiled: bool, thresholds: dict[str, Any], frozen: str = "nothing") -> Any:
     """The engine; weights with ``frozen`` in their names are not trained."""
-    from megatron_tiling import TilingConfig, tile, zero3
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.zero3 import engine as zero3
 
     def build() -> torch.nn.Module:
         model = gpt(config)
@@ -169,7 +170,7 @@ def watching(engine: Any) -> Iterator[dict[str, int]]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    from megatron_tiling.zero3_gather import TileGathering
+    from megatron_tiling.zero3.gather import TileGathering
 
     linear = {
         id(parameter)
@@ -237,7 +238,7 @@ def replicated_parameters_agree(engine: Any) -> bool:
 
 def check_training(report: Any) -> None:
     """A Llama-like model, with all that makes gradients differ between tensor-parallel ranks."""
-    from megatron_tiling import zero3
+    from megatron_tiling.zero3 import engine as zero3
 
     def config() -> Any:
         return transformer(
@@ -261,7 +262,7 @@ def check_training(report: Any) -> None:
     dense = engine_of(config(), tiled=False, thresholds=thresholds_of(engine))
     with watching(dense) as most_dense:
         train_zero3(dense, 3)
-    whole = max(zero3.elements(parameter) for parameter in dense.module.decoder.parameters())
+    whole = max(zero3.whole_size(parameter) for parameter in dense.module.decoder.parameters())
     report("dense ZeRO-3 holds a layer", most_dense["linear"] >= whole > 2 * sizes.largest, (most_dense, whole))
 
 
@@ -269,8 +270,8 @@ def check_gathering(report: Any) -> None:
     """Our hooks fetch ahead and leave nothing behind, also for frozen tiles, recomputed layers and evaluation."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
-    from megatron_tiling.zero3_gather import TileGathering
+    from megatron_tiling.partitioned.modules import MLPTile, WeightTile
+    from megatron_tiling.zero3.gather import TileGathering
 
     def config() -> Any:
         return transformer(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -344,7 +345,7 @@ def check_warnings(report: Any) -> None:
 
 
 def check_agreement(report: Any) -> None:
-    from megatron_tiling.agreement import require_agreement
+    from megatron_tiling.zero3.agreement import require_agreement
 
     rank = torch.distributed.get_rank()
     try:
@@ -359,7 +360,7 @@ def check_agreement(report: Any) -> None:
 
 def refusal(config: Any, **zero: Any) -> str:
     """What `build` has against this offload."""
-    from megatron_tiling import zero3
+    from megatron_tiling.zero3 import engine as zero3
 
     try:
         zero3.build(lambda: gpt(config), config, ENGINE | {"zero_optimization": {"stage": 3, **zero}})
@@ -370,7 +371,7 @@ def refusal(config: Any, **zero: Any) -> str:
 
 def check_offload(report: Any) -> None:
     """An offload larger than the host, or to a disk without the library for it, ends before it begins."""
-    from megatron_tiling import zero3
+    from megatron_tiling.zero3 import engine as zero3
 
     config = transformer()
     parameters = sum(-(-parameter.numel() // 2) for parameter in gpt(config).parameters())

@@ -32,8 +32,12 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tiling import __main__ as runner
-from megatron_tiling import cpu, cross_entropy, functional, gemm, mlp_loop, wgrad
-from megatron_tiling.zero3 import import_deepspeed
+from megatron_tiling import cpu
+from megatron_tiling.tiles import gemm, wgrad
+from megatron_tiling.tiles import head as cross_entropy
+from megatron_tiling.tiles import linear as functional
+from megatron_tiling.tiles import mlp as mlp_loop
+from megatron_tiling.zero3.engine import import_deepspeed
 
 
 def count_gemms() -> None:

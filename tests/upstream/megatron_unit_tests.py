@@ -157,8 +157,8 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
     from megatron.core.transformer.mlp import MLP
 
     from megatron_tiling import TiledColumnParallelLinear, TiledRowParallelLinear, TilingConfig
-    from megatron_tiling.lm_head import convert_head
-    from megatron_tiling.mlp import convert_mlp
+    from megatron_tiling.resident.lm_head import convert_head
+    from megatron_tiling.resident.mlp import convert_mlp
 
     class Column(TiledColumnParallelLinear):
         default_splits = (1, factor)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiling.partitioned_tiles import whole_shape
+from megatron_tiling.tiles.ownership import whole_shape
 
 Shapes = dict[str, tuple[int, ...]]
 

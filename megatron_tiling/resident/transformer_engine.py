@@ -19,7 +19,7 @@ from megatron.core.extensions import transformer_engine as te
 from torch import Tensor
 
 from megatron_tiling.arguments import TRANSFORMER_ENGINE_OPTIONS
-from megatron_tiling.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 
 
 class _KeepsExtraState:

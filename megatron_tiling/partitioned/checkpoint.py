@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
-from megatron_tiling.grid import TileGrid
-from megatron_tiling.tiling import copy_param, gathered
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.ownership import copy_param, gathered, is_owned
 
 #: A context in which a tile's parameter is whole.
 Gather = Callable[[Parameter], AbstractContextManager[Any]]
@@ -116,7 +116,7 @@ def missing_weights(state_dict: Mapping[str, Any], layer_prefix: str, tile_keys:
 
 def in_memory(parameter: Tensor) -> bool:
     """Whether a parameter is whole and nobody's but the module's."""
-    owned = hasattr(parameter, "ds_id") or type(parameter) is not Parameter
+    owned = is_owned(parameter) or type(parameter) is not Parameter
     return not owned and parameter.untyped_storage().nbytes() > 0
 
 
@@ -148,7 +148,7 @@ def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: di
 
 def _rows_here(tile: Parameter) -> tuple[Tensor, int]:
     """The rows of a tile that this rank saves and loads, and the first of them: those of its FSDP2 shard, or all."""
-    if hasattr(tile, "ds_id"):
+    if is_owned(tile):
         with gathered(tile):
             return tile.detach().to("cpu", copy=True), 0
     if isinstance(tile, DTensor):

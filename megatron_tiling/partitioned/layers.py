@@ -28,17 +28,18 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_tiling.checkpoint import missing_weights, put_dense_weight, sharded_tiles, take_dense_weight
-from megatron_tiling.grid import TileGrid
-from megatron_tiling.layers import (
+from megatron_tiling.partitioned.checkpoint import missing_weights, put_dense_weight, sharded_tiles, take_dense_weight
+from megatron_tiling.partitioned.modules import PairedTiles, PartitionedTiles, WeightTile
+from megatron_tiling.partitioned.regather import regathered_in_backward
+from megatron_tiling.resident.layers import (
     TiledColumnParallelLinear,
     TiledRowParallelLinear,
     _TiledParallelLinear,
     chosen_splits,
     own_wgrad_fusion,
 )
-from megatron_tiling.partitioned_tiles import PairedTiles, PartitionedTiles, WeightTile, regathered_in_backward
-from megatron_tiling.tiling import gathered
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.ownership import gathered
 
 logger = logging.getLogger(__name__)
 

@@ -9,20 +9,19 @@ parameter and read it again in the backward pass; a saved tensor would keep the 
 Depends on torch alone.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from megatron_tiling.activation import Activation
-from megatron_tiling.functional import flat
-from megatron_tiling.grid import TileGrid
-from megatron_tiling.tiling import TiledLinearReturnBias, copy_param
+from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.ownership import copy_param, whole_shape
+from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
 
 class _TileModule(torch.nn.Module):
@@ -49,11 +48,6 @@ class _TileModule(torch.nn.Module):
             else:
                 with torch.no_grad():
                     copy_param(tile, value)
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, also while ZeRO-3 has partitioned it away."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class WeightTile(_TileModule):
@@ -201,6 +195,15 @@ class MLPTilePart(_TileModule):
         return self._unit[0](input_, part=self._part), None
 
 
+#: The modules that an engine gathers as one.
+TILE_MODULES = (WeightTile, MLPTile)
+
+
+def tile_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The tiles in a model, those of fc1 and fc2 in a tiled MLP two by two."""
+    return [module for module in model.modules() if isinstance(module, TILE_MODULES)]
+
+
 class _MLPTile(torch.autograd.Function):
     """One tile of an MLP. Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear
     unit twice as many in U, b and p.
@@ -285,55 +288,3 @@ class _MLPTile(torch.autograd.Function):
 def _halves(pre: Tensor, activation: Activation) -> Tensor:
     """``[n, halves * f]`` -> ``[halves, n, f]``, a view."""
     return pre.unflatten(1, (activation.halves, -1)).transpose(0, 1)
-
-
-@contextmanager
-def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What runs inside keeps the rank's shard in place of the gathered input, as Megatron's layers do.
-
-    The backward passes of all tiles together gather it once more.
-
-    Args:
-        gathered: ``[s, ...]``; recognised by its storage, also in views of it.
-        shard: ``[s/tp, ...]``, what it was gathered from.
-        group: the tensor-parallel group.
-    """
-    if gathered.numel() == 0:
-        yield
-        return
-    storage = gathered.untyped_storage().data_ptr()
-    again = _Regathered(shard.detach(), group)
-
-    def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != storage:
-            return tensor
-        again.uses += 1
-        return tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def unpack(saved: Any) -> Tensor:
-        return saved if isinstance(saved, Tensor) else again.take().as_strided(*saved)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-class _Regathered:
-    """An input that is gathered for the first tile that needs it in the backward pass, and dropped after the last."""
-
-    def __init__(self, shard: Tensor, group: dist.ProcessGroup | None) -> None:
-        self.shard, self.group = shard.contiguous(), group
-        self.uses = self.left = 0
-        self.full: Tensor | None = None
-
-    def take(self) -> Tensor:
-        if self.full is None:
-            self.full = self.shard.new_empty(
-                self.shard.shape[0] * dist.get_world_size(self.group), *self.shard.shape[1:]
-            )
-            dist.all_gather_into_tensor(self.full, self.shard, group=self.group)
-            self.left = self.uses
-        full = self.full
-        self.left -= 1
-        if self.left == 0:
-            self.full = None
-        return full

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiling.gemm import gemm_into
+from megatron_tiling.tiles.gemm import gemm_into
 
 
 class WeightGrad:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiling.grid import partition_uniform
+from megatron_tiling.tiles.grid import partition_uniform
 
 State = dict[str, Tensor]
 Splits = Mapping[str, tuple[int, int]]

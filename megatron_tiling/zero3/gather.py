@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_tiling.partitioned_tiles import MLPTile, PartitionedTiles, WeightTile
+from megatron_tiling.partitioned.modules import TILE_MODULES, PartitionedTiles
 
 #: Settings of ``zero_optimization`` that change how parameters are gathered, and the values under which they do not.
 OTHER_GATHERING: dict[str, tuple[Any, ...]] = {
@@ -96,7 +96,7 @@ class TileGathering:
         for module in model.modules():
             if isinstance(module, PartitionedTiles):
                 _remove_hooks_of_deepspeed(module)
-            elif isinstance(module, (WeightTile, MLPTile)):
+            elif isinstance(module, TILE_MODULES):
                 _remove_hooks_of_deepspeed(module)
                 self._attach(module)
 

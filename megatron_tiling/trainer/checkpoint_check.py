@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_tiling.tile_keys import TILE_KEY, flatten
+from megatron_tiling.tiles.deepspeed_keys import TILE_KEY, flatten
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANY = 3

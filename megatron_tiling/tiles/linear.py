@@ -5,54 +5,18 @@ gradient per tile. Depends on torch alone; the tensor-parallel collectives of a 
 ``ColumnComm`` and run once a layer, not once a tile.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tiling.gemm import gemm_into
-from megatron_tiling.grid import TileGrid
-from megatron_tiling.wgrad import WeightGrad
-
-
-@dataclass(frozen=True)
-class ColumnComm:
-    """Collectives of a column-parallel layer: at most one of the two kinds.
-
-    Args:
-        group: the tensor-parallel group.
-        sequence_parallel: the input ``[s/tp, b, h]`` is gathered along its first dimension, in the forward pass and
-            again for the weight gradient; the input gradient is reduce-scattered.
-        allreduce_dgrad: the input gradient is all-reduced.
-        gather_buffer: ``(shape, dtype) -> Tensor`` for the gathered input. It may be shared between layers: it is
-            never kept for the backward pass.
-    """
-
-    group: dist.ProcessGroup
-    sequence_parallel: bool
-    allreduce_dgrad: bool
-    gather_buffer: Callable[[Sequence[int], torch.dtype], Tensor]
-
-    def gather(self, shard: Tensor, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-        """``[s/tp, ...]`` -> ``[s, ...]``."""
-        shape = (shard.shape[0] * self.group.size(), *shard.shape[1:])
-        full = self.gather_buffer(shape, shard.dtype)
-        work = dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group, async_op=async_op)
-        return full, work
-
-    def reduce(self, dgrad: Tensor) -> tuple[Tensor, dist.Work | None]:
-        """Start the reduction of a full input gradient; wait for the returned work before reading the result."""
-        if self.sequence_parallel:
-            shard = dgrad.new_empty(dgrad.shape[0] // self.group.size(), *dgrad.shape[1:])
-            return shard, dist.reduce_scatter_tensor(shard, dgrad, group=self.group, async_op=True)
-        if self.allreduce_dgrad:
-            return dgrad, dist.all_reduce(dgrad, group=self.group, async_op=True)
-        return dgrad, None
+from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.gemm import gemm_into
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.wgrad import WeightGrad
 
 
 @dataclass(frozen=True)
@@ -186,11 +150,6 @@ class _TiledLinear(torch.autograd.Function):
         if reducing is not None:
             reducing.wait()
         return wgrad, bias_grad, None, *dgrads
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """``[..., features]`` -> ``[tokens, features]``, with one token for 1-D and none for empty tensors."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def in_tiles(grid: TileGrid, parts: Sequence[Tensor]) -> list[Tensor]:

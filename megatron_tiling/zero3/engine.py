@@ -20,9 +20,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tiling.partitioned_tiles import MLPTile, WeightTile, whole_shape
-from megatron_tiling.tiling import gathered
-from megatron_tiling.zero3_config import (
+from megatron_tiling.partitioned.modules import TILE_MODULES
+from megatron_tiling.tiles.ownership import gathered, is_owned, whole_shape, whole_size
+from megatron_tiling.zero3.config import (
     Config,
     TileSizes,
     check_host_memory,
@@ -31,7 +31,7 @@ from megatron_tiling.zero3_config import (
     with_thresholds,
     without_auto,
 )
-from megatron_tiling.zero3_gather import TileGathering, reason_against
+from megatron_tiling.zero3.gather import TileGathering, reason_against
 
 
 class ModelParallelUnit:
@@ -147,7 +147,7 @@ def _gathering_initialisation(transformer: Any) -> Iterator[None]:
 
 
 def _initialise_whole(method: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    if not hasattr(tensor, "ds_id"):
+    if not is_owned(tensor):
         return method(tensor)
     whole = torch.empty(whole_shape(tensor))
     method(whole)  # in the dtype and on the device in which Megatron draws the parameters of torch's modules
@@ -199,8 +199,8 @@ def tile_sizes(model: torch.nn.Module) -> TileSizes | None:
     layers: dict[str, list[int]] = {}
     weights: list[int] = []
     for name, module in model.named_modules():
-        if isinstance(module, (WeightTile, MLPTile)):
-            sizes = [elements(parameter) for parameter in module.parameters()]
+        if isinstance(module, TILE_MODULES):
+            sizes = [whole_size(parameter) for parameter in module.parameters()]
             layers.setdefault(name.rpartition(".tiles.")[0], []).append(sum(sizes))
             weights += sizes
     if not layers:
@@ -208,18 +208,12 @@ def tile_sizes(model: torch.nn.Module) -> TileSizes | None:
     return TileSizes(min(weights), max(map(max, layers.values())), max(map(sum, layers.values())))
 
 
-def elements(parameter: Tensor) -> int:
-    """Elements of a whole parameter, partitioned or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """As Megatron groups them: no weight decay for vectors, whatever their partitioned shape."""
     groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            groups[1.0 if len(shape) > 1 else 0.0].append(parameter)
+            groups[1.0 if len(whole_shape(parameter)) > 1 else 0.0].append(parameter)
     return [{"params": params, "wd_mult": mult, "lr_mult": 1.0} for mult, params in groups.items() if params]
 
 

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_tiling.partitioned_tiles import MLPTile, WeightTile
+from megatron_tiling.partitioned.modules import MLPTile, tile_modules
 
 
 class _Gathered(torch.nn.Module):
@@ -48,12 +48,7 @@ class _Gathered(torch.nn.Module):
 def _untiled(model: torch.nn.Module, write: bool) -> Iterator[None]:
     import deepspeed
 
-    tiles = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (WeightTile, MLPTile))
-        for parameter in module.parameters()
-    }
+    tiles = {id(parameter) for module in tile_modules(model) for parameter in module.parameters()}
     others: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) not in tiles]
     with deepspeed.zero.GatheredParameters(others, modifier_rank=0 if write else None):
         yield

@@ -15,10 +15,14 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_tiling.checkpoint import leave_to_dense_weights, missing_weights
-from megatron_tiling.mlp import LAYERS, TiledMLP, activation_of, unfit
-from megatron_tiling.partitioned import PartitionedColumnParallelLinear, PartitionedRowParallelLinear, column_input
-from megatron_tiling.partitioned_tiles import MLPTile, MLPTilePart
+from megatron_tiling.partitioned.checkpoint import leave_to_dense_weights, missing_weights
+from megatron_tiling.partitioned.layers import (
+    PartitionedColumnParallelLinear,
+    PartitionedRowParallelLinear,
+    column_input,
+)
+from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
+from megatron_tiling.resident.mlp import LAYERS, TiledMLP, activation_of, unfit
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.
 ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "megatron_fsdp.")

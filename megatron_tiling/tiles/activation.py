@@ -52,7 +52,7 @@ class Activation:
     def forward(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> None:
         """Write the activation into ``out [n, f]``."""
         if self.formula is not None and _on_kernels(pre):
-            from megatron_tiling.activation_kernels import activate
+            from megatron_tiling.tiles.kernels.activation import activate
 
             activate(pre, bias, scale, out, **vars(self.formula))
         else:
@@ -67,7 +67,7 @@ class Activation:
             The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
         """
         if self.formula is not None and _on_kernels(pre):
-            from megatron_tiling.activation_kernels import activate_backward
+            from megatron_tiling.tiles.kernels.activation import activate_backward
 
             return activate_backward(
                 pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **vars(self.formula)

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tiling.activation import Activation
-from megatron_tiling.functional import ColumnComm, flat
-from megatron_tiling.gemm import gemm_into
-from megatron_tiling.grid import ALIGNMENT
-from megatron_tiling.wgrad import WeightGrad
+from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.gemm import gemm_into
+from megatron_tiling.tiles.grid import ALIGNMENT
+from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
 TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from megatron_tiling.cross_entropy import CrossEntropyLoop, TokenLosses, tiled_linear_cross_entropy
-from megatron_tiling.functional import TileLoop, _TiledLinear, tiled_linear
+from megatron_tiling.tiles.head import CrossEntropyLoop, TokenLosses, tiled_linear_cross_entropy
+from megatron_tiling.tiles.linear import TileLoop, _TiledLinear, tiled_linear
 
 _aten = torch.ops.aten
 _SCALINGS = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)

@@ -5,7 +5,7 @@ log-sum-exp per token; the backward pass makes each tile again, turns it into it
 multiplies it into both gradients. That is four GEMMs in all; the dense form has three, but moves every logit
 through memory many times.
 
-Depends on torch alone, with Triton kernels for the softmax on GPUs (``softmax_kernels.py``).
+Depends on torch alone, with Triton kernels for the softmax on GPUs (``softmax.py``).
 Semantics are those of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
 """
 
@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tiling.functional import ColumnComm, flat
-from megatron_tiling.gemm import gemm_into
-from megatron_tiling.head_tiles import HeadTiles
-from megatron_tiling.wgrad import WeightGrad
+from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.gemm import gemm_into
+from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.wgrad import WeightGrad
 
 
 @dataclass(frozen=True)
@@ -300,9 +300,9 @@ def update_statistics(
         sum_logits, argmax: ``[n_t]``, or ``None`` if not wanted.
     """
     if _on_gpu(logits):
-        from megatron_tiling import softmax_kernels
+        from megatron_tiling.tiles.kernels import softmax
 
-        softmax_kernels.update_statistics(
+        softmax.update_statistics(
             logits, first_column, labels, scale, largest, sum_exp, label_logit, sum_logits, argmax
         )
         return
@@ -340,9 +340,9 @@ def logits_to_gradient(
         labels, log_sum_exp, grad_loss: ``[n_t]``.
     """
     if _on_gpu(logits):
-        from megatron_tiling import softmax_kernels
+        from megatron_tiling.tiles.kernels import softmax
 
-        softmax_kernels.logits_to_gradient(
+        softmax.logits_to_gradient(
             logits, first_column, labels, log_sum_exp, grad_loss, scale, label_weight, other_weight
         )
         return

@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import ceil
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
-from megatron_tiling.grid import partition_uniform
+from megatron_tiling.tiles.grid import partition_uniform
 
 MIB = 2**20
 #: Long tiles begin at multiples of the widest tile of cuBLAS's kernels; short ones are divided evenly.

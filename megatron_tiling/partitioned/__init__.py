@@ -1,0 +1,1 @@
+"""Layers and MLP whose tiles are parameters of their own, for engines that gather them one by one."""

@@ -1,0 +1,315 @@
+"""Megatron's column- and row-parallel linear layers, computed tile by tile (resident weights).
+
+A tiled layer *is* the stock layer: same parameter, initialisation, options and checkpoint. Only ``_forward_impl``,
+the matrix product inside stock's ``forward``, is replaced by ``functional.tiled_linear``. Communication around the
+product stays stock's; what stock does within it (the sequence-parallel gather, the reduction of the input gradient
+under the weight gradient) is done here, once a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, Self
+
+import torch
+from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.grid import ALIGNMENT, TileGrid
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
+from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
+
+
+class _TiledParallelLinear(torch.nn.Module):
+    """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product."""
+
+    #: Grid of layers that are built from a spec, which cannot pass keywords on; see ``with_splits``.
+    default_splits = (1, 1)
+
+    config: Any
+    weight: Any
+    bias: Any
+    gradient_accumulation_fusion: bool
+    grid: TileGrid
+    combine_out_splits: bool
+    fp32_accumulate: bool
+    input_is_already_split: bool
+
+    @classmethod
+    @cache
+    def with_splits(cls, in_splits: int, out_splits: int) -> type[Self]:
+        """A subclass for model specs, which take a class and no keywords, whose layers have this grid."""
+        return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), {"default_splits": (in_splits, out_splits)})
+
+    def set_tiles(
+        self,
+        in_splits: int,
+        out_splits: int,
+        *,
+        combine_out_splits: bool = True,
+        paired: bool = False,
+        fp32_accumulate: bool = False,
+    ) -> None:
+        """Choose the grid. The weight is neither drawn nor copied.
+
+        Raises:
+            ValueError: the grid does not fit the rank's shard, or the layer has an option that cannot be tiled.
+        """
+        if getattr(self, "gtp_remat_size", 1) > 1:
+            raise ValueError(
+                "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
+                "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
+            )
+        rows, columns = self._shard_shape()
+        paired = paired and not combine_out_splits
+        self.grid = TileGrid(columns, rows, in_splits, out_splits, paired, ALIGNMENT)
+        self.combine_out_splits = combine_out_splits
+        self.fp32_accumulate = fp32_accumulate
+
+    def _shard_shape(self) -> tuple[int, int]:
+        """``[out, in]`` of this rank's weight."""
+        raise NotImplementedError
+
+    @property
+    def tiles(self) -> TiledLinearReturnBias:
+        """The grid as modules over views of this layer's weight, made anew at each call; it holds no parameters.
+
+        It describes the tiles and runs standalone on the rank's shard, without communication. The layer's own
+        forward pass does not use it.
+        """
+        grid = self.grid
+        views = (_TileView(self, grid, o, i) for o, i in grid.indices())
+        tiles = TiledLinearReturnBias(
+            grid.in_features,
+            grid.out_features,
+            bias=self.bias is not None,
+            in_splits=grid.in_splits,
+            out_splits=grid.out_splits,
+            input_is_already_split=self.input_is_already_split,
+            combine_out_splits=self.combine_out_splits,
+            linear_cls=lambda *args, **kwargs: next(views),
+        )
+        tiles.in_parts, tiles.out_parts = grid.in_parts, grid.out_parts
+        return tiles
+
+    def _forward_impl(
+        self,
+        input: Tensor | Sequence[Tensor],
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: torch.distributed.ProcessGroup | None,
+        grad_output_buffer: list[Tensor] | None,
+        wgrad_deferral_limit: int | None = None,
+        **unused_without_gtp: Any,
+    ) -> Tensor | list[Tensor]:
+        comm = None
+        if sequence_parallel or allreduce_dgrad:
+            assert tp_group is not None
+            comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
+        loop = TileLoop(self.grid, self.combine_out_splits, gradient_accumulation_fusion, self.fp32_accumulate, comm)
+        return tiled_linear(input, weight, bias, loop)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tiles={self.grid}"
+
+
+class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
+    """``ColumnParallelLinear`` in tiles.
+
+    Args:
+        in_splits, out_splits: the grid over this rank's shard ``[output_size / tp, input_size]``.
+        combine_out_splits: ``False`` returns ``([one [s, b, out_o] tensor an out-tile], bias)``, in the order in
+            which a row layer takes them; for fc1 of a gated MLP each is ``[gate_o | up_o]``.
+        fp32_accumulate: sum over in-tiles (and over out-tiles in the input gradient) in float32.
+        args, kwargs: as for ``megatron.core.tensor_parallel.ColumnParallelLinear``.
+
+    Raises:
+        ValueError: the grid does not fit the shard; ``combine_out_splits=False`` with ``gather_output=True``;
+            ``defer_embedding_wgrad_compute`` or sharded weights (GTP).
+    """
+
+    input_is_already_split = False
+    gather_output: bool
+    input_size: int
+    output_size_per_partition: int
+
+    def __init__(
+        self,
+        *args: Any,
+        in_splits: int | None = None,
+        out_splits: int | None = None,
+        combine_out_splits: bool = True,
+        fp32_accumulate: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        with own_wgrad_fusion(self, kwargs["config"]):
+            super().__init__(*args, **kwargs)
+        self.set_tiles(
+            *chosen_splits(self.default_splits, in_splits, out_splits),
+            combine_out_splits=combine_out_splits,
+            paired=kwargs.get("tp_comm_buffer_name") == "fc1" and getattr(self.config, "gated_linear_unit", False),
+            fp32_accumulate=fp32_accumulate,
+        )
+
+    def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
+        if self.config.defer_embedding_wgrad_compute:
+            raise ValueError(
+                "a tiled layer cannot defer its weight gradient; leave out --defer-embedding-wgrad-compute"
+            )
+        super().set_tiles(in_splits, out_splits, **options)
+        self._check_gather(self.gather_output)
+
+    def _shard_shape(self) -> tuple[int, int]:
+        return self.output_size_per_partition, self.input_size
+
+    def _check_gather(self, gather_output: bool) -> None:
+        if gather_output and not self.combine_out_splits:
+            raise ValueError("combine_out_splits=False returns a list of tiles, which gather_output=True cannot gather")
+
+    def forward(
+        self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Any, Tensor | None]:
+        """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> stock's output, or a list of tiles, and bias.
+
+        Raises:
+            ValueError: a list is given, or the output is to be gathered with ``combine_out_splits=False``.
+        """
+        if isinstance(input_, (list, tuple)):
+            raise ValueError(
+                f"a column layer takes one tensor, every rank the same features; it was given {len(input_)} parts"
+            )
+        self._check_gather(bool(runtime_gather_output))
+        result: tuple[Any, Tensor | None] = super().forward(
+            self.normalized(input_), weight=weight, runtime_gather_output=runtime_gather_output
+        )
+        return result
+
+    def normalized(self, input_: Tensor) -> Tensor:
+        """The input of the tiles, ``[s, b, h]``: of the layer itself, unless it has a norm of its own."""
+        return input_
+
+
+class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
+    """``RowParallelLinear`` in tiles.
+
+    With ``input_is_parallel=True``, ``forward`` also takes the ``in_splits`` tiles of its input as a list: what a
+    column layer with ``combine_out_splits=False`` returned, after the activation.
+
+    Args:
+        in_splits, out_splits: the grid over this rank's shard ``[output_size, input_size / tp]``.
+        fp32_accumulate: sum over in-tiles (and over out-tiles in the input gradient) in float32.
+        args, kwargs: as for ``megatron.core.tensor_parallel.RowParallelLinear``.
+
+    Raises:
+        ValueError: the grid does not fit the shard; ``combine_out_splits=False``, which a row layer's reduction over
+            tensor-parallel ranks leaves no room for; sharded weights (GTP).
+    """
+
+    input_is_parallel: bool
+    output_size: int
+    input_size_per_partition: int
+
+    def __init__(
+        self,
+        *args: Any,
+        in_splits: int | None = None,
+        out_splits: int | None = None,
+        combine_out_splits: bool = True,
+        fp32_accumulate: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        with own_wgrad_fusion(self, kwargs["config"]):
+            super().__init__(*args, **kwargs)
+        self.set_tiles(
+            *chosen_splits(self.default_splits, in_splits, out_splits),
+            combine_out_splits=combine_out_splits,
+            fp32_accumulate=fp32_accumulate,
+        )
+
+    @property
+    def input_is_already_split(self) -> bool:  # type: ignore[override]
+        """Whether ``forward`` takes the in-tiles as a list: where the input is the rank's shard already."""
+        return self.input_is_parallel
+
+    def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
+        if not options.get("combine_out_splits", True):
+            raise ValueError("a row layer reduces its output over tensor-parallel ranks: it must combine_out_splits")
+        super().set_tiles(in_splits, out_splits, **options)
+
+    def _shard_shape(self) -> tuple[int, int]:
+        return self.output_size, self.input_size_per_partition
+
+    def forward(self, input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]``, ``[s, b, h/tp]`` if the input is parallel, or its list of in-tiles -> stock's output and bias.
+
+        Raises:
+            ValueError: a list is given where the input is not parallel, of another length than ``in_splits``, with
+                tiles of other widths, or with activation offloading to the CPU.
+        """
+        if not isinstance(input_, Tensor):
+            if not self.input_is_parallel:
+                raise ValueError(
+                    f"a list of {len(input_)} parts is this rank's shard already split: it needs input_is_parallel=True"
+                )
+            self.grid.check_parts([part.shape[-1] for part in input_])
+            if getattr(self.config, "cpu_offloading", False):
+                raise ValueError("an already split input cannot be offloaded to the CPU; leave out --cpu-offloading")
+        result: tuple[Tensor, Tensor | None] = super().forward(input_)
+        return result
+
+
+class _TileView(torch.nn.Module):
+    """Tile (o, i) of a layer's weight, and of its bias at the last in-tile, read from the layer at each call."""
+
+    def __init__(self, layer: _TiledParallelLinear, grid: TileGrid, out_tile: int, in_tile: int) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple: not a submodule
+        self._ranges, self._columns = grid.row_ranges(out_tile), grid.columns(in_tile)
+        self._has_bias = in_tile == grid.in_splits - 1
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        slices = [tensor[rows] for rows in self._ranges]
+        return slices[0] if len(slices) == 1 else torch.cat(slices)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._rows(self._layer[0].weight[:, self._columns])
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._layer[0].bias
+        return self._rows(bias) if self._has_bias and bias is not None else None
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.nn.functional.linear(input_, self.weight), self.bias
+
+
+def chosen_splits(default: tuple[int, int], in_splits: int | None, out_splits: int | None) -> tuple[int, int]:
+    """The keywords of a constructor, or the class's own grid where they are not given."""
+    return (default[0] if in_splits is None else in_splits, default[1] if out_splits is None else out_splits)
+
+
+def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Megatron's shared gather buffer, the same that stock layers use."""
+    buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")
+    return buffer
+
+
+@contextlib.contextmanager
+def own_wgrad_fusion(layer: Any, config: Any) -> Iterator[None]:
+    """Build a stock layer whose fusion is ours: stock's constructor refuses fusion where apex is missing."""
+    wanted = config.gradient_accumulation_fusion
+    config.gradient_accumulation_fusion = False
+    try:
+        yield
+    finally:
+        config.gradient_accumulation_fusion = wanted
+    layer.gradient_accumulation_fusion = wanted

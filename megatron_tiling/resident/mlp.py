@@ -1,0 +1,259 @@
+"""TiledMLP: Megatron's MLP with fc1 tile -> activation -> fc2 tile as one loop.
+
+A built MLP becomes tiled in place, once its two linear layers are tiled layers with matching grids: its class is
+set, nothing is drawn or copied. The children stay what they are, for checkpoints, optimizers and adapters; their
+``forward`` is not called, so the loop runs their pre-hooks itself, and whatever it cannot do for them (other hooks,
+wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu as unfused_quick_gelu
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, mpu_buffer
+from megatron_tiling.tiles.activation import Activation, Formula
+from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
+
+#: Activation functions that the kernels know, outside Megatron's fused ones.
+FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.relu: "relu",
+    quick_gelu: "quick_gelu",
+    unfused_quick_gelu: "quick_gelu",
+    squared_relu: "squared_relu",
+}
+LAYERS = ("linear_fc1", "linear_fc2")
+
+
+class TiledMLP(MLP):
+    """``MLP`` whose intermediate never exists whole. Made from a built MLP by ``convert_mlp``.
+
+    The output and its gradients are those of ``MLP``; the collectives are those of the dense MLP, one in the forward
+    pass and one in the backward pass (with sequence parallelism also the gather of the input, once in each).
+
+    Attributes:
+        keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
+            ``None`` is all of them.
+    """
+
+    child_classes: tuple[type[torch.nn.Module], type[torch.nn.Module]] = (
+        TiledColumnParallelLinear,
+        TiledRowParallelLinear,
+    )
+    keep: int | None
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> output and bias, as stock's MLP."""
+        if self.reason_for_stock_forward():
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        output = self._reduced(self._product(hidden_states, per_token_scale))
+        bias = self.linear_fc2.bias
+        if bias is None:
+            return output, None
+        if not self.linear_fc2.skip_bias_add:
+            return output + bias, None
+        if per_token_scale is None:
+            return output, bias
+        return (output + bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype), None
+
+    @torch.compiler.disable
+    def reason_for_stock_forward(self) -> str:
+        """Why a call now would run stock's ``forward`` on the tiled layers, or nothing."""
+        if torch.is_autocast_enabled(next(self.parameters()).device.type):
+            return "autocast is on"
+        if _has_any_global_hook():
+            return "there are hooks for all modules"
+        for name, tiled_class in zip(LAYERS, self.child_classes, strict=True):
+            child = getattr(self, name)
+            if reason := _replaced(child, tiled_class) or self._reason_in_hooks(child):
+                return f"{name} {reason}"
+        return ""
+
+    def _reason_in_hooks(self, child: torch.nn.Module) -> str:
+        if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return "has hooks"
+        if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
+            return "has a pre-hook that may read its input"
+        return ""
+
+    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
+        """fc1, activation and fc2, before the reduction over tensor-parallel ranks."""
+        for child in (self.linear_fc1, self.linear_fc2):
+            _run_weight_hooks(child)
+        return _run_loop(self, hidden_states, per_token_scale)
+
+    def _reduced(self, output: Tensor) -> Tensor:
+        """What ``RowParallelLinear.forward`` does with its product."""
+        fc2 = self.linear_fc2
+        if fc2.explicit_expert_comm:
+            return output
+        if fc2.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=fc2.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=fc2.tp_group)
+
+
+class TiledSharedExpertMLP(SharedExpertMLP, TiledMLP):
+    """``SharedExpertMLP`` on top of ``TiledMLP``."""
+
+
+TILED_MLP_CLASSES: dict[type[MLP], type[TiledMLP]] = {MLP: TiledMLP, SharedExpertMLP: TiledSharedExpertMLP}
+
+
+def convert_mlp(mlp: Any, keep: int | None = None) -> str:
+    """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place.
+
+    Args:
+        mlp: a Megatron MLP.
+        keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
+
+    Returns:
+        Nothing, or why this MLP stays as it is.
+
+    Raises:
+        ValueError: there are fewer tiles than ``keep``.
+    """
+    if reason := unfit(mlp, keep, TILED_MLP_CLASSES):
+        return reason
+    mlp.__class__ = TILED_MLP_CLASSES[type(mlp)]
+    mlp.keep = keep
+    return ""
+
+
+def unfit(mlp: Any, keep: int | None, tiled_classes: Mapping[type[MLP], type[TiledMLP]]) -> str:
+    """Why tiles of fc1 and fc2 cannot do the work of this MLP, or nothing.
+
+    Raises:
+        ValueError: they can, but there are fewer of them than ``keep``.
+    """
+    if isinstance(mlp, TiledMLP):
+        return "tiled already"
+    if type(mlp) not in tiled_classes:
+        return f"{type(mlp).__name__} is not a stock MLP"
+    for name, tiled_class in zip(LAYERS, tiled_classes[type(mlp)].child_classes, strict=True):
+        if not isinstance(getattr(mlp, name), tiled_class):
+            return f"{name} is not tiled"
+    config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
+    halves = 2 if config.gated_linear_unit else 1
+    if fc1.grid.in_splits != 1 or fc2.grid.out_splits != 1 or fc1.grid.out_splits != fc2.grid.in_splits:
+        return f"the grids fc1={fc1.grid} and fc2={fc2.grid} do not match: they must be 1xN and Nx1"
+    if fc1.grid.out_features != halves * fc2.grid.in_features:
+        return f"fc1 has {fc1.grid.out_features} features, fc2 takes {fc2.grid.in_features}"
+    refusals = {
+        "--use-te-activation-func": config.use_te_activation_func,
+        "the activation's input is stored in fp8": config.activation_func_fp8_input_store,
+        "activations are offloaded to the CPU": config.cpu_offloading,
+        "--moe-shared-expert-overlap runs fc1 and fc2 apart": (
+            isinstance(mlp, SharedExpertMLP) and config.moe_shared_expert_overlap
+        ),
+        "linear_fc1 gathers its output": fc1.gather_output,
+        "linear_fc1 adds its bias itself": fc1.bias is not None and not fc1.skip_bias_add,
+        "linear_fc2 splits its input itself": not fc2.input_is_parallel,
+    }
+    if reason := next((reason for reason, applies in refusals.items() if applies), ""):
+        return reason
+    tiles = fc2.grid.in_splits
+    if keep is not None and not 0 <= keep <= tiles:
+        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
+    return ""
+
+
+@torch.compiler.disable
+def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
+    fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
+    parts = fc2.grid.in_parts
+    loop = MLPLoop(
+        parts=parts,
+        activation=activation_of(mlp, scaled=per_token_scale is not None),
+        keep=len(parts) - 1 if mlp.keep is None else mlp.keep,
+        fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
+        fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
+        fp32_accumulate=fc1.fp32_accumulate,
+        comm=_comm(fc1),
+    )
+    return tiled_mlp(fc1.normalized(hidden_states), fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
+
+
+def _comm(fc1: Any) -> ColumnComm | None:
+    """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
+    if fc1.explicit_expert_comm or not (fc1.sequence_parallel or fc1.allreduce_dgrad):
+        return None
+    return ColumnComm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad, mpu_buffer)
+
+
+def activation_of(mlp: MLP, scaled: bool) -> Activation:
+    """What stands between fc1 and fc2 in stock's ``MLP.forward``: that very code, and the formula for GPU kernels."""
+
+    def stock(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        output: Tensor = MLP.forward(_BetweenLayers(mlp, bias), pre, scale)[0]
+        return output
+
+    return Activation(mlp.config.gated_linear_unit, stock, _formula(mlp, scaled))
+
+
+def _formula(mlp: MLP, scaled: bool) -> Formula | None:
+    config, function, gated = mlp.config, mlp.activation_func, mlp.config.gated_linear_unit
+    if config.bias_activation_fusion:
+        if function == F.silu and gated and not (scaled and mlp.linear_fc1.bias is not None):
+            return Formula("silu")
+        if function == F.gelu and not scaled and (gated or config.add_bias_linear):
+            return Formula("gelu_tanh")
+        return None  # stock's code says what it does, if anything
+    kind = FORMULA_KINDS.get(function)
+    if kind is None:
+        return None
+    return Formula(kind, config.activation_func_clamp_value, config.glu_linear_offset) if gated else Formula(kind)
+
+
+class _BetweenLayers:
+    """Stands for an MLP whose linear layers pass on what they are given."""
+
+    def __init__(self, mlp: MLP, fc1_bias: Tensor | None) -> None:
+        self.config, self.activation_func = mlp.config, mlp.activation_func
+        self.linear_fc1, self.linear_fc2 = _PassOn(fc1_bias), _PassOn(None)
+
+
+class _PassOn(torch.nn.Module):
+    def __init__(self, bias: Tensor | None) -> None:
+        super().__init__()
+        self._output_bias = (bias,)  # in a tuple: not a parameter
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        return input_, self._output_bias[0]
+
+
+def _replaced(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
+    """Why a child's own ``forward`` must be called, or nothing."""
+    for method in ("forward", "_forward_impl"):
+        if method in vars(child) or getattr(type(child), method) is not getattr(tiled_class, method, None):
+            return "is not a tiled layer any more"
+    return ""
+
+
+def _reads_no_input(hook: Callable[..., Any]) -> bool:
+    """Whether a pre-hook is there for the weights: those of Megatron's DDP, which wait for gathered parameters."""
+    return getattr(hook, "__module__", "").startswith("megatron.core.distributed.distributed_data_parallel")
+
+
+@torch.compiler.disable
+def _run_weight_hooks(child: torch.nn.Module) -> None:
+    for hook in list(child._forward_pre_hooks.values()):
+        hook(child, ())

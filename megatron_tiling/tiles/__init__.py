@@ -1,0 +1,1 @@
+"""Tile loops and kernels, and ``TiledLinear``: torch only, nothing of Megatron."""

@@ -1,0 +1,45 @@
+"""What an engine may own of a parameter. ZeRO-3 leaves an empty tensor behind, whose shape says nothing.
+
+All knowledge of how DeepSpeed marks such parameters (``ds_id``, ``ds_shape``, ``ds_numel``) is here; what gathers them
+for itself (zero3/gather.py) knows their shards besides.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_owned(parameter: Any) -> bool:
+    """Whether ZeRO-3 owns a parameter, and may have partitioned it away."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of a parameter, also while it is partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_size(parameter: Any) -> int:
+    """Elements of a parameter, also while it is partitioned."""
+    return whole_shape(parameter).numel()
+
+
+def copy_param(param: Any, value: Tensor) -> None:
+    """Copy into a parameter, also one that ZeRO-3 has partitioned; that is a collective."""
+    with gathered(param, write=True):
+        param.copy_(value)
+
+
+def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
+    """A parameter is whole inside, also one that ZeRO-3 has partitioned; that is a collective.
+
+    ``write`` keeps what was written: the values of data-parallel rank 0.
+    """
+    if not is_owned(param):
+        return nullcontext()
+    import deepspeed  # a parameter that ZeRO-3 owns: deepspeed is loaded already
+
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0 if write else None)
+    return whole

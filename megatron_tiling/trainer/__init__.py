@@ -1,0 +1,1 @@
+"""Megatron's trainer: the hook, and what ``install`` wraps."""
