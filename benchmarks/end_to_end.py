@@ -1,6 +1,6 @@
 """Step time and peak memory of whole training steps on the stock trainer, one GPU a run.
 
-    python benchmarks/end_to_end.py --script PRETRAIN_GPT --output FOLDER [--gpus 4]
+    python -m benchmarks.end_to_end --script PRETRAIN_GPT --output FOLDER [--gpus 4]
 
 Six Llama-style layers, h=4096, ffn=14336, 8 query groups, sequence 4096, micro-batch 1, global batch 4, bf16, local
 implementation. Each candidate is a process of its own on one GPU; with several GPUs the candidates are spread over

@@ -1,6 +1,6 @@
 """One training run handed from stock Megatron to tiled layers and back, over tensor-parallel sizes, in bf16.
 
-    python benchmarks/finetune_parity.py --data PREFIX --tokenizer-model MODEL --output benchmarks/results
+    python -m benchmarks.finetune_parity --data PREFIX --tokenizer-model MODEL --output benchmarks/results
 
 On 2 GPUs, without any on the CPU. Dense at TP=1 trains a Llama-style GPT and saves. From there on the rest of the run
 is done four times: dense at TP=1 and at TP=2, tiled at TP=2, and tiled at TP=2 for the first half and then, from its

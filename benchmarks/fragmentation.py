@@ -1,6 +1,6 @@
 """The memory-centric tiling experiment: the largest transformer layer that trains while GPU memory lies in pieces.
 
-    python benchmarks/fragmentation.py [--piece-mib 2048] [--tiles 1 4 16 64] [--seconds 330] [--results DIR]
+    python -m benchmarks.fragmentation [--piece-mib 2048] [--tiles 1 4 16 64] [--seconds 330] [--results DIR]
 
 ZeRO-Infinity (arXiv:2104.07857, figure 6b) fragments the GPU's memory into pieces of 2 GB, so that a larger weight
 finds no place, and looks for the largest hidden size of one layer. Here the layer has h x h attention and a 4h MLP, in
@@ -20,19 +20,16 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from torch import Tensor
-from zero3_runs import forget, installed, megatron, quiet_engine, transformer
 
+from benchmarks.zero3_runs import forget, installed, megatron, quiet_engine, transformer
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 from megatron_tiling.zero3 import engine as zero3
 from megatron_tiling.zero3.gather import TileGathering
@@ -300,7 +297,7 @@ def main() -> None:
         host = min(zero3.available_host_memory(), int(args.host_gib * GIB))
         record = {
             "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/fragmentation.py --piece-mib {args.piece_mib} --tiles "
+            "command": f"python -m benchmarks.fragmentation --piece-mib {args.piece_mib} --tiles "
             f"{' '.join(map(str, args.tiles))} --host-gib {args.host_gib:.0f} --seconds {args.seconds:.0f}",
             "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
             "gpu": torch.cuda.get_device_name(),

@@ -1,6 +1,6 @@
 """Dense and tiled training under Megatron-FSDP and torch FSDP2, through the stock trainer.
 
-    python benchmarks/fsdp.py --script PRETRAIN_GPT --output FOLDER [--layouts dp2 tp2dp2] [--precisions fp32 bf16]
+    python -m benchmarks.fsdp --script PRETRAIN_GPT --output FOLDER [--layouts dp2 tp2dp2] [--precisions fp32 bf16]
         [--hosts 2]
 
 Four Llama-style layers, h=4096, ffn=14336, 8 query groups, vocabulary 32000, sequence 2048, global batch 8, local
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hosts import torchrun
+
+from tests.support.hosts import torchrun
 
 MODEL = """
     --num-layers 4 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -74,9 +75,8 @@ def worker(arguments: list[str]) -> None:
         from megatron_tiling import cpu
 
         cpu.install()
-    import gathered
-
     from megatron_tiling import __main__ as runner
+    from tests.support import gathered
 
     counted = gathered.watch()
     sys.argv = ["megatron_tiling", *arguments]

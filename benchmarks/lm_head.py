@@ -1,7 +1,7 @@
 """The LM head with its loss, forward and backward: Megatron's ways, Liger's, Apple's, and this package's.
 
-    python benchmarks/lm_head.py [--tokens 8192 --hidden-size 4096 --vocabulary 128256]
-    torchrun --standalone --nproc-per-node TP benchmarks/lm_head.py [--sequence-parallel]
+    python -m benchmarks.lm_head [--tokens 8192 --hidden-size 4096 --vocabulary 128256]
+    torchrun --standalone --nproc-per-node TP -m benchmarks.lm_head [--sequence-parallel]
 
 All candidates share one weight, take the hidden states ``[s, 1, h]`` and return a loss per token. Times are medians
 of interleaved runs in random order, errors relative to float64. Writes a dated Markdown table into
@@ -27,11 +27,11 @@ from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from mlp_candidates import Candidate
-from mlp_measure import Measurement, measure, step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.mlp_candidates import Candidate
+from benchmarks.mlp_measure import Measurement, measure, step
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
 from megatron_tiling.resident.lm_head import TiledOutputLayer
 from megatron_tiling.tiles.head_cut import HeadTiles
@@ -203,7 +203,7 @@ def report(
     lines = [
         f"# LM head and loss, forward + backward, {datetime.date.today()}", "",
         f"{dist.get_world_size()}x {torch.cuda.get_device_name()}; {versions}. Command:", "",
-        f"    {launcher()} {' '.join(['benchmarks/lm_head.py', *sys.argv[1:]])}", "",
+        f"    {launcher()} {' '.join(['-m benchmarks.lm_head', *sys.argv[1:]])}", "",
         f"{args.tokens} tokens, h={args.hidden_size}, vocabulary {args.vocabulary}, bf16, random data; medians of "
         f"{args.repeats} interleaved runs. Memory: the peak beyond weight, input and upstream gradient, less the bytes "
         "of the weight gradient (too little where the peak comes before that: dense, and ours at 1024 MiB); 'with "

@@ -1,6 +1,6 @@
 """Peers side by side: one SwiGLU MLP, forward and backward, on one GPU.
 
-    python benchmarks/mlp.py [--sizes 4096x14336 8192x28672] [--tokens 8192] [--repeats 25] [--results DIR]
+    python -m benchmarks.mlp [--sizes 4096x14336 8192x28672] [--tokens 8192] [--repeats 25] [--results DIR]
 
 Writes ``<date>-mlp.md`` (times, memory, errors, kernels), ``.json`` (the same for mlp_report.py) and ``.png`` (the
 time/memory frontier). Every size has a process of its own: a compiled activation that has seen another size gets a
@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 
 PACKAGES = ("torch", "triton", "megatron-core", "deepspeed", "liger-kernel")
 DENSE = "dense Megatron-core"
@@ -30,9 +29,10 @@ PROFILED = {DENSE, *(f"ours: TiledMLP T={rest}" for rest in ("1 keep all", "4 ke
 
 def run_size(hidden_size: int, ffn_hidden_size: int, tokens: int, repeats: int) -> dict:
     """All candidates at one size, in this process."""
-    import mlp_candidates as candidates
-    import mlp_measure as measure
     import torch
+
+    from benchmarks import mlp_candidates as candidates
+    from benchmarks import mlp_measure as measure
 
     # The chunks of some peers must not turn dense's activation into a dynamic-shape kernel, nor their own.
     torch._dynamo.config.automatic_dynamic_shapes = False
@@ -91,20 +91,20 @@ def main() -> None:
         runs = []
         for index, size in enumerate(args.sizes):
             path = Path(folder) / f"{index}.json"
-            command = [sys.executable, __file__, "--sizes", size, "--tokens", str(args.tokens)]
+            command = [sys.executable, "-m", "benchmarks.mlp", "--sizes", size, "--tokens", str(args.tokens)]
             subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
             runs.append(json.loads(path.read_text()))
     options = f"--sizes {' '.join(args.sizes)} --tokens {args.tokens} --repeats {args.repeats}"
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/mlp.py {options}",
+        "command": f"python -m benchmarks.mlp {options}",
         "versions": {name: installed(name) for name in PACKAGES},
         "runs": runs,
     }
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{record['date']}-mlp.json"
     path.write_text(json.dumps(record))
-    import mlp_report
+    from benchmarks import mlp_report
 
     mlp_report.write(path)
 

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from mlp_candidates import Candidate
 from torch import Tensor
 
+from benchmarks.mlp_candidates import Candidate
 from megatron_tiling.tiles.activation import Activation, Formula
 
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""The Markdown table and the picture of a benchmark's JSON record: ``python benchmarks/mlp_report.py RECORD.json``."""
+"""The Markdown table and the picture of a benchmark's JSON record: ``python -m benchmarks.mlp_report RECORD.json``."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ def write(path: Path) -> None:
     try:
         plot(record, path.with_suffix(".png"))
     except ImportError:
-        print(f"matplotlib is not installed: run `python benchmarks/mlp_report.py {path}` where it is")
+        print(f"matplotlib is not installed: run `python -m benchmarks.mlp_report {path}` where it is")
 
 
 def markdown(record: dict, stem: str) -> str:

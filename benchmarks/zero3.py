@@ -1,6 +1,6 @@
 """Tiled against dense ZeRO-3 on one host: parameter memory of a layer, time of a step, loss, collectives.
 
-    python benchmarks/zero3.py [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--hosts 1] [--results DIR]
+    python -m benchmarks.zero3 [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--hosts 1] [--results DIR]
 
 A layout is tensor parallel x data parallel, and takes as many GPUs, or half of them with ``--hosts 2`` (hosts.py), to
 see losses and memory. Without a GPU it runs over gloo at sizes given by ``--small``, to see that it runs. Every layout
@@ -22,7 +22,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "distributed")]
 
 MIB = 2**20
 PARTS = ["loss", "collectives", "time", "memory"]
@@ -46,7 +44,8 @@ SIZES = {
 def measure_memory(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     """A row for dense and each number of tiles, with and without fetching ahead."""
     import torch
-    from zero3_runs import MLPStack, engine_of, forget, transformer
+
+    from benchmarks.zero3_runs import MLPStack, engine_of, forget, transformer
 
     hidden_size, ffn, depth = SIZES[small]["mlp"]
     config = transformer(num_layers=1, hidden_size=hidden_size, ffn_hidden_size=ffn)
@@ -106,8 +105,8 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     """Milliseconds of a training step for each batch size, engines in turn in random order."""
     import torch
     from megatron.core import parallel_state
-    from zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
 
+    from benchmarks.zero3_runs import DEFAULTS, engine_of, forget, gpt, transformer
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.report import as_flag, coarser_splits
     from megatron_tiling.zero3 import engine as zero3
@@ -184,14 +183,15 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
 
 def measure_loss() -> dict[str, float]:
     """Largest relative differences to dense of losses and gradient norms over 20 iterations, in float32."""
-    import check_zero3
     from megatron.core import parallel_state
-    from zero3_runs import forget
 
-    check_zero3.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
-    losses, norms = check_zero3.train_dense(check_zero3.transformer())
-    engine = check_zero3.engine_of(check_zero3.transformer(), tiled=True, thresholds={})
-    tiled_losses, tiled_norms = check_zero3.train_zero3(engine)
+    from benchmarks.zero3_runs import forget
+    from tests.zero3 import check_engine
+
+    check_engine.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
+    losses, norms = check_engine.train_dense(check_engine.transformer())
+    engine = check_engine.engine_of(check_engine.transformer(), tiled=True, thresholds={})
+    tiled_losses, tiled_norms = check_engine.train_zero3(engine)
     forget(engine)
 
     def difference(actual: list[float], expected: list[float]) -> float:
@@ -205,9 +205,9 @@ def measure_loss() -> dict[str, float]:
 
 
 def measure_collectives() -> dict[str, int]:
-    import zero3_collectives
-    from harness import Counter
-    from zero3_runs import transformer
+    from benchmarks import zero3_collectives
+    from benchmarks.zero3_runs import transformer
+    from tests.support.harness import Counter
 
     return zero3_collectives.count(Counter, transformer(num_layers=1, hidden_size=256, ffn_hidden_size=1024), factor=2)
 
@@ -215,7 +215,8 @@ def measure_collectives() -> dict[str, int]:
 def run_layout(tensor: int, small: bool, tile_counts: list[int], wanted: list[str], path: Path) -> None:
     """One layout, in a process of torchrun's."""
     import torch
-    from zero3_runs import megatron
+
+    from benchmarks.zero3_runs import megatron
 
     parts: dict[str, Callable[[], Any]] = {
         "loss": measure_loss,
@@ -308,12 +309,12 @@ def main() -> None:
     options += f" --hosts {args.hosts}" * (args.hosts > 1)
     if args.parts != PARTS:
         options += f" --parts {' '.join(args.parts)}"
-    from hosts import OUT_OF_TIME, torchrun
-    from zero3_runs import installed
+    from benchmarks.zero3_runs import installed
+    from tests.support.hosts import OUT_OF_TIME, torchrun
 
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/zero3.py {options}",
+        "command": f"python -m benchmarks.zero3 {options}",
         "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
         "layouts": {},
     }

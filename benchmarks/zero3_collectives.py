@@ -2,7 +2,7 @@
 
 DeepSpeed's TiledLinearReturnBias takes a ``linear_cls``, and Megatron-DeepSpeed gives it Megatron's parallel layers,
 fc1 as ``f x 4f`` tiles and fc2 as ``4f x f`` for a tile factor of f. Every row-parallel tile then reduces its output.
-``benchmarks/zero3.py`` puts the counts into its table, tests/distributed/check_zero3.py checks them.
+``benchmarks/zero3.py`` puts the counts into its table, tests/zero3/check_engine.py checks them.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def count(counter: Callable[[], Any], config: Any, factor: int) -> dict[str, int
     """All-reduces of each MLP's forward pass.
 
     Args:
-        counter: makes a context that counts the collectives inside (tests/distributed/harness.py's ``Counter``).
+        counter: makes a context that counts the collectives inside (tests/support/harness.py's ``Counter``).
     """
     import_deepspeed()
     device = "cuda" if torch.cuda.is_available() else "cpu"

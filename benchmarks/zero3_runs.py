@@ -100,8 +100,7 @@ class MLPStack(torch.nn.Module):
     """Megatron MLPs one after another, and nothing else: ``[s, b, h]`` -> a scalar loss."""
 
     def __init__(self, config: Any, depth: int, factor: int | None) -> None:
-        from zero3_collectives import dense
-
+        from benchmarks.zero3_collectives import dense
         from megatron_tiling import TilingConfig, tile
 
         super().__init__()

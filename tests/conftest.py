@@ -10,7 +10,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import hypothesis
 import torch
-from feature_outcomes import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
+
+from tests.support.feature_outcomes import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported

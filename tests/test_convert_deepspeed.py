@@ -10,18 +10,18 @@ import torch
 from deepspeed.runtime.zero.tiling import TiledLinear as DeepSpeedTiledLinear
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import ROOT, torchrun
 from megatron.training.checkpointing import _transpose_first_dim
 
 from megatron_tiling.convert_deepspeed import convert, main
 from megatron_tiling.tiles import deepspeed_keys as tile_keys
+from tests.support.launch import ROOT, torchrun
 
 LAYER = "decoder.layers.0.mlp.linear_fc1"
 
 
 @pytest.mark.feature("DeepSpeed's tile keys to dense and back")
 def test_models_there_and_back(tmp_path: Path) -> None:
-    output = torchrun(ROOT / "tests" / "distributed" / "check_convert_deepspeed.py", tmp_path, world=2)
+    output = torchrun(ROOT / "tests" / "check_convert_deepspeed.py", tmp_path, world=2)
     assert "converted a GPT there and back" in output and "converted a Llama there and back" in output
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from launch import torchrun
 
-SCRIPTS = Path(__file__).parent / "distributed"
+from tests.support.launch import torchrun
+
+SCRIPTS = Path(__file__).parent
 
 
 @pytest.mark.feature("whole models, TP={world}")

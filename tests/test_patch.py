@@ -9,20 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, torchrun
-from megatron_lm import (
+
+from megatron_tiling import patch
+from megatron_tiling.patch import Patch, Refused, blob_hash, known_patches, parse, read_version, run
+from tests.support.launch import ROOT, TRAIN_MANY, search_path, torchrun
+from tests.support.megatron_lm import (
     VERSIONS,
     Version,
     checkout,
     needs_megatron_lm,
-    search_path,
     unpacked_wheel,
     use_built_dataset_helpers,
 )
-from test_training import COMMON, ITERATIONS, free_port, losses
-
-from megatron_tiling import patch
-from megatron_tiling.patch import Patch, Refused, blob_hash, known_patches, parse, read_version, run
+from tests.support.training import COMMON, ITERATIONS, free_port, losses
 
 SCRIPT = b"import torch\n\nfrom builders import build\n\nprint(build)\n"
 ADDED = b"import plugin\n\nplugin.install()\n"
@@ -215,9 +214,8 @@ def test_a_patched_tree_trains_without_the_runner(version: Version, tmp_path: Pa
         for kind, flag in kinds.items()
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    train_many = ROOT / "tests" / "distributed" / "train_many.py"
-    environment = search_path(tree) | {"PYTHONDONTWRITEBYTECODE": "1"}
-    output = torchrun(train_many, tmp_path / "runs.json", world=2, environment=environment)
+    environment = {"PYTHONPATH": search_path(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    output = torchrun(TRAIN_MANY, tmp_path / "runs.json", world=2, environment=environment)
     assert f" of {tree}/megatron/core/" in output
     dense, tiled = ("".join(Path(f"{tmp_path / kind}.{rank}").read_text() for rank in (0, 1)) for kind in kinds)
     assert len(losses(dense)) == len(losses(tiled)) == ITERATIONS, tiled[-3000:]

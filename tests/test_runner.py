@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, torchrun
-from test_training import COMMON, SCRIPTS, free_port
+
+from tests.support.launch import ROOT, TRAIN_MANY, torchrun
+from tests.support.training import COMMON, SCRIPTS, free_port
 
 #: What is asked for -> words of the one line that answers.
 MISTAKES = {
@@ -48,7 +49,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     ]
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    output = torchrun(ROOT / "tests" / "distributed" / "train_many.py", file, world=1)
+    output = torchrun(TRAIN_MANY, file, world=1)
     codes = dict(re.findall(r"^(\d+): exit (\d+)", output, re.M))
     return {
         mistake: (int(codes[str(index)]), Path(folder, f"{index}.0").read_text())

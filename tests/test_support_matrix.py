@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import ROOT
+
+from tests.support.launch import ROOT
 
 tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
 

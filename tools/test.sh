@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All checks: lint, format, types, tests. Sets itself up first.
 #
-#   tools/test.sh [PYTEST ARGUMENTS, e.g. tests/test_tiling.py -k bias]
+#   tools/test.sh [PYTEST ARGUMENTS, e.g. tests/tiles/test_tiled_linear.py -k bias]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh
@@ -10,7 +10,7 @@ ruff check .
 ruff format --check .
 mypy
 if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    python -m pytest tests/*_gpu.py tests/test_activation.py
+    python -m pytest tests/tiles/*_gpu.py tests/tiles/test_activation.py tests/tiles/kernels
 fi
 outcomes=$(mktemp)
 # Over gloo, also where there are GPUs. Two files at a time: many a step runs on one core.

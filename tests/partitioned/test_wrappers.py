@@ -1,0 +1,90 @@
+"""Megatron-FSDP and torch FSDP2 through the stock trainer, tiles as their units: dense losses, two tiles gathered."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import TRAIN_MANY, torchrun
+from tests.support.training import COMMON, ITERATIONS, LLAMA, SCRIPTS, free_port, losses
+
+KINDS = {
+    "dense": "--no-gradient-accumulation-fusion",
+    "Megatron-FSDP": "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
+    "--ckpt-format fsdp_dtensor",
+    "torch FSDP2": "--use-tiled-linear --use-torch-fsdp2 --no-gradient-accumulation-fusion",
+}
+FSDPS = tuple(KINDS)[1:]
+#: Tiles of a row or two, which cannot all be shared by two ranks.
+TOO_SMALL = f"{KINDS['torch FSDP2']} --tiled-linear-splits qkv=1x72 --load /nowhere"
+GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
+NO_DROPOUT = "--hidden-dropout 0"  # Megatron-FSDP gives all tensor-parallel ranks one random state, dense ones too
+#: Ranks, flags of all runs, flags of the tiled ones.
+LAYOUTS = {
+    "DP=2": (2, f"--global-batch-size 8 {LLAMA}", "--tiled-linear-modules qkv fc1 fc2 output"),
+    "TP=2, DP=2": (
+        4,
+        f"--global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {GELU} {NO_DROPOUT}",
+        "",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What every kind of run prints on rank 0 and on the last rank, which has the losses."""
+    world, flags, tiling = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("fsdp")
+    runs = [
+        {
+            "name": kind,
+            "port": free_port(),
+            "log": str(folder / kind),
+            "gathered": True,
+            "env": {} if kind == "dense" else {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+            "argv": [
+                *[str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra.split()],
+                *([] if kind == "dense" else tiling.split()),
+                *["--train-iters", str(ITERATIONS)],
+            ],
+        }
+        for kind, extra in (KINDS | {"too small": TOO_SMALL}).items()
+    ]
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    torchrun(TRAIN_MANY, file, world=world)
+    return {
+        kind: "".join(Path(folder, f"{kind}.{rank}").read_text() for rank in {0, world - 1})
+        for kind in [*KINDS, "too small"]
+    }
+
+
+def gradient_norms(log: str) -> list[float]:
+    return [float(norm) for norm in re.findall(r"gradient norm: (\S+)", log)]
+
+
+@pytest.mark.feature("training: {kind}, tiles sharded, {logs}")
+@pytest.mark.parametrize("kind", FSDPS)
+def test_it_trains_as_dense_and_gathers_two_tiles(kind: str, logs: dict[str, str]) -> None:
+    dense, tiled = losses(logs["dense"]), losses(logs[kind])
+    assert len(dense) == ITERATIONS, logs["dense"][-3000:]
+    assert len(tiled) == ITERATIONS, logs[kind][-3000:]
+    assert dense[-1] < dense[0] - 0.3, "it learns nothing: equal losses would say little"
+    assert max(abs(a - b) for a, b in zip(dense, tiled, strict=True)) <= 2e-5
+    norms, tiled_norms = gradient_norms(logs["dense"]), gradient_norms(logs[kind])
+    assert tiled_norms == pytest.approx(norms, rel=2e-5)
+    assert len(norms) == 2 * ITERATIONS
+    assert re.search(r"linear_fc1 +2 .* 1x4 .* partitioned", logs[kind])
+    pattern = r"gathered at most (\d+) units, (\d+) bytes, (\d+) with the rest; largest unit (\d+)"
+    for units, size, _, largest in re.findall(pattern, logs[kind]):
+        assert 1 <= int(units) <= 2
+        assert int(size) <= 2 * int(largest)
+    assert len(re.findall(pattern, logs[kind])) == 2
+
+
+def test_tiles_that_leave_a_rank_without_rows_are_refused(logs: dict[str, str]) -> None:
+    lines = [line for line in logs["too small"].splitlines() if "leave some of 2 data-parallel ranks" in line]
+    assert len(lines) == 2, logs["too small"][-3000:]
+    assert all(line.startswith("megatron_tiling: decoder.layers.0.self_attention.linear_qkv") for line in lines)
+    assert "Traceback" not in logs["too small"]

@@ -1,0 +1,238 @@
+"""Models of TransformerEngine's layer specs, dense and tiled, at TP=2 and TP=1, on stand-ins for its layers.
+
+PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.resident.check_transformer_engine
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformer_engine
+from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+from megatron_tiling import TilingConfig, tile
+from megatron_tiling.resident.mlp import TiledMLP
+from megatron_tiling.resident.transformer_engine import TILED_CLASSES
+from megatron_tiling.spec import TiledSpecProvider
+from tests.check_models import assert_same, batch, by_name, expect_error, gpt, make_config, step
+from tests.support.harness import Counter, megatron, relative_error
+
+LINEARS = TilingConfig(factor=3, modules=("qkv", "proj", "fc1", "fc2"))
+LLAMA = {
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+    "layernorm_zero_centered_gamma": True,
+}
+EXPERTS = LLAMA | {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_token_dispatcher_type": "allgather",
+    "moe_shared_expert_intermediate_size": 16,
+}
+
+
+def tp() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def te_gpt(grouped: bool = False, rewrite: Any = None, **changes: Any) -> Any:
+    """A dense model; every parameter, the norms' too, has other values than others of its kind."""
+    config = make_config(tensor_model_parallel_size=tp(), **changes)
+    spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, moe_grouped_gemm=grouped)
+    model = gpt(config, spec=rewrite(spec) if rewrite else spec)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            noise = torch.randn(parameter.numel() * 2, generator=generator)  # a shard draws as much as a whole
+            parameter.data += 0.1 * noise[: parameter.numel()].view_as(parameter)
+    return model
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return batch() | {"attention_mask": None}
+
+
+def entries(model: Any) -> dict[str, Any]:
+    """What a sharded checkpoint would hold of a model, without the values."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    attributes = ("key", "global_shape", "global_offset", "local_shape", "replica_id", "axis_fragmentations")
+    return {
+        key: [type(entry), *(str(getattr(entry, attribute, None)) for attribute in attributes)]
+        for key, entry in model.sharded_state_dict(metadata=metadata).items()
+    }
+
+
+def settings() -> Iterator[dict[str, Any]]:
+    """Models, with and without sequence parallelism; Megatron trains experts with tensor parallelism only with it."""
+    for changes, sequence_parallel in itertools.product(({}, LLAMA, EXPERTS), (False, True)):
+        if sequence_parallel == (tp() > 1) or (tp() > 1 and changes is not EXPERTS):
+            yield changes | {"sequence_parallel": sequence_parallel}
+
+
+def check_steps() -> None:
+    """The same parameters under the same names, outputs, gradients, marks on them, and checkpoint entries."""
+    for changes in settings():
+        dense, tiled = te_gpt(**changes), te_gpt(**changes)
+        parameters, state = dict(tiled.named_parameters()), torch.get_rng_state()
+        grids = by_name(tile(tiled, LINEARS))
+        assert torch.equal(state, torch.get_rng_state())
+        assert list(parameters) == [name for name, _ in tiled.named_parameters()]
+        assert all(parameter is parameters[name] for name, parameter in tiled.named_parameters())
+        assert grids["decoder.layers.1.self_attention.linear_qkv"] == "1x3"
+        assert grids["decoder.layers.1.self_attention.linear_proj"] == "3x1"
+        experts = "experts.local_experts.0." if "num_moe_experts" in changes else ""
+        assert grids[f"decoder.layers.0.mlp.{experts}linear_fc1"] == "1x3"
+        left = {type(module) for module in tiled.modules()} & set(TILED_CLASSES)
+        assert not left, left
+        assert any(isinstance(module, te.TEDotProductAttention) for module in tiled.modules())
+        assert sum(isinstance(module, TiledMLP) for module in tiled.modules()) == (10 if experts else 2)
+        assert entries(tiled) == entries(dense)
+        with Counter() as counter:
+            found = step(tiled, **inputs())
+        wanted = step(dense, **inputs())
+        assert_same(found, wanted)
+        assert any("layer_norm_weight" in name for name in found)
+        assert counter.gemms > 0
+        for (name, parameter), other in zip(tiled.named_parameters(), dense.parameters(), strict=True):
+            marks = ("sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride", "allreduce")
+            assert all(getattr(parameter, mark, 0) == getattr(other, mark, 0) for mark in marks), name
+
+
+def check_collectives() -> None:
+    """As many as dense has; without sequence parallelism, where the stand-in keeps what it has gathered."""
+    for changes in ({}, LLAMA):
+        counts = []
+        for tiled in (False, True):
+            model = te_gpt(**changes)
+            if tiled:
+                tile(model, LINEARS)
+            with Counter() as counter:
+                step(model, **inputs())
+            counts.append(sum(counter.collectives.values()))
+        assert counts[0] == counts[1], counts
+
+
+def check_state_dicts() -> None:
+    """Dense loads what tiled saves, tiled what dense saves, an FP8 run's extra state included."""
+    for changes in ({}, LLAMA):
+        dense, tiled = te_gpt(**changes), te_gpt(**changes)
+        tile(tiled, LINEARS)
+        assert list(tiled.state_dict()) == list(dense.state_dict())
+        key = "decoder.layers.0.self_attention.linear_qkv._extra_state"
+        assert torch.equal(tiled.state_dict()[key], dense.state_dict()[key])
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.add_(0.01)
+        saved = dense.state_dict()
+        saved[key] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+        tiled.load_state_dict(saved)
+        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
+        fresh = te_gpt(**changes)
+        fresh.load_state_dict(tiled.state_dict())
+        assert torch.equal(fresh.state_dict()[key], saved[key])
+        dense.zero_grad()
+        assert_same(step(fresh, **inputs()), step(dense, **inputs()))
+
+
+def check_wgrad_fusion() -> None:
+    """Weight gradients go into main_grad; the norm's stay where they were."""
+    dense, tiled = te_gpt(**LLAMA), te_gpt(**LLAMA)
+    tile(tiled, TilingConfig(factor=3, modules=LINEARS.modules, fuse_wgrad=True))
+    for parameter in tiled.parameters():
+        parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter), False
+    step(tiled, **inputs())
+    expected = step(dense, **inputs())
+    for name, parameter in tiled.named_parameters():
+        fused = name.startswith("decoder.layers") and name.endswith(".weight")
+        assert parameter.grad_added_to_main_grad == fused, name
+        assert relative_error(parameter.main_grad if fused else parameter.grad, expected[name]) < 5e-6, name
+
+
+def check_what_stays_dense() -> None:
+    """Grouped-GEMM experts, what is not asked for, and layers with hooks."""
+    changes = EXPERTS | {"sequence_parallel": tp() > 1}
+    dense, tiled = te_gpt(grouped=True, **changes), te_gpt(grouped=True, **changes)
+    tiled.decoder.layers[0].self_attention.linear_proj.register_forward_hook(lambda *arguments: None)
+    grids = by_name(tile(tiled, TilingConfig(factor=2, modules=("proj", "fc1", "fc2"))))
+    assert grids["decoder.layers.0.mlp.experts.linear_fc1"] == (
+        "dense: TEColumnParallelGroupedLinear is not a stock column or row layer"
+    )
+    assert grids["decoder.layers.0.mlp.shared_experts.linear_fc2"] == "2x1"
+    assert grids["decoder.layers.0.self_attention.linear_qkv"] == "dense: not in --tiled-linear-modules"
+    assert grids["decoder.layers.0.self_attention.linear_proj"].startswith("dense: has hooks")
+    assert grids["decoder.layers.1.self_attention.linear_proj"] == "2x1"
+    assert_same(step(tiled, **inputs()), step(dense, **inputs()))
+
+
+def check_refusals() -> None:
+    """Options of the model's config that tiled layers lack, and a grid that does not fit; no layer is changed."""
+    for setting, value, words in (
+        ("fp8", "hybrid", "--use-tiled-linear with --fp8-format hybrid"),
+        ("fp4", "e2m1", "--use-tiled-linear with --fp4-format e2m1"),
+        ("quant_recipe", object(), "--te-precision-config-file"),
+        ("tp_comm_overlap", True, "--tp-comm-overlap"),
+        ("delay_wgrad_compute", True, "--delay-wgrad-compute"),
+        ("symmetric_ar_type", "one_shot", "--symmetric-ar-type one_shot"),
+    ):
+        model = te_gpt()
+        setattr(model.config, setting, value)
+        expect_error(lambda model=model: tile(model, LINEARS), words)
+        assert not any("Tiled" in type(module).__name__ for module in model.modules())
+    model = te_gpt()
+    expect_error(lambda: tile(model, TilingConfig(factor=300)), "--tile-factor 300")
+    assert not any("Tiled" in type(module).__name__ for module in model.modules())
+
+
+def check_casts_and_copies() -> None:
+    """The norm uses the layer's own parameters after the model is cast, copied, or given new ones."""
+    model = te_gpt()
+    tile(model, LINEARS)
+    layer = model.decoder.layers[0].mlp.linear_fc1
+    x = torch.randn(3, 1, 32)
+    before = layer(x)[0]
+    model.bfloat16()
+    assert relative_error(layer(x.bfloat16())[0].float(), before) < 2e-2
+    model.float()
+    layer.layer_norm_weight = torch.nn.Parameter(2 * layer.layer_norm_weight.detach())
+    layer.layer_norm_bias = torch.nn.Parameter(2 * layer.layer_norm_bias.detach())
+    assert relative_error(layer(x)[0], 2 * before) < 2e-2
+    group, layer.tp_group = layer.tp_group, None
+    twin = copy.deepcopy(layer)
+    twin.tp_group = layer.tp_group = group
+    torch.nn.init.zeros_(twin.layer_norm_weight)
+    torch.nn.init.zeros_(twin.layer_norm_bias)
+    assert twin(x)[0].abs().sum() == 0 and layer(x)[0].abs().sum() > 0
+
+
+def check_spec_provider() -> None:
+    """A spec rewritten by TiledSpecProvider builds the same model, tiled, layer by layer."""
+    for changes in settings():
+        tiled = te_gpt(rewrite=TiledSpecProvider(factor=2).tiled, **changes)
+        assert str(tiled.decoder.layers[0].self_attention.linear_proj.grid) == "2x1"
+        assert not {type(module) for module in tiled.modules()} & set(TILED_CLASSES)
+        assert_same(step(tiled, **inputs()), step(te_gpt(**changes), **inputs()))
+
+
+def main() -> None:
+    assert "stand_ins" in transformer_engine.__file__
+    checks = [check for name, check in globals().items() if name.startswith("check_")]
+    with megatron(tensor_model_parallel_size=2):
+        for size in (2, 1):
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(size)
+            for check in checks:
+                check()
+            if torch.distributed.get_rank() == 0:
+                print(f"{len(checks)} TransformerEngine checks passed at TP={size}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

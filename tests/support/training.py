@@ -1,0 +1,36 @@
+"""What training runs of the suite share: the script, its flags, a port, and the losses in a log."""
+
+import contextlib
+import os
+import random
+import re
+import socket
+from pathlib import Path
+
+from tests.support.launch import EXAMPLES
+
+SCRIPTS = Path(os.environ.get("MEGATRON_LM_SCRIPTS", EXAMPLES))
+ITERATIONS = int(os.environ.get("MEGATRON_TILING_ITERATIONS", "20"))
+
+COMMON = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --num-layers 2 --hidden-size 48
+    --num-attention-heads 4 --ffn-hidden-size 80 --seq-length 24 --max-position-embeddings 24 --micro-batch-size 2
+    --lr 4e-3 --min-lr 1e-3 --lr-decay-style cosine --seed 7 --hidden-dropout 0.1 --attention-dropout 0
+    --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
+    --eval-interval 1000000 --eval-iters 0 --log-interval 1
+""".split()
+LLAMA = "--swiglu --disable-bias-linear --normalization RMSNorm --group-query-attention --num-query-groups 2 " \
+    "--position-embedding-type rope --untie-embeddings-and-output-weights"  # fmt: skip
+
+
+def free_port() -> int:
+    """For a run that starts later. Not one that connections are given by themselves: they would take it by then."""
+    for port in random.SystemRandom().sample(range(12000, 32000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise OSError("100 ports between 12000 and 32000 are all in use")
+
+
+def losses(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", log)]
