@@ -4,7 +4,7 @@
 
 RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
 runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
-With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: see tests/support/gathered.py.
+With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: gathered.py.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
 With ``"check": true`` it is no training but one of the check scripts of this folder.
 With ``"kill": {"folder": ..., "operation": N, "delay": SECONDS}`` it is killed while it saves into that folder: see
