@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, search_path
 
 tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
 
@@ -97,9 +97,18 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
         "def test_skipped(): pass\n"
     )
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "feature_outcomes", "--feature-outcomes", "out.json", "test_it.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.support.feature_outcomes",
+            "--feature-outcomes",
+            "out.json",
+            "test_it.py",
+        ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        env=os.environ | {"PYTHONPATH": search_path()},
         stdout=subprocess.DEVNULL,
     )
     found = json.loads((tmp_path / "out.json").read_text())
