@@ -19,6 +19,7 @@ import os
 import random
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,7 +57,11 @@ class Candidate:
     milliseconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     loss: float = 0.0
+    host_milliseconds: list[float] = field(default_factory=list)
+    busy_milliseconds: float = 0.0
+    span_milliseconds: float = 0.0
     kernels: dict[str, tuple[int, float]] = field(default_factory=dict)
+    longest: list[tuple[str, int, float]] = field(default_factory=list)
 
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
@@ -169,38 +174,52 @@ def measure(found: list[Candidate], ddp: Any, repeats: int) -> None:
     for _ in range(repeats):
         random.shuffle(order)
         for candidate in order:
-            candidate.milliseconds.append(run(candidate, ddp)[1])
+            _, milliseconds, host = run(candidate, ddp)
+            candidate.milliseconds.append(milliseconds)
+            candidate.host_milliseconds.append(host)
     for candidate in found:
-        candidate.kernels = kernels(candidate, ddp)
+        profile(candidate, ddp)
 
 
-def run(candidate: Candidate, ddp: Any) -> tuple[Tensor, float]:
-    """Loss and milliseconds of one step, main_grad zeroed before."""
+def run(candidate: Candidate, ddp: Any) -> tuple[Tensor, float, float]:
+    """Loss, milliseconds of one step, and those until the host has launched all of it. main_grad is zeroed before."""
     ddp.zero_grad_buffer()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    begin = time.perf_counter()
     start.record()
     loss = candidate.step()
     stop.record()
+    host = 1000 * (time.perf_counter() - begin)
     torch.cuda.synchronize()
-    return loss, start.elapsed_time(stop)
+    return loss, start.elapsed_time(stop), host
 
 
-def kernels(candidate: Candidate, ddp: Any) -> dict[str, tuple[int, float]]:
-    """Launches and milliseconds of one step by kind of kernel."""
+def profile(candidate: Candidate, ddp: Any) -> None:
+    """Launches and milliseconds of one step by kind of kernel, its longest kernels, and how long the GPU was busy."""
     ddp.zero_grad_buffer()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         candidate.step()
         torch.cuda.synchronize()
     sums: collections.defaultdict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
-    for event in profiler.key_averages():
-        key = event.key.lower()
-        kind = next((kind for kind, parts in KINDS if any(part.lower() in key for part in parts)), "other")
-        sums[kind][0] += event.count
-        sums[kind][1] += event.device_time_total / 1000
-        if kind == "other" and event.device_time_total > 300:
-            sums[f"other: {event.key[:60]}"] = [event.count, event.device_time_total / 1000]
-    return {kind: (int(count), round(ms, 3)) for kind, (count, ms) in sums.items()}
+    rows = [(event.key, event.count, event.device_time_total / 1000) for event in profiler.key_averages()]
+    for name, count, milliseconds in rows:
+        if milliseconds:
+            kind = next((kind for kind, parts in KINDS if any(part.lower() in name.lower() for part in parts)), "other")
+            sums[kind][0] += count
+            sums[kind][1] += milliseconds
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    candidate.busy_milliseconds, candidate.span_milliseconds = busy / 1000, (end - spans[0][0]) / 1000
+    candidate.kernels = {kind: (int(count), round(ms, 3)) for kind, (count, ms) in sums.items()}
+    candidate.longest = sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:60]
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -212,12 +231,14 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['gpu']}; {versions}; attention: {record['attention']}. Command: `{record['command']}`", "",
         "bf16, random tokens; weights and main_grad held all the time and not counted; medians of "
         f"{record['repeats']} interleaved runs in random order.", "",
-        "| | ms | time | peak, MiB | memory | loss |", "|---|---|---|---|---|---|",
+        "| | ms | time | ms of the host | ms busy, profiled | peak, MiB | memory | loss |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         low, _, high = statistics.quantiles(row["milliseconds"])
         lines.append(
             f"| {row['name']} | {row['median']:.2f} ({low:.2f} to {high:.2f}) | {row['median'] / dense['median']:.3f} "
+            f"| {statistics.median(row['host_milliseconds']):.0f} "
+            f"| {row['busy_milliseconds']:.1f} of {row['span_milliseconds']:.1f} "
             f"| {row['peak_mib']:.0f} | {row['peak_mib'] / dense['peak_mib']:.3f} | {row['loss']:.5f} |"
         )
     kinds = sorted({kind for row in rows for kind in row["kernels"]})
