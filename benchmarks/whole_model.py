@@ -231,7 +231,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['gpu']}; {versions}; attention: {record['attention']}. Command: `{record['command']}`", "",
         "bf16, random tokens; weights and main_grad held all the time and not counted; medians of "
         f"{record['repeats']} interleaved runs in random order.", "",
-        "| | ms | time | ms of the host | ms busy, profiled | peak, MiB | memory | loss |", "|---|---|---|---|---|---|---|---|",
+        "| | ms | time | ms of the host | ms busy, profiled | peak, MiB | memory | loss |", "|---" * 8 + "|",
     ]  # fmt: skip
     for row in rows:
         low, _, high = statistics.quantiles(row["milliseconds"])
