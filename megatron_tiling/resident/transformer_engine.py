@@ -18,7 +18,7 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from torch import Tensor
 
-from megatron_tiling.arguments import TRANSFORMER_ENGINE_OPTIONS
+from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 
 
@@ -94,8 +94,7 @@ def check_settings(config: Any) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    for option in TRANSFORMER_ENGINE_OPTIONS:
-        option.refuse(getattr(config, option.setting, None))
+    refuse(config, REFUSED["tiled layers of TransformerEngine"])
 
 
 def rebuilt(dense: Any) -> TiledColumnParallelLinear | TiledRowParallelLinear:

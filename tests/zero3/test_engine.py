@@ -55,7 +55,7 @@ def test_flags_complete_the_configuration(tmp_path: Path) -> None:
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
-            ("offload_optimizer.device is nvme", "--load of_engine", "--load-dense"),
+            ("offload_optimizer.device is nvme", "--load of_engine", "load_dense"),
         ),
     ],
 )
