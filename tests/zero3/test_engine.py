@@ -65,14 +65,6 @@ def test_a_contradiction_is_refused(config: dict[str, Any], words: tuple[str, ..
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-def test_flags_that_the_engine_does_not_follow_are_refused() -> None:
-    zero3_config.check_flags(Namespace(pipeline_model_parallel_size=1, num_experts=None, eval_iters=0))
-    with pytest.raises(ValueError, match="--pipeline-model-parallel-size 2"):
-        zero3_config.check_flags(Namespace(pipeline_model_parallel_size=2))
-    with pytest.raises(ValueError, match="--tiled-linear-storage resident"):
-        zero3_config.check_flags(Namespace(tiled_linear_storage="resident"))
-
-
 def test_thresholds_follow_the_tile_unless_they_are_set() -> None:
     config = {"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 5, "stage3_prefetch_bucket_size": "auto"}}
     zero = zero3_config.with_thresholds(config, SIZES)["zero_optimization"]
