@@ -9,15 +9,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from megatron_tiling.config import (
-    DEFAULT_FACTOR,
-    DEFAULT_HEAD_MEMORY_MIB,
-    FLAGS,
-    MODULES,
-    STORAGES,
-    TilingConfig,
-    argument_of,
-)
+from megatron_tiling.config import FLAGS, MODULES, STORAGES, TilingConfig, argument_of
 
 
 class Refused(NamedTuple):
@@ -59,13 +51,15 @@ def _no_checkpoints(reason: str, or_else: str = "") -> tuple[Refused, ...]:
 
 #: All that is refused, by what it concerns.
 REFUSED: dict[str, tuple[Refused, ...]] = {
-    "tiled layers": (
+    "runs": (
         Refused(
             "--transformer-impl",
             "its layers cannot be tiled",
             (None, "local", "transformer_engine"),
             "use local or transformer_engine",
         ),
+    ),
+    "tiled layers": (
         Refused("--defer-embedding-wgrad-compute", "a tiled layer computes its weight gradient in its backward pass"),
         Refused("--tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, (None, 1)),
         Refused("--expert-tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, (None, 1)),
@@ -85,9 +79,9 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
     "partitioned tiles": (
         Refused(
             "--optimizer",
-            "it takes each weight as one matrix, which tiles are not",
+            "it takes a weight as one matrix, tiles are not",
             (None, "adam", "sgd"),
-            "use adam or sgd, or --tiled-linear-storage resident",
+            "use adam or sgd, or resident tiles",
         ),
     ),
     "tiles under Megatron-FSDP": (
@@ -96,14 +90,14 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
             "--data-parallel-sharding-strategy",
             "weights stay whole, and tiles are not sharded",
             ("optim_grads_params",),
-            "give --data-parallel-sharding-strategy optim_grads_params",
+            "give optim_grads_params",
         ),
         Refused("--pipeline-model-parallel-size", "Megatron-FSDP makes no device mesh of pipeline stages", (None, 1)),
         Refused("--num-distributed-optimizer-instances", "tiles are sharded over all data-parallel ranks", (None, 1)),
         Refused("--use-nccl-ub", _ONE_SIZE, names=("nccl_ub",)),
         Refused("--fsdp-double-buffer", _ONE_SIZE),
         Refused("--megatron-fsdp-max-pool-double-buffer", _ONE_SIZE),
-        *_no_checkpoints("its shards of tiles are not mapped to and from dense ones", ", or give --use-torch-fsdp2"),
+        *_no_checkpoints("it maps no tiles to and from dense checkpoints", ", or give --use-torch-fsdp2"),
     ),
     "tiles under torch FSDP2": (
         *_SHARDED,
@@ -143,11 +137,7 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
 
 
 def reasons(source: Any, rows: Iterable[Refused]) -> Iterator[str]:
-    """What parsed arguments or a model's config ask for in spite of ``rows``: flag, value, remedy.
-
-    Args:
-        source: its attributes are looked at; what it lacks is fine.
-    """
+    """What parsed arguments or a model's config ask for of ``rows``; an attribute that is not there is fine."""
     for row in rows:
         for name in row.names or (argument_of(row.flag),):
             value = getattr(source, name, row.allowed[0])
@@ -157,7 +147,7 @@ def reasons(source: Any, rows: Iterable[Refused]) -> Iterator[str]:
 
 
 def refuse(source: Any, rows: Iterable[Refused], beside: str = "--use-tiled-linear") -> None:
-    """Refuse what parsed arguments or a model's config ask for in spite of ``rows``.
+    """Refuse parsed arguments or a model's config that ask for one of ``rows``.
 
     Raises:
         ValueError: naming flag, value, and what to do instead.
@@ -182,7 +172,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         type=_number_or_text,
         metavar="N",
         help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
-        f"Default {DEFAULT_FACTOR}.",
+        f"Default {TilingConfig.factor}.",
     )
     group.add_argument(
         "--tiled-linear-modules",
@@ -216,7 +206,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         type=_number_or_text,
         metavar="MIB",
         help="Bound for what the loss of a tiled output layer holds at once: one tile of logits, and the input "
-        f"gradient in float32. Default {DEFAULT_HEAD_MEMORY_MIB}.",
+        f"gradient in float32. Default {TilingConfig.head_memory_mib}.",
     )
     group.add_argument(
         "--tiled-head-tokens",
@@ -256,8 +246,8 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             if value is not None and value is not False:  # 0 is given
                 raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
         return None
-    refuse(args, REFUSED["tiled layers"])
-    refuse(args, REFUSED["tiled layers of TransformerEngine"])
+    for concern in ("runs", "tiled layers", "tiled layers of TransformerEngine"):
+        refuse(args, REFUSED[concern])
     if getattr(args, "use_megatron_fsdp", False):
         refuse(args, REFUSED["tiles under Megatron-FSDP"], "--use-tiled-linear --use-megatron-fsdp")
     if getattr(args, "use_torch_fsdp2", False):
@@ -273,18 +263,12 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
     config = TilingConfig.from_args(args)
     if config.partitioned:
         refuse(args, REFUSED["partitioned tiles"], "--tiled-linear-storage partitioned")
-    tokens = micro_batch_tokens(args)
-    if config.head_tokens is not None and tokens is not None and config.head_tokens > tokens:
-        raise ValueError(
-            f"--tiled-head-tokens {config.head_tokens}: a micro-batch has {tokens} tokens on a rank, and no tile can "
-            "have more; lower it"
-        )
-    return config
-
-
-def micro_batch_tokens(args: Namespace) -> int | None:
-    """Tokens of one micro-batch on a rank, if the flags say so."""
     sequence, batch = getattr(args, "seq_length", None), getattr(args, "micro_batch_size", None)
-    if sequence is None or batch is None:
-        return None
-    return int(sequence * batch // getattr(args, "context_parallel_size", 1))
+    if config.head_tokens is not None and sequence and batch:
+        tokens = sequence * batch // getattr(args, "context_parallel_size", 1)
+        if config.head_tokens > tokens:
+            raise ValueError(
+                f"--tiled-head-tokens {config.head_tokens}: a micro-batch has {tokens} tokens on a rank, and no tile "
+                "can have more; lower it"
+            )
+    return config

@@ -58,7 +58,7 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
             continue
         refuse(layer.config, REFUSED["tiled layers"])
         if type(layer) in transformer_engine.TILED_CLASSES:
-            transformer_engine.check_settings(layer.config)
+            refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
             if config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "

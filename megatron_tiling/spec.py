@@ -104,14 +104,11 @@ class TiledSpecProvider(LocalSpecProvider):
 def _tiled_block_spec(*arguments: Any, vp_stage: int | None = None, **options: Any) -> Any:
     """The decoder's layer specs, local or TransformerEngine's, tiled.
 
-    Megatron calls this with a ``GPTModelConfig`` and ``vp_stage=``, Megatron-Bridge with a provider, which is a
-    ``TransformerConfig``, and slime with ``(args, config, vp_stage)``.
-
     Args:
-        arguments, options: among them a ``TransformerConfig``, or a config that has one as ``transformer``; the virtual
-            pipeline stage may be the whole number among ``arguments``. Options of ``get_gpt_decoder_block_spec`` go to
-            it, other ones mean nothing here.
-        vp_stage: virtual pipeline stage to build.
+        arguments, options: in any order, among them a ``TransformerConfig`` (Megatron-Bridge's provider is one) or a
+            config that has one as ``transformer`` (Megatron's). Options of ``get_gpt_decoder_block_spec`` go to it.
+        vp_stage: virtual pipeline stage to build; or the whole number among ``arguments`` (slime's are args, config,
+            stage).
 
     Raises:
         TypeError: there is no such config.
@@ -121,13 +118,14 @@ def _tiled_block_spec(*arguments: Any, vp_stage: int | None = None, **options: A
     if transformer is None:
         raise TypeError("tiled_layer_spec: none of the arguments is, or has as .transformer, a TransformerConfig")
     known = inspect.signature(get_gpt_decoder_block_spec).parameters.keys() - {"config"}
+    if vp_stage is None:
+        vp_stage = next((stage for stage in arguments if type(stage) is int), None)
     settings = {
         "use_transformer_engine": versions.uses_transformer_engine(transformer),
         "normalization": transformer.normalization,
         "qk_l2_norm": transformer.qk_l2_norm,
-        "vp_stage": next((stage for stage in arguments if type(stage) is int), None) if vp_stage is None else vp_stage,
-    }
-    settings |= {name: value for name, value in options.items() if name in known}
+        "vp_stage": vp_stage,
+    } | {name: value for name, value in options.items() if name in known}
     return TiledSpecProvider().tiled(get_gpt_decoder_block_spec(transformer, **settings))
 
 

@@ -164,6 +164,31 @@ def test_what_sharded_tiles_work_with() -> None:
     assert parse(ON, optimizer="muon", nccl_ub=True, save="/nowhere", num_experts=2) is not None  # not sharded
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("pipeline_model_parallel_size", 2, "--pipeline-model-parallel-size 2: "),
+        ("context_parallel_size", 2, "--context-parallel-size 2: "),
+        ("num_experts", 4, "--num-experts 4: "),
+        ("mtp_num_layers", 1, "--mtp-num-layers 1: "),
+        ("use_distributed_optimizer", True, "--use-distributed-optimizer: "),
+        ("use_megatron_fsdp", True, "--use-megatron-fsdp: "),
+        ("use_torch_fsdp2", True, "--use-torch-fsdp2: "),
+        ("tiled_linear_storage", "resident", "--tiled-linear-storage resident: "),
+        ("overlap_grad_reduce", True, "--overlap-grad-reduce: "),
+        ("overlap_param_gather", True, "--overlap-param-gather: "),
+        ("rampup_batch_size", ["2", "2", "8"], "--rampup-batch-size ['2', '2', '8']: "),
+        ("decoupled_lr", 0.1, "--decoupled-lr 0.1: "),
+        ("cpu_offloading_num_layers", 1, "--cpu-offloading-num-layers 1: "),
+    ],
+)
+def test_flags_that_deepspeeds_engine_does_not_follow(argument: str, value: Any, words: str) -> None:
+    refuse(Namespace(optimizer="sgd", eval_iters=10), REFUSED["ZeRO-3"])  # the business of whoever trains
+    with pytest.raises(ValueError) as refusal:
+        refuse(Namespace(**{argument: value}), REFUSED["ZeRO-3"], "ZeRO-3")
+    assert str(refusal.value).startswith(f"ZeRO-3 with {words}")
+
+
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:
     return add_tiling_args(add_megatron_arguments(ArgumentParser()))

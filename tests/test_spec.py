@@ -1,6 +1,7 @@
 """tiled_layer_spec as its callers call it, and what TiledSpecProvider replaces (training: trainer/test_training)."""
 
 import functools
+import importlib.util
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def test_a_call_without_a_config_is_refused(arguments: tuple[Any, ...], options:
 
 
 def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec.versions, "_exists", lambda module: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
     with pytest.raises(SystemExit, match="TransformerEngine is not installed; install it, or use --transformer-impl"):
         tiled_layer_spec(config)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiling.arguments import REFUSED, refuse
-
 Config = dict[str, Any]
 
 #: DeepSpeed's own defaults, which hold for thresholds that no one sets.
@@ -34,15 +32,6 @@ class TileSizes:
     smallest: int
     largest: int
     layer: int
-
-
-def check_flags(args: Namespace) -> None:
-    """Refuse Megatron flags that the engine would not follow.
-
-    Raises:
-        ValueError: naming flag, value, and what to do instead.
-    """
-    refuse(args, REFUSED["ZeRO-3"], "ZeRO-3")
 
 
 def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) -> Config:
@@ -70,7 +59,7 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
                 raise ValueError(
                     f"{path}: zero_optimization.offload_optimizer.device is nvme, with --{flag} {getattr(args, flag)}: "
                     "DeepSpeed does not restore what it keeps there; offload the optimizer to cpu, or exchange weights "
-                    "by zero3.save_dense and zero3.load_dense"
+                    "by zero3.checkpoint.save_dense and load_dense"
                 )
     samples = args.micro_batch_size * data_parallel_size
     for key, value, flag in (
