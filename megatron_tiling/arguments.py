@@ -5,7 +5,7 @@ concerns. ``refuse`` looks for them in parsed arguments, or in a model's config 
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,14 +18,14 @@ class Refused(NamedTuple):
     Attributes:
         flag: as the command line has it.
         reason: why.
-        allowed: values that are fine.
+        allowed: values that are fine, or what gives them for parsed arguments or a config.
         remedy: what to do instead.
         names: its attributes of the parsed arguments and of Megatron's model config, where not named as the flag.
     """
 
     flag: str
     reason: str
-    allowed: tuple[Any, ...] = (None, False)
+    allowed: tuple[Any, ...] | Callable[[Any], tuple[Any, ...]] = (None, False)
     remedy: str = "leave it out"
     names: tuple[str, ...] = ()
 
@@ -42,6 +42,11 @@ _SHARDED = (
         "--overlap-moe-expert-parallel-comm", "it runs parts of a layer past the modules that tiles are sharded by"
     ),
 )
+
+
+def _as_many_as(*sizes: str) -> Callable[[Any], tuple[Any, ...]]:
+    """The first of these sizes that is set, which Megatron fills in where None is given."""
+    return lambda source: (None, next(filter(None, (getattr(source, size, None) for size in sizes)), 1))
 
 
 def _no_checkpoints(reason: str, or_else: str = "") -> tuple[Refused, ...]:
@@ -61,8 +66,12 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
     ),
     "tiled layers": (
         Refused("--defer-embedding-wgrad-compute", "a tiled layer computes its weight gradient in its backward pass"),
-        Refused("--tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, (None, 1)),
-        Refused("--expert-tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, (None, 1)),
+        Refused("--tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, _as_many_as("tensor_model_parallel_size")),
+        Refused(
+            "--expert-tensor-parallel-num-weight-shards",
+            _WHOLE_WEIGHT,
+            _as_many_as("expert_tensor_parallel_size", "tensor_model_parallel_size"),
+        ),
     ),
     "tiled layers of TransformerEngine": (
         Refused("--fp8-format", _DENSE_ONLY, names=("fp8",)),
@@ -139,9 +148,10 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
 def reasons(source: Any, rows: Iterable[Refused]) -> Iterator[str]:
     """What parsed arguments or a model's config ask for of ``rows``; an attribute that is not there is fine."""
     for row in rows:
+        allowed = row.allowed(source) if callable(row.allowed) else row.allowed
         for name in row.names or (argument_of(row.flag),):
-            value = getattr(source, name, row.allowed[0])
-            if value not in row.allowed:
+            value = getattr(source, name, allowed[0])
+            if value not in allowed:
                 shown = f" {value}" if type(value) in (str, int, float, list) else ""
                 yield f"{row.flag}{shown}: {row.reason}; {row.remedy}"
 

@@ -135,6 +135,26 @@ def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object
     assert parse("", **{name: value}) is None
 
 
+def test_weight_shards_are_those_of_tensor_parallelism() -> None:
+    """Megatron fills the numbers in, in the arguments and in a config, and may validate again what it has filled in."""
+    config = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "tensor_model_parallel_size": 2}
+    experts = {"num_moe_experts": 4, "expert_tensor_parallel_size": 1, "add_bias_linear": False}
+    filled = {"tensor_parallel_num_weight_shards": 2, "expert_tensor_parallel_num_weight_shards": 1}
+    assert parse(ON, tensor_model_parallel_size=2, expert_tensor_parallel_size=1, **filled) == TilingConfig()
+    for settings in (
+        config,
+        config | {"tensor_parallel_num_weight_shards": 2},
+        config | experts,
+        config | experts | filled,
+    ):
+        refuse(MLATransformerConfig(**settings), REFUSED["tiled layers"])
+    with pytest.raises(ValueError, match="with --tensor-parallel-num-weight-shards 4: a tiled layer needs its weight"):
+        refuse(MLATransformerConfig(**config, tensor_parallel_num_weight_shards=4), REFUSED["tiled layers"])
+    experts["expert_tensor_parallel_num_weight_shards"] = 2
+    with pytest.raises(ValueError, match="with --expert-tensor-parallel-num-weight-shards 2: a tiled layer needs its"):
+        refuse(MLATransformerConfig(**config, **experts), REFUSED["tiled layers"])
+
+
 FSDP = {"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "optim_grads_params"}
 FSDP2 = {"use_torch_fsdp2": True, "torch_fsdp2_reshard_after_forward": True, "ckpt_format": "torch_dist"}
 
