@@ -1,125 +1,169 @@
-"""The command-line flags, and what is refused before training starts."""
+"""The command-line flags, and the one table of what is refused before training starts.
+
+Tiled layers do not work with some of Megatron's settings. Each of these is a row of ``REFUSED``, under what it
+concerns. ``refuse`` looks for them in parsed arguments, or in a model's config where there are no arguments.
+"""
 
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_tiling.config import DEFAULT_FACTOR, DEFAULT_HEAD_MEMORY_MIB, MODULES, STORAGES, TilingConfig
-
-#: Flags that mean nothing without --use-tiled-linear; all of them default to None or False.
-COMPANIONS = {
-    "tile_factor": "--tile-factor",
-    "tiled_linear_modules": "--tiled-linear-modules",
-    "tiled_linear_splits": "--tiled-linear-splits",
-    "tiled_linear_fp32_accumulate": "--tiled-linear-fp32-accumulate",
-    "tiled_mlp_keep": "--tiled-mlp-keep",
-    "tiled_head_memory_mib": "--tiled-head-memory-mib",
-    "tiled_head_tokens": "--tiled-head-tokens",
-    "tiled_linear_storage": "--tiled-linear-storage",
-}
-
-#: Megatron flags that tiled layers do not work with: attribute, values that are fine, what to do instead.
-UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    (
-        "transformer_impl",
-        (None, "local", "transformer_engine"),
-        "this implementation's layers cannot be tiled; use --transformer-impl local or transformer_engine",
-    ),
-    (
-        "defer_embedding_wgrad_compute",
-        (None, False),
-        "a tiled layer computes its weight gradient in its own backward pass; leave this flag out",
-    ),
-    ("tensor_parallel_num_weight_shards", (None, 1), "a tiled layer needs its weight whole; leave this flag out"),
-    (
-        "expert_tensor_parallel_num_weight_shards",
-        (None, 1),
-        "a tiled layer needs its weight whole; leave this flag out",
-    ),
-)
+from megatron_tiling.config import FLAGS, MODULES, STORAGES, TilingConfig, argument_of
 
 
-def _no_checkpoints(remedy: str) -> tuple[tuple[str, tuple[Any, ...], str], ...]:
-    return tuple((argument, (None,), remedy) for argument in ("save", "load", "pretrained_checkpoint"))
-
-
-#: The same where Megatron-FSDP or torch FSDP2 is to shard the tiles.
-UNSUPPORTED_WHEN_SHARDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("tiled_linear_storage", (None, "auto", "partitioned"), "only partitioned tiles are sharded; leave it out"),
-    ("init_model_with_meta_device", (None, False), "tiles are cut from weights that exist; leave it out"),
-    (
-        "overlap_moe_expert_parallel_comm",
-        (None, False),
-        "it runs parts of a layer past the modules that tiles are sharded by; leave it out",
-    ),
-)
-UNSUPPORTED_WITH_MEGATRON_FSDP: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    (
-        "data_parallel_sharding_strategy",
-        ("optim_grads_params",),
-        "weights stay whole, and tiles are not sharded; give --data-parallel-sharding-strategy optim_grads_params",
-    ),
-    ("pipeline_model_parallel_size", (None, 1), "Megatron-FSDP makes no device mesh of pipeline stages; leave it out"),
-    ("num_distributed_optimizer_instances", (None, 1), "tiles are sharded over all data-parallel ranks; leave it out"),
-    ("nccl_ub", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
-    ("fsdp_double_buffer", (None, False), "its buffers are of one size, and tiles are not; leave it out"),
-    (
-        "megatron_fsdp_max_pool_double_buffer",
-        (None, False),
-        "its buffers are of one size, and tiles are not; leave it out",
-    ),
-    *_no_checkpoints(
-        "its shards of tiles are not mapped to and from dense checkpoints; leave it out, or give --use-torch-fsdp2"
-    ),
-)
-UNSUPPORTED_WITH_FSDP2: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("ckpt_format", (None, "torch_dist"), "tiles would show in the checkpoint; give --ckpt-format torch_dist"),
-)
-UNSUPPORTED_WITH_FSDP2_AND_EXPERTS = _no_checkpoints(
-    "stock Megatron saves and loads no experts that FSDP2 shards; leave it out"
-)
-
-
-@dataclass(frozen=True)
-class TransformerEngineOption:
-    """What TransformerEngine's layers do, and tiled layers do not.
+class Refused(NamedTuple):
+    """A setting of Megatron's that is refused.
 
     Attributes:
         flag: as the command line has it.
-        argument: its attribute of the parsed arguments.
-        setting: its attribute of Megatron's model config.
+        reason: why.
+        allowed: values that are fine, or what gives them for parsed arguments or a config.
+        remedy: what to do instead.
+        names: its attributes of the parsed arguments and of Megatron's model config, where not named as the flag.
     """
 
     flag: str
-    argument: str
-    setting: str
-
-    def refuse(self, value: Any) -> None:
-        """Raise a ValueError if the value asks for it."""
-        if value:
-            given = f"{self.flag} {value}" if isinstance(value, str) else self.flag
-            raise ValueError(f"--use-tiled-linear with {given}: tiled layers do not do this; leave the flag out")
+    reason: str
+    allowed: tuple[Any, ...] | Callable[[Any], tuple[Any, ...]] = (None, False)
+    remedy: str = "leave it out"
+    names: tuple[str, ...] = ()
 
 
-TRANSFORMER_ENGINE_OPTIONS = (
-    TransformerEngineOption("--fp8-format", "fp8", "fp8"),
-    TransformerEngineOption("--fp4-format", "fp4", "fp4"),
-    TransformerEngineOption("--te-precision-config-file", "te_precision_config_file", "quant_recipe"),
-    TransformerEngineOption("--tp-comm-overlap", "tp_comm_overlap", "tp_comm_overlap"),
-    TransformerEngineOption("--delay-wgrad-compute", "delay_wgrad_compute", "delay_wgrad_compute"),
-    TransformerEngineOption("--symmetric-ar-type", "symmetric_ar_type", "symmetric_ar_type"),
-    TransformerEngineOption(
-        "--use-transformer-engine-op-fuser", "use_transformer_engine_op_fuser", "use_transformer_engine_op_fuser"
+_DENSE_ONLY = "tiled layers do not do this"
+_WHOLE_WEIGHT = "a tiled layer needs its weight whole"
+_ONE_SIZE = "its buffers are of one size, and tiles are not"
+_TWO_ENGINES = "two engines cannot own the same parameters"
+_OFFLOADING = ("cpu_offloading_num_layers", "cpu_offloading")
+_SHARDED = (
+    Refused("--tiled-linear-storage", "only partitioned tiles are sharded", (None, "auto", "partitioned")),
+    Refused("--init-model-with-meta-device", "tiles are cut from weights that exist"),
+    Refused(
+        "--overlap-moe-expert-parallel-comm", "it runs parts of a layer past the modules that tiles are sharded by"
     ),
-    TransformerEngineOption("--cpu-offloading-num-layers", "cpu_offloading_num_layers", "cpu_offloading"),
-    TransformerEngineOption(
-        "--fine-grained-activation-offloading",
-        "fine_grained_activation_offloading",
-        "fine_grained_activation_offloading",
-    ),
-    TransformerEngineOption("--cache-mla-latents", "cache_mla_latents", "cache_mla_latents"),
 )
+
+
+def _as_many_as(*sizes: str) -> Callable[[Any], tuple[Any, ...]]:
+    """The first of these sizes that is set, which Megatron fills in where None is given."""
+    return lambda source: (None, next(filter(None, (getattr(source, size, None) for size in sizes)), 1))
+
+
+def _no_checkpoints(reason: str, or_else: str = "") -> tuple[Refused, ...]:
+    remedy = f"leave it out{or_else}"
+    return tuple(Refused(f, reason, remedy=remedy) for f in ("--save", "--load", "--pretrained-checkpoint"))
+
+
+#: All that is refused, by what it concerns.
+REFUSED: dict[str, tuple[Refused, ...]] = {
+    "runs": (
+        Refused(
+            "--transformer-impl",
+            "its layers cannot be tiled",
+            (None, "local", "transformer_engine"),
+            "use local or transformer_engine",
+        ),
+    ),
+    "tiled layers": (
+        Refused("--defer-embedding-wgrad-compute", "a tiled layer computes its weight gradient in its backward pass"),
+        Refused("--tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, _as_many_as("tensor_model_parallel_size")),
+        Refused(
+            "--expert-tensor-parallel-num-weight-shards",
+            _WHOLE_WEIGHT,
+            _as_many_as("expert_tensor_parallel_size", "tensor_model_parallel_size"),
+        ),
+    ),
+    "tiled layers of TransformerEngine": (
+        Refused("--fp8-format", _DENSE_ONLY, names=("fp8",)),
+        Refused("--fp4-format", _DENSE_ONLY, names=("fp4",)),
+        Refused("--te-precision-config-file", _DENSE_ONLY, names=("te_precision_config_file", "quant_recipe")),
+        Refused("--tp-comm-overlap", _DENSE_ONLY),
+        Refused("--delay-wgrad-compute", _DENSE_ONLY),
+        Refused("--symmetric-ar-type", _DENSE_ONLY),
+        Refused("--use-transformer-engine-op-fuser", _DENSE_ONLY),
+        Refused("--cpu-offloading-num-layers", _DENSE_ONLY, names=_OFFLOADING),
+        Refused("--fine-grained-activation-offloading", _DENSE_ONLY),
+        Refused("--cache-mla-latents", _DENSE_ONLY),
+    ),
+    "partitioned tiles": (
+        Refused(
+            "--optimizer",
+            "it takes a weight as one matrix, tiles are not",
+            (None, "adam", "sgd"),
+            "use adam or sgd, or resident tiles",
+        ),
+    ),
+    "tiles under Megatron-FSDP": (
+        *_SHARDED,
+        Refused(
+            "--data-parallel-sharding-strategy",
+            "weights stay whole, and tiles are not sharded",
+            ("optim_grads_params",),
+            "give optim_grads_params",
+        ),
+        Refused("--pipeline-model-parallel-size", "Megatron-FSDP makes no device mesh of pipeline stages", (None, 1)),
+        Refused("--num-distributed-optimizer-instances", "tiles are sharded over all data-parallel ranks", (None, 1)),
+        Refused("--use-nccl-ub", _ONE_SIZE, names=("nccl_ub",)),
+        Refused("--fsdp-double-buffer", _ONE_SIZE),
+        Refused("--megatron-fsdp-max-pool-double-buffer", _ONE_SIZE),
+        *_no_checkpoints("it maps no tiles to and from dense checkpoints", ", or give --use-torch-fsdp2"),
+    ),
+    "tiles under torch FSDP2": (
+        *_SHARDED,
+        Refused(
+            "--torch-fsdp2-no-reshard-after-forward",
+            "all tiles would stay gathered",
+            (None, True),
+            names=("torch_fsdp2_reshard_after_forward",),
+        ),
+        Refused(
+            "--ckpt-format", "tiles would show in the checkpoint", (None, "torch_dist"), "give --ckpt-format torch_dist"
+        ),
+    ),
+    "experts under torch FSDP2": _no_checkpoints("stock Megatron saves and loads no experts that FSDP2 shards"),
+    "ZeRO-3": (
+        Refused("--pipeline-model-parallel-size", "the engine runs whole models", (None, 1)),
+        Refused("--context-parallel-size", "gradients are averaged over data-parallel ranks only", (None, 1)),
+        Refused("--num-experts", "experts have data-parallel groups of their own, the engine is given one"),
+        Refused("--mtp-num-layers", "next-token heads share weights across modules"),
+        Refused("--use-distributed-optimizer", "ZeRO-3 shards the optimizer itself"),
+        Refused("--use-megatron-fsdp", _TWO_ENGINES),
+        Refused("--use-torch-fsdp2", _TWO_ENGINES),
+        Refused(
+            "--tiled-linear-storage",
+            "the engine gathers parameters, and tiles must be some",
+            (None, "auto", "partitioned"),
+        ),
+        Refused("--overlap-grad-reduce", "the engine overlaps by itself, see its overlap_comm"),
+        Refused("--overlap-param-gather", "the engine overlaps by itself, see its stage3_prefetch_bucket_size"),
+        Refused("--rampup-batch-size", "the engine's batch size is fixed"),
+        Refused("--decoupled-lr", "the engine has one learning rate"),
+        Refused(
+            "--cpu-offloading-num-layers", "the engine offloads by itself, see its configuration", names=_OFFLOADING
+        ),
+    ),
+}
+
+
+def reasons(source: Any, rows: Iterable[Refused]) -> Iterator[str]:
+    """What parsed arguments or a model's config ask for of ``rows``; an attribute that is not there is fine."""
+    for row in rows:
+        allowed = row.allowed(source) if callable(row.allowed) else row.allowed
+        for name in row.names or (argument_of(row.flag),):
+            value = getattr(source, name, allowed[0])
+            if value not in allowed:
+                shown = f" {value}" if type(value) in (str, int, float, list) else ""
+                yield f"{row.flag}{shown}: {row.reason}; {row.remedy}"
+
+
+def refuse(source: Any, rows: Iterable[Refused], beside: str = "--use-tiled-linear") -> None:
+    """Refuse parsed arguments or a model's config that ask for one of ``rows``.
+
+    Raises:
+        ValueError: naming flag, value, and what to do instead.
+    """
+    for reason in reasons(source, rows):
+        raise ValueError(f"{beside} with {reason}")
 
 
 def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
@@ -135,19 +179,21 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tile-factor",
-        type=int,
+        type=_number_or_text,
         metavar="N",
         help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
-        f"Default {DEFAULT_FACTOR}.",
+        f"Default {TilingConfig.factor}.",
     )
     group.add_argument(
         "--tiled-linear-modules",
+        action="extend",
         nargs="+",
         metavar="MODULE",
         help=f"Which layers to tile, out of {', '.join(MODULES)}. Default: all of them.",
     )
     group.add_argument(
         "--tiled-linear-splits",
+        action="extend",
         nargs="+",
         metavar="MODULE=INxOUT",
         help="Grids of single modules, in_splits x out_splits, instead of --tile-factor: fc1=1x8 fc2=8x1.",
@@ -159,6 +205,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tiled-mlp-keep",
+        type=_number_or_text,
         metavar="N|all",
         help="Tiles of an MLP that keep their pre-activations for the backward pass; the others compute their fc1 "
         "product again. 0 takes the least memory. Default all: nothing but the activation is computed again; 0 where "
@@ -166,24 +213,32 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tiled-head-memory-mib",
-        type=int,
+        type=_number_or_text,
         metavar="MIB",
         help="Bound for what the loss of a tiled output layer holds at once: one tile of logits, and the input "
-        f"gradient in float32. Default {DEFAULT_HEAD_MEMORY_MIB}.",
+        f"gradient in float32. Default {TilingConfig.head_memory_mib}.",
     )
     group.add_argument(
         "--tiled-head-tokens",
-        type=int,
+        type=_number_or_text,
         metavar="N",
         help="Tokens of one tile of logits. Default: chosen from --tiled-head-memory-mib.",
     )
     group.add_argument(
         "--tiled-linear-storage",
-        choices=("auto", *STORAGES),
+        metavar=f"{{auto,{','.join(STORAGES)}}}",
         help="Resident tiles are parts of the stock weight; partitioned ones are parameters of their own, which an "
         "engine (ZeRO-3, FSDP) gathers one by one. Default auto: partitioned where Megatron's flags partition weights.",
     )
     return parser
+
+
+def _number_or_text(text: str) -> int | str:
+    """Text that is no number goes to ``TilingConfig``, whose refusal is one line, without Megatron's whole usage."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def validate_tiling_args(args: Namespace) -> TilingConfig | None:
@@ -195,64 +250,35 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
     Raises:
         ValueError: naming the flag, its value, and what to change.
     """
-    if not args.use_tiled_linear:
-        for attribute, flag in COMPANIONS.items():
-            if getattr(args, attribute) not in (None, False):
+    if not getattr(args, "use_tiled_linear", False):
+        for flag in FLAGS.values():
+            value = getattr(args, argument_of(flag), None)
+            if value is not None and value is not False:  # 0 is given
                 raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
         return None
-    _refuse(args, UNSUPPORTED, "--use-tiled-linear")
-    _check_sharding(args)
-    for option in TRANSFORMER_ENGINE_OPTIONS:
-        option.refuse(getattr(args, option.argument, None))
+    for concern in ("runs", "tiled layers", "tiled layers of TransformerEngine"):
+        refuse(args, REFUSED[concern])
+    if getattr(args, "use_megatron_fsdp", False):
+        refuse(args, REFUSED["tiles under Megatron-FSDP"], "--use-tiled-linear --use-megatron-fsdp")
+    if getattr(args, "use_torch_fsdp2", False):
+        beside = "--use-tiled-linear --use-torch-fsdp2"
+        refuse(args, REFUSED["tiles under torch FSDP2"], beside)
+        if getattr(args, "num_experts", None):
+            refuse(args, REFUSED["experts under torch FSDP2"], f"{beside} --num-experts {args.num_experts}")
     if getattr(args, "transformer_impl", None) == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--use-tiled-linear with --transformer-impl transformer_engine: TransformerEngine is not installed; "
             "install it, or use --transformer-impl local"
         )
     config = TilingConfig.from_args(args)
-    optimizer = getattr(args, "optimizer", None)
-    if config.partitioned and optimizer not in (None, "adam", "sgd"):
-        raise ValueError(
-            f"--tiled-linear-storage partitioned with --optimizer {optimizer}: it takes each weight as one matrix, "
-            "which tiles are not; use adam or sgd, or --tiled-linear-storage resident"
-        )
-    tokens = micro_batch_tokens(args)
-    if config.head_tokens is not None and tokens is not None and config.head_tokens > tokens:
-        raise ValueError(
-            f"--tiled-head-tokens {config.head_tokens}: a micro-batch has {tokens} tokens on a rank, and no tile can "
-            "have more; lower it"
-        )
-    return config
-
-
-def _refuse(args: Namespace, unsupported: tuple[tuple[str, tuple[Any, ...], str], ...], beside: str) -> None:
-    for attribute, supported, remedy in unsupported:
-        value = getattr(args, attribute, None)
-        if value not in supported:
-            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
-            raise ValueError(f"{beside} with {flag}: {remedy}")
-
-
-def _check_sharding(args: Namespace) -> None:
-    if getattr(args, "use_megatron_fsdp", False):
-        beside = "--use-tiled-linear --use-megatron-fsdp"
-        _refuse(args, UNSUPPORTED_WITH_MEGATRON_FSDP, beside)
-        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
-    if getattr(args, "use_torch_fsdp2", False):
-        beside = "--use-tiled-linear --use-torch-fsdp2"
-        if not getattr(args, "torch_fsdp2_reshard_after_forward", True):
-            raise ValueError(
-                f"{beside} with --torch-fsdp2-no-reshard-after-forward: all tiles would stay gathered; leave it out"
-            )
-        _refuse(args, UNSUPPORTED_WITH_FSDP2, beside)
-        _refuse(args, UNSUPPORTED_WHEN_SHARDED, beside)
-        if getattr(args, "num_experts", None):
-            _refuse(args, UNSUPPORTED_WITH_FSDP2_AND_EXPERTS, f"{beside} --num-experts {args.num_experts}")
-
-
-def micro_batch_tokens(args: Namespace) -> int | None:
-    """Tokens of one micro-batch on a rank, if the flags say so."""
+    if config.partitioned:
+        refuse(args, REFUSED["partitioned tiles"], "--tiled-linear-storage partitioned")
     sequence, batch = getattr(args, "seq_length", None), getattr(args, "micro_batch_size", None)
-    if sequence is None or batch is None:
-        return None
-    return int(sequence * batch // getattr(args, "context_parallel_size", 1))
+    if config.head_tokens is not None and sequence and batch:
+        tokens = sequence * batch // getattr(args, "context_parallel_size", 1)
+        if config.head_tokens > tokens:
+            raise ValueError(
+                f"--tiled-head-tokens {config.head_tokens}: a micro-batch has {tokens} tokens on a rank, and no tile "
+                "can have more; lower it"
+            )
+    return config

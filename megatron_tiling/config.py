@@ -3,8 +3,8 @@
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal, Self, get_args
+from numbers import Integral
+from typing import Any, Literal, NoReturn, Self, get_args
 
 COLUMN_MODULES = ("qkv", "fc1", "output")
 ROW_MODULES = ("proj", "fc2")
@@ -28,6 +28,17 @@ MODULE_OF_ATTRIBUTE = {
 MLA_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 Storage = Literal["resident", "partitioned"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
+#: Fields of TilingConfig -> the flags that set them.
+FLAGS = {
+    "factor": "--tile-factor",
+    "modules": "--tiled-linear-modules",
+    "splits": "--tiled-linear-splits",
+    "fp32_accumulate": "--tiled-linear-fp32-accumulate",
+    "mlp_keep": "--tiled-mlp-keep",
+    "head_memory_mib": "--tiled-head-memory-mib",
+    "head_tokens": "--tiled-head-tokens",
+    "storage": "--tiled-linear-storage",
+}
 
 
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -40,9 +51,9 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     for setting in settings:
         module, _, grid = setting.partition("=")
         parts = grid.split("x")
-        if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
             raise ValueError(
-                f"--tiled-linear-splits {setting}: write MODULE=INxOUT with two whole numbers, as in fc1=1x8"
+                f"--tiled-linear-splits {setting}: write MODULE=INxOUT, both whole numbers of at least 1, as in fc1=1x8"
             )
         if module not in MODULES:
             raise ValueError(
@@ -54,28 +65,51 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     return splits
 
 
-def parse_keep(keep: str | None) -> int | Literal["all"] | None:
-    """``"all"``, ``"2"`` -> 2, or ``None``.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if keep is None or keep == "all":
-        return keep  # type: ignore[return-value]
-    if not (keep.isascii() and keep.isdigit()):
-        raise ValueError(f"--tiled-mlp-keep {keep}: write a number of tiles, or all")
-    return int(keep)
+def argument_of(flag: str) -> str:
+    """``"--tile-factor"`` -> ``"tile_factor"``, its attribute of the parsed arguments."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def storage_of(args: Namespace) -> Storage:
     """Where tiles live: as ``--tiled-linear-storage`` says, or partitioned where Megatron's flags partition weights."""
-    chosen: str | None = args.tiled_linear_storage
-    if chosen in STORAGES:
-        return chosen
+    chosen: Any = getattr(args, "tiled_linear_storage", None)
+    if chosen not in (None, "auto"):
+        return chosen  # TilingConfig refuses what is no storage
     megatron_fsdp = getattr(args, "use_megatron_fsdp", False)
     shards_weights = getattr(args, "data_parallel_sharding_strategy", None) == "optim_grads_params"
     torch_fsdp2 = getattr(args, "use_torch_fsdp2", False)
     return "partitioned" if torch_fsdp2 or (megatron_fsdp and shards_weights) else "resident"
+
+
+class _ReadOnlyDict(dict[str, tuple[int, int]]):
+    """Unlike ``MappingProxyType`` it can be hashed, pickled and copied, as the config that holds it."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("the splits of a TilingConfig are read-only; dataclasses.replace makes another config")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def _are_modules(value: Any) -> bool:
+    named = isinstance(value, (tuple, list)) and all(module in MODULES for module in value)
+    return named and 0 < len(set(value)) == len(value)
+
+
+def _are_grids(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(grid, (tuple, list)) and len(grid) == 2 and all(_is_whole(number, 1) for number in grid)
+        for grid in value.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -98,13 +132,15 @@ class TilingConfig:
         storage: ``"partitioned"`` makes each tile a parameter of its own, for an engine (ZeRO-3, FSDP) that gathers
             it around its use.
 
+    Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
+
     Raises:
-        ValueError: on any value out of range, naming the flag to change.
+        ValueError: a value of another type or out of range, or one without effect, naming the flag to change.
     """
 
     factor: int = DEFAULT_FACTOR
     modules: tuple[str, ...] = MODULES
-    splits: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
+    splits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
     mlp_keep: int | Literal["all"] | None = None
@@ -113,47 +149,54 @@ class TilingConfig:
     storage: Storage = "resident"
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
-            ("--tile-factor", self.factor, 1),
-            ("--tiled-mlp-keep", self.mlp_keep, 0),
-            ("--tiled-head-memory-mib", self.head_memory_mib, 1),
-            ("--tiled-head-tokens", self.head_tokens, 1),
+        for name, fine, wanted in (
+            ("factor", _is_whole(self.factor, 1), "a whole number of at least 1"),
+            ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once"),
+            ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
+            ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
+            ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),
+            (
+                "mlp_keep",
+                self.mlp_keep in (None, "all") or _is_whole(self.mlp_keep, 0),
+                "a whole number of at least 0, or all",
+            ),
+            ("head_memory_mib", _is_whole(self.head_memory_mib, 1), "a whole number of at least 1"),
+            ("head_tokens", self.head_tokens is None or _is_whole(self.head_tokens, 1), "a whole number of at least 1"),
+            ("storage", self.storage in STORAGES, f"auto, {' or '.join(STORAGES)}"),
         ):
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{flag} {value}: must be at least {least}")
-        unknown = [module for module in self.modules if module not in MODULES]
-        if unknown or not self.modules:
-            raise ValueError(
-                f"--tiled-linear-modules {' '.join(unknown) or '(none)'}: choose from {', '.join(MODULES)}"
-            )
+            value = getattr(self, name)
+            if not fine:
+                shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else repr(value)
+                raise ValueError(f"{FLAGS.get(name, name)} {shown}: must be {wanted}")
+            if _is_whole(value, 0):
+                object.__setattr__(self, name, int(value))  # NumPy's too
+        grids = {module: (int(in_splits), int(out_splits)) for module, (in_splits, out_splits) in self.splits.items()}
+        object.__setattr__(self, "modules", tuple(self.modules))
+        object.__setattr__(self, "splits", _ReadOnlyDict(grids))
         for module, (in_splits, out_splits) in self.splits.items():
             if module not in self.modules:
                 raise ValueError(
                     f"--tiled-linear-splits {module}={in_splits}x{out_splits}: {module} is not among the modules "
                     f"to tile ({', '.join(self.modules)}); add it to --tiled-linear-modules"
                 )
-            if in_splits < 1 or out_splits < 1:
-                raise ValueError(
-                    f"--tiled-linear-splits {module}={in_splits}x{out_splits}: both numbers must be at least 1"
-                )
-        if self.storage not in STORAGES:
-            raise ValueError(f"--tiled-linear-storage {self.storage}: choose from auto, {', '.join(STORAGES)}")
-        if self.partitioned:
-            self._refuse_with_partitioned()
+        self._refuse_without_effect()
 
-    def _refuse_with_partitioned(self) -> None:
-        for flag, given, reason in (
-            ("fuse_wgrad=True", self.fuse_wgrad is True, "the engine owns the gradients of partitioned tiles"),
-            ("--tiled-linear-fp32-accumulate", self.fp32_accumulate, "autograd sums over partitioned tiles"),
-            ("--tiled-head-tokens", self.head_tokens is not None, "a partitioned output layer makes whole logits"),
-            (
-                "--tiled-head-memory-mib",
-                self.head_memory_mib != DEFAULT_HEAD_MEMORY_MIB,
-                "a partitioned output layer makes whole logits",
-            ),
+    def _refuse_without_effect(self) -> None:
+        resident = "leave it out, or give --tiled-linear-storage resident"
+        engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
+        untiled_mlp = not {"fc1", "fc2"} <= set(self.modules) and "fc1 and fc2 are not both tiled; leave it out"
+        head = "output" not in self.modules and "the output layer is not tiled; leave it out"
+        if not head and self.partitioned:
+            head = f"a partitioned output layer makes whole logits; {resident}"
+        for setting, given, reason in (
+            ("fuse_wgrad=True", self.fuse_wgrad, engine),
+            (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
+            (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled_mlp),
+            (FLAGS["head_tokens"], self.head_tokens is not None, head),
+            (FLAGS["head_memory_mib"], self.head_memory_mib != DEFAULT_HEAD_MEMORY_MIB, head),
         ):
-            if given:
-                raise ValueError(f"{flag}: {reason}; leave it out, or give --tiled-linear-storage resident")
+            if given and reason:
+                raise ValueError(f"{setting}: {reason}")
 
     @property
     def partitioned(self) -> bool:
@@ -169,18 +212,9 @@ class TilingConfig:
     @classmethod
     def from_args(cls, args: Namespace, **overrides: Any) -> Self:
         """From the namespace that Megatron's parser returns, with the flags of ``arguments.py`` in it."""
-        settings: dict[str, Any] = {
-            "factor": DEFAULT_FACTOR if args.tile_factor is None else args.tile_factor,
-            "modules": tuple(MODULES if args.tiled_linear_modules is None else args.tiled_linear_modules),
-            "splits": parse_splits(args.tiled_linear_splits or ()),
-            "fp32_accumulate": bool(args.tiled_linear_fp32_accumulate),
-            "mlp_keep": parse_keep(args.tiled_mlp_keep),
-            "head_memory_mib": (
-                DEFAULT_HEAD_MEMORY_MIB if args.tiled_head_memory_mib is None else args.tiled_head_memory_mib
-            ),
-            "head_tokens": args.tiled_head_tokens,
-            "storage": storage_of(args),
-        }
+        given = {name: getattr(args, argument_of(flag), None) for name, flag in FLAGS.items()}
+        settings = {name: value for name, value in given.items() if value is not None}
+        settings |= {"splits": parse_splits(given["splits"] or ()), "storage": storage_of(args)}
         return cls(**(settings | overrides))
 
     def splits_of(self, module: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
 from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES, make_partitioned
 from megatron_tiling.partitioned.mlp import PartitionedMLP, convert_partitioned_mlp
@@ -55,8 +56,9 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
         if module is None or reason:
             reports.append(LayerReport(name, shape, None, size, reason))
             continue
+        refuse(layer.config, REFUSED["tiled layers"])
         if type(layer) in transformer_engine.TILED_CLASSES:
-            transformer_engine.check_settings(layer.config)
+            refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
             if config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "

@@ -9,6 +9,7 @@ output layer is not part of a spec: the runner's ``--use-tiled-linear`` reaches 
 import copy
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tiling.config import (
     COLUMN_MODULES,
@@ -99,22 +101,32 @@ class TiledSpecProvider(LocalSpecProvider):
         return replacements
 
 
-def _tiled_block_spec(config: Any, vp_stage: int | None = None) -> Any:
+def _tiled_block_spec(*arguments: Any, vp_stage: int | None = None, **options: Any) -> Any:
     """The decoder's layer specs, local or TransformerEngine's, tiled.
 
     Args:
-        config: Megatron's ``GPTModelConfig``.
-        vp_stage: virtual pipeline stage to build.
+        arguments, options: in any order, among them a ``TransformerConfig`` (Megatron-Bridge's provider is one) or a
+            config that has one as ``transformer`` (Megatron's). Options of ``get_gpt_decoder_block_spec`` go to it.
+        vp_stage: virtual pipeline stage to build; or the whole number among ``arguments`` (slime's are args, config,
+            stage).
+
+    Raises:
+        TypeError: there is no such config.
     """
-    transformer = config.transformer
-    block = get_gpt_decoder_block_spec(
-        transformer,
-        use_transformer_engine=versions.uses_transformer_engine(transformer),
-        normalization=transformer.normalization,
-        qk_l2_norm=transformer.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
-    return TiledSpecProvider().tiled(block)
+    given = [getattr(argument, "transformer", argument) for argument in (*arguments, *options.values())]
+    transformer = next((config for config in given if isinstance(config, TransformerConfig)), None)
+    if transformer is None:
+        raise TypeError("tiled_layer_spec: none of the arguments is, or has as .transformer, a TransformerConfig")
+    known = inspect.signature(get_gpt_decoder_block_spec).parameters.keys() - {"config"}
+    if vp_stage is None:
+        vp_stage = next((stage for stage in arguments if type(stage) is int), None)
+    settings = {
+        "use_transformer_engine": versions.uses_transformer_engine(transformer),
+        "normalization": transformer.normalization,
+        "qk_l2_norm": transformer.qk_l2_norm,
+        "vp_stage": vp_stage,
+    } | {name: value for name, value in options.items() if name in known}
+    return TiledSpecProvider().tiled(get_gpt_decoder_block_spec(transformer, **settings))
 
 
 #: What `--spec megatron_tiling.spec tiled_layer_spec` finds, in the form that this Megatron takes.

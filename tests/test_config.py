@@ -1,138 +1,160 @@
-"""TilingConfig and the flags: what is read, and what is refused by name."""
+"""TilingConfig by hand: its values and what is refused by name, and that it can be hashed, pickled and copied."""
 
-from argparse import ArgumentParser, Namespace
+import copy
+import dataclasses
+import json
+import pickle
+from argparse import Namespace
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_tiling import TilingConfig, arguments
-from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
-from megatron_tiling.config import storage_of
+from megatron_tiling import TilingConfig
+from megatron_tiling.config import FLAGS, MODULES, parse_splits, storage_of
 
-
-def parse(line: str, **megatron_args: object) -> TilingConfig | None:
-    args = add_tiling_args(ArgumentParser()).parse_args(line.split())
-    for name, value in megatron_args.items():
-        setattr(args, name, value)
-    return validate_tiling_args(args)
-
-
-def test_off_by_default() -> None:
-    assert parse("") is None
+WHOLE = "must be a whole number of at least"
+NO_NUMBERS = ("2", 2.0, 2.5, True, np.float64(2), [2], -1)
 
 
 def test_defaults() -> None:
-    config = parse("--use-tiled-linear")
-    assert config is not None
-    assert [config.splits_of(module) for module in ("qkv", "proj", "fc1", "fc2", "output")] == [
-        (1, 4), (4, 1), (1, 4), (4, 1), (1, 4),
-    ]  # fmt: skip
-
-
-def test_megatron_deepspeeds_spelling() -> None:
-    assert parse("--memory-centric-tiled-linear --tile-factor 2") == parse("--use-tiled-linear --tile-factor 2")
-
-
-def test_splits_override_the_factor() -> None:
-    config = parse("--use-tiled-linear --tile-factor 3 --tiled-linear-splits fc1=2x8 --tiled-linear-modules fc1 fc2")
-    assert config is not None
-    assert config.modules == ("fc1", "fc2")
-    assert config.splits_of("fc1") == (2, 8)
-    assert config.splits_of("fc2") == (3, 1)
+    config = TilingConfig()
+    assert [config.splits_of(module) for module in MODULES] == [(1, 4), (4, 1), (1, 4), (4, 1), (1, 4)]
+    assert config.splits == {} and config.kept_tiles is None and not config.partitioned
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "config",
+    [TilingConfig(), TilingConfig(factor=2, modules=["fc1", "fc2"], splits={"fc1": [2, 8]}, mlp_keep=0)],  # type: ignore
+    ids=["default", "with splits"],
+)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), dataclasses.replace]
+)
+def test_hashed_pickled_and_copied(config: TilingConfig, copied: Callable[[TilingConfig], TilingConfig]) -> None:
+    twin = copied(config)
+    assert twin == config and hash(twin) == hash(config) and {config: "found"}[twin] == "found"
+    with pytest.raises(TypeError, match="read-only"):
+        twin.splits["fc1"] = (1, 1)  # type: ignore[index]
+
+
+def test_equal_configs_are_one_key_and_others_are_not() -> None:
+    one = TilingConfig(splits={"fc1": (1, 8), "fc2": (8, 1)})
+    assert len({one, TilingConfig(splits={"fc2": (8, 1), "fc1": (1, 8)}), TilingConfig()}) == 2
+
+
+def test_as_a_dict() -> None:
+    config = TilingConfig(splits={"fc1": (2, 8)}, mlp_keep=3)
+    settings = dataclasses.asdict(config)
+    assert settings["splits"] == {"fc1": (2, 8)} and settings["modules"] == MODULES
+    assert TilingConfig(**settings) == config
+    assert TilingConfig(**json.loads(json.dumps(settings))) == config
+
+
+def test_splits_are_read_only_and_the_configs_own() -> None:
+    given = {"fc1": (1, 8)}
+    config = TilingConfig(splits=given)
+    given["fc1"] = (1, 2)
+    assert config.splits_of("fc1") == (1, 8)
+    for change in (
+        lambda splits: splits.update(fc1=(1, 2)),
+        lambda splits: splits.pop("fc1"),
+        lambda splits: splits.popitem(),
+        lambda splits: splits.clear(),
+        lambda splits: splits.setdefault("fc2", (1, 2)),
+        lambda splits: splits.__delitem__("fc1"),
+        lambda splits: splits.__ior__({"fc1": (1, 2)}),
+    ):
+        with pytest.raises(TypeError, match="read-only"):
+            change(config.splits)
+    assert config.splits == {"fc1": (1, 8)}
+    assert TilingConfig(splits=MappingProxyType({"fc1": (1, 8)})) == config
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    config = TilingConfig(factor=np.int64(8), mlp_keep=np.int32(2), splits={"fc1": (np.int64(1), np.int64(2))})  # type: ignore
+    assert config == TilingConfig(factor=8, mlp_keep=2, splits={"fc1": (1, 2)})
+    assert type(config.factor) is int and type(config.kept_tiles) is int and type(config.splits["fc1"][1]) is int
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
     [
-        ("--use-tiled-linear --tile-factor 0", "--tile-factor 0: must be at least 1"),
-        ("--use-tiled-linear --tile-factor -2", "--tile-factor -2: must be at least 1"),
-        ("--tile-factor 4", "--tile-factor does nothing without --use-tiled-linear"),
-        ("--tiled-linear-modules fc1", "--tiled-linear-modules does nothing without"),
-        ("--tiled-linear-splits fc1=1x2", "--tiled-linear-splits does nothing without"),
-        ("--tiled-linear-fp32-accumulate", "--tiled-linear-fp32-accumulate does nothing without"),
-        ("--tiled-mlp-keep all", "--tiled-mlp-keep does nothing without"),
-        ("--tiled-head-tokens 5", "--tiled-head-tokens does nothing without"),
-        ("--tiled-head-memory-mib 5", "--tiled-head-memory-mib does nothing without"),
-        ("--use-tiled-linear --tiled-mlp-keep -1", "--tiled-mlp-keep -1: write a number of tiles, or all"),
-        ("--use-tiled-linear --tiled-mlp-keep none", "--tiled-mlp-keep none: write a number of tiles, or all"),
-        ("--use-tiled-linear --tiled-head-tokens 0", "--tiled-head-tokens 0: must be at least 1"),
-        ("--use-tiled-linear --tiled-head-memory-mib 0", "--tiled-head-memory-mib 0: must be at least 1"),
-        ("--use-tiled-linear --tiled-linear-modules fc1 mlp", "--tiled-linear-modules mlp: choose from qkv"),
-        ("--use-tiled-linear --tiled-linear-splits fc1", "fc1: write MODULE=INxOUT"),
-        ("--use-tiled-linear --tiled-linear-splits fc1=8", "fc1=8: write MODULE=INxOUT"),
-        ("--use-tiled-linear --tiled-linear-splits fc1=1x2x3", "fc1=1x2x3: write MODULE=INxOUT"),
-        ("--use-tiled-linear --tiled-linear-splits fc1=1x-2", "fc1=1x-2: write MODULE=INxOUT"),
-        ("--use-tiled-linear --tiled-linear-splits mlp=1x2", "unknown module 'mlp'"),
-        ("--use-tiled-linear --tiled-linear-splits fc1=0x2", "both numbers must be at least 1"),
-        ("--use-tiled-linear --tiled-linear-splits fc1=1x2 fc1=1x4", "fc1 is given twice"),
-        ("--use-tiled-linear --tiled-linear-modules fc2 --tiled-linear-splits fc1=1x2", "fc1 is not among the modules"),
+        ("factor", (*NO_NUMBERS, 0, None, np.int64(0)), f"{WHOLE} 1"),
+        ("mlp_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
+        ("head_memory_mib", (*NO_NUMBERS, 0, None), f"{WHOLE} 1"),
+        ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
+        ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
+        ("storage", ("auto", "disk", None, ["resident"]), "must be auto, resident or partitioned"),
+        ("modules", ("fc1", (), ("fc1", "mlp"), (1,), None, {"fc1"}, ("fc1", "fc1")), "must be some of qkv, proj, fc1"),
+        (
+            "splits",
+            ([("fc1", (1, 2))], "fc1=1x2", None, {"fc1": 2}, {"fc1": "12"}, {"fc1": (1, 2, 3)}, {"fc1": (1, 2.0)},
+             {"fc1": (0, 2)}, {"fc1": (True, 2)}),
+            "must be {module: (in_splits, out_splits)}, whole numbers of at least 1",
+        ),
     ],
 )  # fmt: skip
-def test_bad_settings_are_refused_by_name(line: str, message: str) -> None:
+def test_values_of_other_types_and_out_of_range(field: str, values: tuple[Any, ...], words: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError) as refusal:
+            TilingConfig(**{field: value})
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else repr(value)
+        assert str(refusal.value).startswith(f"{FLAGS[field]} {shown}: ") and words in str(refusal.value)
+
+
+def test_fuse_wgrad_has_no_flag() -> None:
+    with pytest.raises(ValueError, match=r"^fuse_wgrad 'yes': must be True, False or None"):
+        TilingConfig(fuse_wgrad="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules": ("fc1",), "splits": {"fc2": (2, 1)}}, "--tiled-linear-splits fc2=2x1: fc2 is not among"),
+        ({"modules": ("fc1",), "mlp_keep": 0}, "--tiled-mlp-keep: fc1 and fc2 are not both tiled"),
+        ({"modules": ("fc1",), "head_tokens": 5}, "--tiled-head-tokens: the output layer is not tiled"),
+        ({"modules": ("fc1",), "head_memory_mib": 5}, "--tiled-head-memory-mib: the output layer is not tiled"),
+        ({"storage": "partitioned", "head_tokens": 5}, "--tiled-head-tokens: a partitioned output layer makes whole"),
+        ({"storage": "partitioned", "head_memory_mib": 5}, "--tiled-head-memory-mib: a partitioned output layer makes"),
+        ({"storage": "partitioned", "fp32_accumulate": True}, "--tiled-linear-fp32-accumulate: autograd and the"),
+        ({"storage": "partitioned", "fuse_wgrad": True}, "fuse_wgrad=True: autograd and the engine"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as refusal:
-        parse(line)
-    assert message in str(refusal.value)
+        TilingConfig(**settings)
+    assert str(refusal.value).startswith(message)
 
 
-def test_head_tokens_within_a_micro_batch() -> None:
-    sizes = {"seq_length": 32, "micro_batch_size": 4, "context_parallel_size": 2}
-    assert parse("--use-tiled-linear --tiled-head-tokens 64", **sizes) is not None
-    with pytest.raises(ValueError, match="--tiled-head-tokens 65: a micro-batch has 64 tokens"):
-        parse("--use-tiled-linear --tiled-head-tokens 65", **sizes)
+@pytest.mark.parametrize(
+    "setting", ["fc1", "fc1=8", "fc1=1x2x3", "fc1=1x-2", "fc1=0x2", "fc1=1x", "fc1=axb", "fc1=1.0x2", "fc1=\uff11x2"]
+)
+def test_malformed_splits(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"^--tiled-linear-splits {setting}: write MODULE=INxOUT, both whole numbers"):
+        parse_splits([setting])
 
 
-@pytest.mark.parametrize(("keep", "tiles"), [("all", None), ("0", 0), ("3", 3)])
-def test_mlp_keep(keep: str, tiles: int | None) -> None:
-    config = parse(f"--use-tiled-linear --tiled-mlp-keep {keep}")
-    assert config is not None and config.kept_tiles == tiles
-
-
-def test_storage() -> None:
-    """Partitioned tiles where Megatron partitions weights, or where asked for; they recompute by default."""
-    flags = "--use-tiled-linear --tiled-linear-storage"
-    for text, partitioned in ((flags + " partitioned", True), (flags + " auto", False), ("--use-tiled-linear", False)):
-        config = parse(text)
-        assert config is not None and config.partitioned == partitioned
-        assert config.kept_tiles == (0 if partitioned else None)
+def test_storage_follows_the_engine_unless_it_is_given() -> None:
     fsdp = {"tiled_linear_storage": None, "use_megatron_fsdp": True}
     for strategy, storage in (("optim_grads_params", "partitioned"), ("optim_grads", "resident")):
         assert storage_of(Namespace(**fsdp, data_parallel_sharding_strategy=strategy)) == storage
     assert storage_of(Namespace(tiled_linear_storage="auto", use_torch_fsdp2=True)) == "partitioned"
-    for companion in ("--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", "--tiled-head-memory-mib 8"):
-        with pytest.raises(ValueError, match=companion.split()[0]):
-            parse(f"{flags} partitioned {companion}")
-    with pytest.raises(ValueError, match="partitioned with --optimizer muon"):
-        parse(f"{flags} partitioned", optimizer="muon")
-    assert parse(f"{flags} resident", optimizer="muon") is not None
+    assert storage_of(Namespace(tiled_linear_storage="resident", use_torch_fsdp2=True)) == "resident"
+    assert storage_of(Namespace()) == "resident"
 
 
-def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "find_spec", lambda module: None)
-    with pytest.raises(ValueError, match="not installed; install it, or use --transformer-impl local"):
-        parse("--use-tiled-linear", transformer_impl="transformer_engine")
-    monkeypatch.setattr(arguments, "find_spec", lambda module: object())
-    assert parse("--use-tiled-linear", transformer_impl="transformer_engine") is not None
+@pytest.mark.parametrize(("keep", "tiles"), [("all", None), (0, 0), (3, 3)])
+def test_mlp_keep(keep: Any, tiles: int | None) -> None:
+    assert TilingConfig(mlp_keep=keep).kept_tiles == tiles
+    assert TilingConfig(storage="partitioned").kept_tiles == 0
 
 
-@pytest.mark.feature("`{flag}`", refused=True)
-@pytest.mark.parametrize(
-    ("name", "value", "flag"),
-    [
-        ("fp8", "hybrid", "--fp8-format hybrid"),
-        ("fp4", "e2m1", "--fp4-format e2m1"),
-        ("te_precision_config_file", "file.yaml", "--te-precision-config-file file.yaml"),
-        ("tp_comm_overlap", True, "--tp-comm-overlap"),
-        ("delay_wgrad_compute", True, "--delay-wgrad-compute"),
-        ("symmetric_ar_type", "two_shot", "--symmetric-ar-type two_shot"),
-        ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
-        ("cpu_offloading_num_layers", 1, "--cpu-offloading-num-layers"),
-        ("fine_grained_activation_offloading", True, "--fine-grained-activation-offloading"),
-        ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
-        ("defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
-        ("tensor_parallel_num_weight_shards", 2, "--tensor-parallel-num-weight-shards 2"),
-        ("expert_tensor_parallel_num_weight_shards", 4, "--expert-tensor-parallel-num-weight-shards 4"),
-    ],
-)
-def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"--use-tiled-linear with {flag}: "):
-        parse("--use-tiled-linear", **{name: value})
-    assert parse("", **{name: value}) is None
+def test_arguments_that_lack_our_flags_give_the_defaults() -> None:
+    """As those of a framework with a parser of its own, or from ``--yaml-cfg``."""
+    assert TilingConfig.from_args(Namespace()) == TilingConfig()
+    assert TilingConfig.from_args(Namespace(tile_factor=2), mlp_keep=0) == TilingConfig(factor=2, mlp_keep=0)
+    with pytest.raises(ValueError, match=r"^--tile-factor 0: "):
+        TilingConfig.from_args(Namespace(tile_factor=0))

@@ -4,9 +4,9 @@
     tools/support_matrix.py OUTCOMES...            write the table; of several files, what ran counts
     tools/support_matrix.py --check OUTCOMES...    fail where the README says otherwise than these tests
 
-OUTCOMES are files of `pytest --feature-outcomes FILE` (tests/support/feature_outcomes.py). What has run on GPUs is recorded
-in benchmarks/results/, and always read: *-gpu-tests.json, such a file of the tests on a GPU, and *-gpu-runs.json, which
-names the dated result that each cell is from.
+OUTCOMES are files of `pytest --feature-outcomes FILE` (tests/support/feature_outcomes.py). What has run on GPUs is
+recorded in benchmarks/results/, and always read: *-gpu-tests.json, such a file of the tests on a GPU, and
+*-gpu-runs.json, which names the dated result that each cell is from.
 """
 
 import argparse

@@ -34,6 +34,7 @@ from megatron.training.utils import print_rank_last
 from pretrain_gpt import dataset_kind, datasets_of, get_batch
 
 from megatron_tiling import cpu
+from megatron_tiling.arguments import REFUSED, Refused, refuse
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import tile
 from megatron_tiling.report import table
@@ -41,13 +42,18 @@ from megatron_tiling.zero3 import checkpoint as zero3_checkpoint
 from megatron_tiling.zero3 import engine as zero3
 from megatron_tiling.zero3 import resume as zero3_resume
 from megatron_tiling.zero3.agreement import require_agreement
-from megatron_tiling.zero3.config import check_flags, engine_config
+from megatron_tiling.zero3.config import engine_config
 
 if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
     sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")
 
 TILING_FLAGS = ("use_tiled_linear", "tile_factor", "tiled_linear_modules", "tiled_linear_splits")
 """What decides which parameters there are, the same on every rank or the run would hang."""
+
+REFUSED_HERE = (
+    Refused("--eval-iters", "this script does not evaluate", (0,)),
+    Refused("--optimizer", "this script trains with AdamW", (None, "adam")),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -187,7 +193,7 @@ def train(args: Any, engine: Any, scheduler: Any) -> int:
 def main() -> None:
     args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     try:
-        check_flags(args)
+        refuse(args, (*REFUSED["ZeRO-3"], *REFUSED_HERE), "ZeRO-3")
         initialize_megatron(allow_no_cuda=True)
         require_agreement({"--" + name.replace("_", "-"): getattr(args, name) for name in TILING_FLAGS})
         config = engine_config(args.deepspeed_config, args, mpu.get_data_parallel_world_size())

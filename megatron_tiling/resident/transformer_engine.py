@@ -18,7 +18,7 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from torch import Tensor
 
-from megatron_tiling.arguments import TRANSFORMER_ENGINE_OPTIONS
+from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 
 
@@ -88,16 +88,6 @@ def reason_to_stay_dense(layer: Any) -> str:
     return ""
 
 
-def check_settings(config: Any) -> None:
-    """Refuse a model whose TransformerEngine layers do what tiled ones do not.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for option in TRANSFORMER_ENGINE_OPTIONS:
-        option.refuse(getattr(config, option.setting, None))
-
-
 def rebuilt(dense: Any) -> TiledColumnParallelLinear | TiledRowParallelLinear:
     """A tiled layer around a TransformerEngine layer's parameters, as one tile yet; ``set_tiles`` chooses the grid.
 
@@ -110,7 +100,7 @@ def rebuilt(dense: Any) -> TiledColumnParallelLinear | TiledRowParallelLinear:
     Raises:
         ValueError: the model's config asks for what a tiled layer cannot do, naming the flag.
     """
-    check_settings(dense.config)
+    refuse(dense.config, REFUSED["tiled layers of TransformerEngine"])
     tiled_class = TILED_CLASSES[type(dense)]
     ranks = dense._tp_group.size()
     rows, columns = dense.weight.shape

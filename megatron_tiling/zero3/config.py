@@ -24,25 +24,6 @@ DEFAULT_PERSISTENCE = 100_000
 #: waits for the second last one before it starts another.
 LEAST_REDUCE_BUCKET = 200_000_000
 
-#: Megatron flags that do not work with the DeepSpeed engine: attribute, values that are fine, why.
-UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("pipeline_model_parallel_size", (None, 1), "the engine runs whole models; use tensor and data parallelism"),
-    ("context_parallel_size", (None, 1), "gradients are averaged over data-parallel ranks only"),
-    ("num_experts", (None,), "experts have data-parallel groups of their own, the engine is given one"),
-    ("mtp_num_layers", (None, 0), "next-token heads share weights across modules"),
-    ("use_distributed_optimizer", (None, False), "ZeRO-3 shards the optimizer itself"),
-    ("use_megatron_fsdp", (None, False), "two engines cannot own the same parameters"),
-    ("use_torch_fsdp2", (None, False), "two engines cannot own the same parameters"),
-    ("tiled_linear_storage", (None, "auto", "partitioned"), "the engine partitions parameters: tiles must be some"),
-    ("eval_iters", (0,), "the ZeRO-3 example does not evaluate"),
-    ("overlap_grad_reduce", (None, False), "the engine overlaps by itself: overlap_comm in its configuration"),
-    ("overlap_param_gather", (None, False), "the engine overlaps by itself: stage3_prefetch_bucket_size"),
-    ("rampup_batch_size", (None,), "the engine's batch size is fixed"),
-    ("optimizer", (None, "adam"), "the ZeRO-3 example trains with AdamW"),
-    ("decoupled_lr", (None,), "there is one learning rate"),
-    ("cpu_offloading_num_layers", (None, 0), "offload parameters and optimizer in the engine's configuration"),
-)
-
 
 @dataclass(frozen=True)
 class TileSizes:
@@ -51,19 +32,6 @@ class TileSizes:
     smallest: int
     largest: int
     layer: int
-
-
-def check_flags(args: Namespace) -> None:
-    """Refuse Megatron flags that the engine would not follow.
-
-    Raises:
-        ValueError: naming flag, value and reason.
-    """
-    for attribute, supported, reason in UNSUPPORTED:
-        value = getattr(args, attribute, None)
-        if value not in supported:
-            flag = "--" + attribute.replace("_", "-") + ("" if value is True else f" {value}")
-            raise ValueError(f"ZeRO-3 with {flag}: {reason}; leave it out")
 
 
 def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) -> Config:
@@ -91,7 +59,7 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
                 raise ValueError(
                     f"{path}: zero_optimization.offload_optimizer.device is nvme, with --{flag} {getattr(args, flag)}: "
                     "DeepSpeed does not restore what it keeps there; offload the optimizer to cpu, or exchange weights "
-                    "by --save-dense and --load-dense"
+                    "by zero3.checkpoint.save_dense and load_dense"
                 )
     samples = args.micro_batch_size * data_parallel_size
     for key, value, flag in (

@@ -251,8 +251,8 @@ def check_refusals() -> None:
     refusals: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"output": (2, 4)}, {}, "--tiled-linear-splits output=2x4: the LM head is tiled over tokens and vocabulary"),
         ({"output": (1, 89)}, {}, "--tiled-linear-splits output=1x89: a rank's vocabulary has"),
-        ({}, {"head_tokens": 0}, "--tiled-head-tokens 0: must be at least 1"),
-        ({}, {"head_memory_mib": 0}, "--tiled-head-memory-mib 0: must be at least 1"),
+        ({}, {"head_tokens": 0}, "--tiled-head-tokens 0: must be a whole number"),
+        ({}, {"head_memory_mib": 0}, "--tiled-head-memory-mib 0: must be a whole number"),
         ({}, {}, "--cross-entropy-fusion-impl te"),
     ]
     for splits, sizes, message in refusals:

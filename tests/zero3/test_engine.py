@@ -55,7 +55,7 @@ def test_flags_complete_the_configuration(tmp_path: Path) -> None:
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
-            ("offload_optimizer.device is nvme", "--load of_engine", "--load-dense"),
+            ("offload_optimizer.device is nvme", "--load of_engine", "load_dense"),
         ),
     ],
 )
@@ -63,14 +63,6 @@ def test_a_contradiction_is_refused(config: dict[str, Any], words: tuple[str, ..
     with pytest.raises(ValueError) as refusal:
         zero3_config.engine_config(config_file(tmp_path, **config), run_args(), data_parallel_size=4)
     assert all(word in str(refusal.value) for word in words), refusal.value
-
-
-def test_flags_that_the_engine_does_not_follow_are_refused() -> None:
-    zero3_config.check_flags(Namespace(pipeline_model_parallel_size=1, num_experts=None, eval_iters=0))
-    with pytest.raises(ValueError, match="--pipeline-model-parallel-size 2"):
-        zero3_config.check_flags(Namespace(pipeline_model_parallel_size=2))
-    with pytest.raises(ValueError, match="--tiled-linear-storage resident"):
-        zero3_config.check_flags(Namespace(tiled_linear_storage="resident"))
 
 
 def test_thresholds_follow_the_tile_unless_they_are_set() -> None:
