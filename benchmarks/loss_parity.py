@@ -1,6 +1,6 @@
-"""Loss curves of dense and tiled training, side by side, through the stock trainer.
+r"""Loss curves of dense and tiled training, side by side, through the stock trainer.
 
-    python -m benchmarks.loss_parity --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \\
+    python -m benchmarks.loss_parity --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \
         --tensor-parallel 2 4 --output FOLDER
 
 Each tensor-parallel size trains a bf16 Llama-style GPT with the same seed and data, dense and tiled. The yardstick
