@@ -87,7 +87,7 @@ def commands(page: Path) -> list[list[str]]:
 
 COMMANDS = [(page, command) for page in COMMANDED for command in commands(page)]
 
-#: Prints the flags of Megatron with ours, and what --help of each program says. One process: imports take seconds.
+#: Prints the flags of Megatron with ours, and what --help of each module says. One process: imports take seconds.
 ASK = """
 import argparse, contextlib, io, json, runpy, sys
 from megatron.training.arguments import add_megatron_arguments
@@ -96,9 +96,8 @@ parser = add_tiling_args(add_megatron_arguments(argparse.ArgumentParser()))
 answers = {"megatron": " ".join(parser._option_string_actions)}
 for program in sys.argv[1:]:
     sys.argv = [program, "--help"]
-    run = runpy.run_path if program.endswith(".py") else runpy.run_module
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        run(program, run_name="__main__")
+        runpy.run_module(program, run_name="__main__")
     answers[program] = out.getvalue()
 print(json.dumps(answers))
 """
@@ -112,8 +111,8 @@ def program(command: list[str]) -> str:
 
 
 def under_megatron(command: list[str]) -> bool:
-    """Whether a command's flags are those of Megatron's trainer."""
-    return "megatron_tiling" in command or program(command).endswith(("pretrain_gpt.py", "train.sh"))
+    """Whether Megatron's trainer reads a script's flags."""
+    return "megatron_tiling" in command or program(command) == "pretrain_gpt.py"
 
 
 def given(command: list[str]) -> set[str]:
@@ -122,9 +121,9 @@ def given(command: list[str]) -> set[str]:
 
 @cache
 def flags() -> dict[str, set[str]]:
-    """Of Megatron with ours, and of each other program that a page gives flags to."""
-    asked = {program(command) for _, command in COMMANDS if given(command) and not under_megatron(command)}
-    asked = {name for name in asked if name.endswith(".py") or name.startswith(("benchmarks.", "megatron_tiling."))}
+    """Of Megatron with ours, and of each module that a page gives flags to."""
+    asked = {program(command) for _, command in COMMANDS if given(command)}
+    asked = {name for name in asked if name.startswith(("benchmarks.", "megatron_tiling."))}
     environment = os.environ | {"PYTHONPATH": search_path(), "CUDA_VISIBLE_DEVICES": ""}
     ask = [sys.executable, "-c", ASK, *asked]
     done = subprocess.run(ask, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -138,17 +137,16 @@ def flags() -> dict[str, set[str]]:
 def test_a_command_exists(page: Path, command: list[str]) -> None:
     """Its program is there, and knows the flags that it is given."""
     target = program(command)
-    if under_megatron(command):
-        script = EXAMPLES / Path(target).name
-        assert target == "megatron_tiling" or script.exists()
-        source = script.read_text() if script.exists() else ""
-        assert given(command) <= flags()["megatron"] | set(FLAG.findall(source))
-    elif target in flags():
-        assert given(command) <= flags()[target]
+    if target.endswith(".py"):
+        script = ROOT / target if "/" in target else EXAMPLES / target  # pretrain_gpt.py, any tree's
+        known = set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+        assert given(command) <= known | (flags()["megatron"] if under_megatron(command) else set())
+    elif target.endswith(".sh"):
+        assert os.access(ROOT / target, os.X_OK)
+        assert given(command) <= flags()["megatron"]
     elif re.fullmatch(r"\w+\.\w+", target):
         assert importlib.util.find_spec(target)
-    elif target.startswith(("tools/", "examples/")):
-        assert os.access(ROOT / target, os.X_OK)
+        assert given(command) <= flags().get(target, set())
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=name)

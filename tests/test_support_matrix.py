@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.launch import ROOT
 
+PLUGIN = "tests.support.feature_outcomes"
 tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
 
 
@@ -97,9 +98,9 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
         "def test_skipped(): pass\n"
     )
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "feature_outcomes", "--feature-outcomes", "out.json", "test_it.py"],
+        [sys.executable, "-m", "pytest", "-p", PLUGIN, "--feature-outcomes", "out.json", "test_it.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
     found = json.loads((tmp_path / "out.json").read_text())
