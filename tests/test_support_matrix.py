@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, search_path
 
 PLUGIN = "tests.support.feature_outcomes"
 tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
@@ -100,7 +100,7 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pytest", "-p", PLUGIN, "--feature-outcomes", "out.json", "test_it.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": search_path()},
         stdout=subprocess.DEVNULL,
     )
     found = json.loads((tmp_path / "out.json").read_text())

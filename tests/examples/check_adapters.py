@@ -5,7 +5,6 @@ torchrun --standalone --nproc-per-node 2 -m tests.examples.check_adapters
 
 from typing import Any
 
-import check_mlp
 import torch
 import torch.distributed as dist
 from lora import LoRALinear, add_lora, merge_lora
@@ -20,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.convert import make_tiled
 from megatron_tiling.resident.mlp import TiledMLP
+from tests.resident import check_mlp
 from tests.support.harness import Counter, megatron, relative_error
 
 TILES, SEQUENCE, BATCH, VOCABULARY = 3, 8, 2, 64

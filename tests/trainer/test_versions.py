@@ -20,7 +20,7 @@ from tests.support.training import COMMON, LLAMA, free_port, losses
 
 ITERATIONS = 6
 WORLD = 2
-DISTRIBUTED = ROOT / "tests" / "distributed"
+CHECKS = {"layers": ROOT / "tests" / "resident" / "check_layers.py", "models": ROOT / "tests" / "check_models.py"}
 TRAINING = {
     "dense": "--no-gradient-accumulation-fusion",
     "tiled": "--use-tiled-linear",
@@ -59,7 +59,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(version.wheel)
     overlay = unpacked_wheel(version, folder / "wheel")
     scripts, no_training = scripts_of(version, folder / "tree")
-    commands = {name: [str(DISTRIBUTED / f"check_{name}.py")] for name in ("layers", "models")}
+    commands = {name: [str(check)] for name, check in CHECKS.items()}
     flags = (
         f"--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 4 --train-iters {ITERATIONS} {LLAMA}"
     )

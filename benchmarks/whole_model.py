@@ -1,0 +1,271 @@
+"""Forward and backward of a GPT on TransformerEngine, dense as a stock user runs it, and tiled: time, memory, kernels.
+
+    python -m benchmarks.whole_model [--layers 3] [--hidden-size 4096] [--ffn-hidden-size 14336] [--query-groups 8]
+        [--vocabulary 128256] [--sequence 2048] [--batch 4] [--repeats 20] [--attention auto] [--results DIR]
+
+All candidates share one set of parameters and of gradients, which Megatron's DDP holds in float32 (``main_grad``) all
+the time; dense fuses the accumulation of weight gradients (apex's kernel for the output layer, which must be built;
+TransformerEngine's own for the others) and the loss (``cross_entropy_loss_fusion``). Memory is the peak less what is
+held between steps: weights, main_grad, inputs. Runs are interleaved in random order.
+"""
+
+import argparse
+import collections
+import json
+import logging
+import os
+import random
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.record import RESULTS, Origin, machine
+
+MIB = 2**20
+PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
+DENSE = "dense"
+#: Kinds of kernels, by what their names hold; the first that matches.
+KINDS = (
+    (
+        "attention",
+        ("fmha", "flash", "softmax_fwd", "softmax_bwd", "scaled_", "_softmax", "cudnn_generated_fort_native_sdpa"),
+    ),
+    ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "splitKreduce")),
+    ("norm", ("norm", "rms")),
+    ("tiled activation", ("_forward_kernel", "_backward_kernel")),
+    ("tiled loss", ("_update_statistics", "_logits_to_gradient")),
+    ("activation", ("swiglu", "silu", "gelu", "glu")),
+    ("rope", ("rope", "rotary")),
+)
+
+
+@dataclass
+class Candidate:
+    """A model that runs on the shared parameters."""
+
+    name: str
+    step: Callable[[], Tensor]
+    milliseconds: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    loss: float = 0.0
+    kernels: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Name, changes of Megatron's config, and settings of the tiling, if any."""
+    mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    yield DENSE, {}, None
+    yield "dense, recompute mlp", mlp, None
+    yield "tiled: default", {}, {}
+    yield "tiled: keep 0", {}, {"mlp_keep": 0}
+    yield "tiled: fc1 fc2 output", {}, {"modules": ("fc1", "fc2", "output")}
+    yield "tiled: output alone", {}, {"modules": ("output",)}
+    if args.more:
+        yield "tiled: fc1 fc2 alone", {}, {"modules": ("fc1", "fc2")}
+        yield "tiled: fc1 fc2 alone, keep 0", {}, {"modules": ("fc1", "fc2"), "mlp_keep": 0}
+        yield "tiled: factor 1", {}, {"modules": ("fc1", "fc2", "output"), "factor": 1}
+        yield "tiled: factor 8, keep 0", {}, {"modules": ("fc1", "fc2", "output"), "factor": 8, "mlp_keep": 0}
+
+
+def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):  # Megatron sets them once a process
+        os.environ.pop(variable, None)
+    model_parallel_cuda_manual_seed(11)
+    config = TransformerConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.hidden_size // 128,
+        num_query_groups=args.query_groups,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        apply_rope_fusion=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        gradient_accumulation_fusion=True,
+        cross_entropy_loss_fusion=True,
+        attention_backend=AttnBackend[args.attention],
+        **changes,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_with_transformer_engine_spec(),
+        vocab_size=args.vocabulary,
+        max_sequence_length=args.sequence,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return model.cuda()
+
+
+def share(model: Any, parameters: dict[str, Tensor]) -> None:
+    """Let a model run on other parameters."""
+    for name, parameter in parameters.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, parameter)
+
+
+def candidates(args: argparse.Namespace) -> tuple[list[Candidate], Any]:
+    """All of them, and the DDP wrapper that holds main_grad."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import table
+
+    tokens = torch.randint(0, args.vocabulary, (args.batch, args.sequence), device="cuda")
+    positions = torch.arange(args.sequence, device="cuda").expand(args.batch, -1)
+    labels = tokens.roll(-1, 1)
+    found: list[Candidate] = []
+    ddp: Any = None
+    for name, changes, tiling in settings(args):
+        model = build(args, changes)
+        if ddp is None:
+            ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+            parameters = dict(model.named_parameters())
+        else:
+            share(model, parameters)
+        if tiling is not None:
+            print(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}", flush=True)
+
+        def step(model: Any = model) -> Tensor:
+            loss: Tensor = model(tokens, positions, None, labels=labels).mean()
+            loss.backward()
+            return loss.detach()
+
+        found.append(Candidate(name, step))
+    torch.cuda.empty_cache()
+    return found, ddp
+
+
+def measure(found: list[Candidate], ddp: Any, repeats: int) -> None:
+    for candidate in found:
+        for _ in range(3):
+            run(candidate, ddp)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        candidate.loss = float(run(candidate, ddp)[0])
+        candidate.peak_mib = (torch.cuda.max_memory_allocated() - held) / MIB
+    order = list(found)
+    for _ in range(repeats):
+        random.shuffle(order)
+        for candidate in order:
+            candidate.milliseconds.append(run(candidate, ddp)[1])
+    for candidate in found:
+        candidate.kernels = kernels(candidate, ddp)
+
+
+def run(candidate: Candidate, ddp: Any) -> tuple[Tensor, float]:
+    """Loss and milliseconds of one step, main_grad zeroed before."""
+    ddp.zero_grad_buffer()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    loss = candidate.step()
+    stop.record()
+    torch.cuda.synchronize()
+    return loss, start.elapsed_time(stop)
+
+
+def kernels(candidate: Candidate, ddp: Any) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of one step by kind of kernel."""
+    ddp.zero_grad_buffer()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        candidate.step()
+        torch.cuda.synchronize()
+    sums: collections.defaultdict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for event in profiler.key_averages():
+        key = event.key.lower()
+        kind = next((kind for kind, parts in KINDS if any(part.lower() in key for part in parts)), "other")
+        sums[kind][0] += event.count
+        sums[kind][1] += event.device_time_total / 1000
+        if kind == "other" and event.device_time_total > 300:
+            sums[f"other: {event.key[:60]}"] = [event.count, event.device_time_total / 1000]
+    return {kind: (int(count), round(ms, 3)) for kind, (count, ms) in sums.items()}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    rows = record["candidates"]
+    dense = next(row for row in rows if row["name"] == DENSE)
+    title = "A GPT on TransformerEngine, forward and backward"
+    lines = [
+        *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
+        "bf16, random tokens; weights and main_grad held all the time and not counted; medians of "
+        f"{record['repeats']} interleaved runs in random order.", "",
+        "| | ms | time | peak, MiB | memory | loss |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        low, _, high = statistics.quantiles(row["milliseconds"])
+        lines.append(
+            f"| {row['name']} | {row['median']:.2f} ({low:.2f} to {high:.2f}) | {row['median'] / dense['median']:.3f} "
+            f"| {row['peak_mib']:.0f} | {row['peak_mib'] / dense['peak_mib']:.3f} | {row['loss']:.5f} |"
+        )
+    kinds = sorted({kind for row in rows for kind in row["kernels"]})
+    lines += ["", "Kernels of one step, launches and ms:", "", "| | " + " | ".join(row["name"] for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for kind in kinds:
+        cells = [row["kernels"].get(kind, (0, 0.0)) for row in rows]
+        lines.append(f"| `{kind}` | " + " | ".join(f"{count}, {ms:.2f}" if count else "" for count, ms in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in (
+        ("layers", 3), ("hidden-size", 4096), ("ffn-hidden-size", 14336), ("query-groups", 8), ("vocabulary", 128256),
+        ("sequence", 2048), ("batch", 4), ("repeats", 20),
+    ):  # fmt: skip
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
+    parser.add_argument("--more", action="store_true", help="more settings of the tiling")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="whole-model")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(1)
+    found, ddp = candidates(args)
+    measure(found, ddp, args.repeats)
+    origin = Origin.now(PACKAGES, machine())
+    origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
+    record = {
+        "origin": asdict(origin),
+        "attention": args.attention,
+        "repeats": args.repeats,
+        "candidates": [
+            {key: value for key, value in vars(candidate).items() if key != "step"}
+            | {"median": statistics.median(candidate.milliseconds)}
+            for candidate in found
+        ],
+    }
+    path = args.results / f"{origin.date}-{args.name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(record))
+    print(markdown(record), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
