@@ -8,8 +8,6 @@ them, and dense runs on each of them, so that every ratio is taken on one GPU.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import re
 import statistics
@@ -19,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from benchmarks.record import Origin, machine
 
 MODEL = """
     --num-layers 6 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -109,15 +107,10 @@ def run_all(args: argparse.Namespace) -> list[tuple[Candidate, int, Measurement 
 
 
 def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.Namespace) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    origin = Origin.now(("torch", "megatron-core"), machine())
     lines = [
-        f"# Training steps end to end, {datetime.date.today()}",
-        "",
-        f"{torch.cuda.get_device_name()}, one GPU a run, {args.gpus} runs side by side; {versions}; no apex, no",
-        "TransformerEngine, so dense runs without gradient accumulation fusion. Command:",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
+        *origin.head("Training steps end to end", f"one GPU a run, {args.gpus} runs side by side"),
+        "No apex, no TransformerEngine, so dense runs without gradient accumulation fusion.",
         f"Median of {args.iterations - args.warm_up} steps, against dense on the same GPU; peak of",
         "`torch.cuda.max_memory_allocated` over the run, as Megatron logs it.",
     ]

@@ -1,6 +1,6 @@
 """One training run handed from stock Megatron to tiled layers and back, over tensor-parallel sizes, in bf16.
 
-    python -m benchmarks.finetune_parity --data PREFIX --tokenizer-model MODEL --output benchmarks/results
+    python -m benchmarks.finetune_parity --data PREFIX --tokenizer-model MODEL [--output DIR]
 
 On 2 GPUs, without any on the CPU. Dense at TP=1 trains a Llama-style GPT and saves. From there on the rest of the run
 is done four times: dense at TP=1 and at TP=2, tiled at TP=2, and tiled at TP=2 for the first half and then, from its
@@ -9,8 +9,6 @@ Writes DATE-finetune-parity.md and, with matplotlib, a picture. Flags after ``--
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -21,7 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from loss_parity import MODEL, PLAIN
+
+from benchmarks.loss_parity import MODEL, PLAIN
+from benchmarks.record import RESULTS, Origin, machine
 
 TILED = "tiled, TP=2"
 YARDSTICK = "dense, TP=2"
@@ -117,17 +117,9 @@ def differences(curves: dict[str, dict[int, float]], name: str) -> list[float]:
     return [abs(loss - reference[i]) for i, loss in curves[name].items() if i in reference]
 
 
-def report(curves: dict[str, dict[int, float]], args: argparse.Namespace) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-    gpus = torch.cuda.device_count()
-    machine = f"{gpus}x {torch.cuda.get_device_name()}, NCCL" if gpus else "CPU, gloo"
+def report(curves: dict[str, dict[int, float]], origin: Origin, args: argparse.Namespace) -> str:
     lines = [
-        f"# Fine-tuning parity, {datetime.date.today()}",
-        "",
-        f"{machine}, bf16; {versions}. Command:",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
+        *origin.head("Fine-tuning parity", "bf16"),
         "Dense at TP=1 saves; each row continues its checkpoint (weights and optimizer). The last row's dense half "
         "continues the checkpoint that the tiled run saved. Difference of the loss from dense at TP=1:",
         "",
@@ -170,7 +162,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--iterations", type=int, default=150, help="of which a third comes before the hand-over")
     parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_parity"), help="an empty folder, for logs")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("flags", nargs="*", help="Megatron flags for every run, after --")
     args = parser.parse_args()
     if args.iterations < 9:
@@ -180,8 +172,9 @@ def main() -> None:
         parser.error(f"--work {args.work}: is not empty")
     args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
-    text = report(curves, args)
-    name = f"{datetime.date.today()}-finetune-parity"
+    origin = Origin.now(("torch", "megatron-core"), machine(several=True))
+    text = report(curves, origin, args)
+    name = f"{origin.date}-finetune-parity"
     (args.output / f"{name}.md").write_text(text)
     plot(curves, args.output / f"{name}.png")
     print(text)

@@ -14,7 +14,6 @@ H100 a trial moves the layer three times over PCIe: about a second for 1 GB of p
 """
 
 import argparse
-import datetime
 import gc
 import json
 import math
@@ -23,18 +22,19 @@ import re
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.zero3_runs import forget, installed, megatron, quiet_engine, transformer
+from benchmarks.record import RESULTS, Origin, machine
+from benchmarks.zero3_runs import forget, megatron, quiet_engine, transformer
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
 from megatron_tiling.zero3 import engine as zero3
 from megatron_tiling.zero3.gather import TileGathering
 
-HERE = Path(__file__).parent
 MIB, GIB = 2**20, 2**30
 STEP = 1024  # of hidden sizes tried
 HEADS = 8
@@ -258,11 +258,9 @@ def search(
 def markdown(record: dict[str, Any]) -> str:
     rows = record["rows"]
     untiled = {row["name"]: row["hidden"] for row in rows if row["tiles"] == 1}
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    title = "Largest hidden size of one transformer layer in fragmented memory"
     lines = [
-        f"# Largest hidden size of one transformer layer in fragmented memory, {record['date']}", "",
-        f"{record['gpu']}, {record['host_gib']:.0f} GiB of host memory to use; {versions}. "
-        f"Command: `{record['command']}`", "",
+        *Origin(**record["origin"]).head(title, f"{record['host_gib']:.0f} GiB of host memory to use"),
         f"{record['pieces']} pieces of {record['piece_mib']} MiB; the largest block that a probe could allocate has "
         f"{record['probe_mib']} MiB. bf16 parameters offloaded to host memory, forward and backward of 16 tokens, "
         "gradients dropped as they are made, no optimizer. 'of root T': growth over one tile, over the square root of "
@@ -286,7 +284,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--host-gib", type=float, default=120, help="host memory to use at most, of what is available")
     parser.add_argument("--seconds", type=float, default=330, help="no trial starts later")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         parser.error("expandable segments move pieces together: leave them out of PYTORCH_CUDA_ALLOC_CONF")
@@ -295,18 +293,17 @@ def main() -> None:
     with megatron(tensor_parallel=1):
         fragments = Fragments(args.piece_mib * MIB + SLACK)
         host = min(zero3.available_host_memory(), int(args.host_gib * GIB))
+        options = f"--piece-mib {args.piece_mib} --tiles {' '.join(map(str, args.tiles))} "
+        options += f"--host-gib {args.host_gib:.0f} --seconds {args.seconds:.0f}"
+        origin = Origin.now(("torch", "megatron-core", "deepspeed"), machine(), options)
         record = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python -m benchmarks.fragmentation --piece-mib {args.piece_mib} --tiles "
-            f"{' '.join(map(str, args.tiles))} --host-gib {args.host_gib:.0f} --seconds {args.seconds:.0f}",
-            "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
-            "gpu": torch.cuda.get_device_name(),
+            "origin": asdict(origin),
             "host_gib": host / GIB,
             "piece_mib": args.piece_mib,
             "pieces": fragments.pieces,
             "probe_mib": fragments.largest // MIB,
         }
-        path = args.results / f"{record['date']}-fragmentation-{args.piece_mib}.md"
+        path = args.results / f"{origin.date}-fragmentation-{args.piece_mib}.md"
 
         def write(rows: list[dict[str, Any]]) -> None:
             path.with_suffix(".json").write_text(json.dumps(record | {"rows": rows}))

@@ -11,11 +11,8 @@ processes share two GPUs (hosts.py).
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import re
-import shlex
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import Origin, machine
 from tests.support.hosts import torchrun
 
 MODEL = """
@@ -123,15 +121,8 @@ def row(kind: str, run: Run, dense: Run) -> str:
 
 
 def report(args: argparse.Namespace, tables: dict[str, list[str]]) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo"
     lines = [
-        f"# FSDP, {datetime.date.today()}",
-        "",
-        f"{device}; {versions}. Command:",
-        "",
-        f"    python {shlex.join(sys.argv)}",
-        "",
+        *Origin.now(("torch", "megatron-core"), machine()).head("FSDP"),
         f"{args.iterations} iterations. Differences are the largest over all of them, from dense under the same FSDP, "
         "of the gradient norm the relative one. Units are tiles (fc1 and fc2 tile of an MLP together), in dense runs "
         "layers; MiB are the largest of any rank.",

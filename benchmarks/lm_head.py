@@ -11,11 +11,8 @@ among the processes, Megatron and ours are compared, and collectives are counted
 
 import argparse
 import collections
-import datetime
-import importlib.metadata
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.mlp_candidates import Candidate
 from benchmarks.mlp_measure import Measurement, measure, step
+from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
 from megatron_tiling.resident.lm_head import TiledOutputLayer
 from megatron_tiling.tiles.head_cut import HeadTiles
 
-RESULTS = Path(__file__).parent / "results"
 DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB", "four GEMMs, nothing else"
 PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy")
 GEMM_KERNELS = ("nvjet", "gemm", "cutlass", "xmma")
@@ -195,15 +192,16 @@ def collectives(candidate: Candidate, hidden: Tensor, upstream: Tensor) -> str:
 
 
 def report(
-    results: list[Measurement], missing: dict[str, str], counts: dict[str, str], args: argparse.Namespace
+    results: list[Measurement],
+    missing: dict[str, str],
+    counts: dict[str, str],
+    origin: Origin,
+    args: argparse.Namespace,
 ) -> str:
     by_name = {result.name: result for result in results}
     dense = by_name[DENSE]
-    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     lines = [
-        f"# LM head and loss, forward + backward, {datetime.date.today()}", "",
-        f"{dist.get_world_size()}x {torch.cuda.get_device_name()}; {versions}. Command:", "",
-        f"    {launcher()} {' '.join(['-m benchmarks.lm_head', *sys.argv[1:]])}", "",
+        *origin.head("LM head and loss, forward + backward", f"TP={dist.get_world_size()}"),
         f"{args.tokens} tokens, h={args.hidden_size}, vocabulary {args.vocabulary}, bf16, random data; medians of "
         f"{args.repeats} interleaved runs. Memory: the peak beyond weight, input and upstream gradient, less the bytes "
         "of the weight gradient (too little where the peak comes before that: dense, and ours at 1024 MiB); 'with "
@@ -245,18 +243,6 @@ def gemm_time(result: Measurement) -> float:
     return sum(time for name, _, time in result.kernels if any(part in name.lower() for part in GEMM_KERNELS))
 
 
-def launcher() -> str:
-    size = dist.get_world_size()
-    return "python" if size == 1 else f"torchrun --standalone --nproc-per-node {size}"
-
-
-def installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
@@ -295,11 +281,12 @@ def main() -> None:
     for candidate, result in zip(candidates, results, strict=True):
         if candidate.name != LIMIT:
             result.errors = errors(candidate, hidden, upstream, expected)
-    text = report(results, missing, counts, args)
+    origin = Origin.now(PACKAGES, machine())
+    text = report(results, missing, counts, origin, args)
     if dist.get_rank() == 0:
         kind = f"-tp{tensor_parallel_size}{'-sp' * args.sequence_parallel}" if tensor_parallel_size > 1 else ""
         args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / f"{datetime.date.today()}-lm-head{kind}.md").write_text(text)
+        (args.results / f"{origin.date}-lm-head{kind}.md").write_text(text)
         print(text)
     dist.destroy_process_group()
 

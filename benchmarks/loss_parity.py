@@ -1,6 +1,6 @@
-"""Loss curves of dense and tiled training, side by side, through the stock trainer.
+r"""Loss curves of dense and tiled training, side by side, through the stock trainer.
 
-    python -m benchmarks.loss_parity --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \\
+    python -m benchmarks.loss_parity --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \
         --tensor-parallel 2 4 --output FOLDER
 
 Each tensor-parallel size trains a bf16 Llama-style GPT with the same seed and data, dense and tiled. The yardstick
@@ -10,8 +10,6 @@ apex, rounds each to bf16. Writes loss_parity.md and, with matplotlib, loss_pari
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import queue
 import re
@@ -21,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from benchmarks.record import Origin, machine
 
 MODEL = """
     --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --group-query-attention
@@ -85,14 +85,8 @@ def difference(a: list[float], b: list[float]) -> str:
 
 
 def report(curves: dict[tuple[int, str], list[float]], args: argparse.Namespace) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
     lines = [
-        f"# Loss parity, {datetime.date.today()}",
-        "",
-        f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}, NCCL, bf16; {versions}. Command:",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
+        *Origin.now(("torch", "megatron-core"), machine(several=True)).head("Loss parity", "NCCL, bf16"),
         f"Largest and mean difference of the loss over {args.iterations} iterations:",
         "",
         "| against dense | largest | mean |",

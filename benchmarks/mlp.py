@@ -8,15 +8,14 @@ slow dynamic-shape kernel. Needs deepspeed and liger-kernel; a peer that cannot 
 """
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from benchmarks.record import RESULTS, Origin
 
 PACKAGES = ("torch", "triton", "megatron-core", "deepspeed", "liger-kernel")
 DENSE = "dense Megatron-core"
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
@@ -95,25 +94,13 @@ def main() -> None:
             subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
             runs.append(json.loads(path.read_text()))
     options = f"--sizes {' '.join(args.sizes)} --tokens {args.tokens} --repeats {args.repeats}"
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.mlp {options}",
-        "versions": {name: installed(name) for name in PACKAGES},
-        "runs": runs,
-    }
+    origin = Origin.now(PACKAGES, runs[0]["gpu"], options)
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{record['date']}-mlp.json"
-    path.write_text(json.dumps(record))
+    path = args.results / f"{origin.date}-mlp.json"
+    path.write_text(json.dumps({"origin": asdict(origin), "runs": runs}))
     from benchmarks import mlp_report
 
     mlp_report.write(path)
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

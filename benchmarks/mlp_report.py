@@ -1,8 +1,13 @@
-"""The Markdown table and the picture of a benchmark's JSON record: ``python -m benchmarks.mlp_report RECORD.json``."""
+"""The page and the picture of a benchmark's JSON record: ``python -m benchmarks.mlp_report RECORD.json``."""
 
 import json
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
+
+from benchmarks.record import Origin
 
 DENSE = "dense Megatron-core"
 MEMORY = "memory_with_main_grad_mib"
@@ -13,18 +18,14 @@ def write(path: Path) -> None:
     record = json.loads(path.read_text())
     path.with_suffix(".md").write_text(markdown(record, path.stem))
     try:
-        plot(record, path.with_suffix(".png"))
+        plot(record).savefig(path.with_suffix(".png"), dpi=130)
     except ImportError:
         print(f"matplotlib is not installed: run `python -m benchmarks.mlp_report {path}` where it is")
 
 
 def markdown(record: dict, stem: str) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"# SwiGLU MLP forward + backward, {record['date']}",
-        "",
-        f"{record['runs'][0]['gpu']}; {versions}. Command: `{record['command']}`",
-        "",
+        *Origin(**record["origin"]).head("SwiGLU MLP forward + backward"),
         "bf16, random data; medians of interleaved runs in random order, one process a size. Memory: the peak beyond",
         "weights, input and output gradient, less the bytes of the weight gradients, which are made anew by each step;",
         "'with main_grad': the same where gradients are held all the time and added to, as Megatron's DDP does (ours:",
@@ -33,8 +34,8 @@ def markdown(record: dict, stem: str) -> str:
         "",
         f"![time and memory]({stem}.png)",
     ]
-    if note := record.get("note"):
-        lines += ["", note]
+    for paragraph in record.get("notes", []):
+        lines += ["", paragraph]
     for run in record["runs"]:
         lines += ["", *_section(run)]
     return "\n".join(lines) + "\n"
@@ -58,9 +59,10 @@ def _section(run: dict) -> list[str]:
     absolute = ", ".join(f"{name} {value:.2e}" for name, value in dense["errors"].items())
     lines += ["", f"Dense's errors: {absolute}."]
     lines += [f"Left out: {name} ({reason})." for name, reason in run["missing"].items()]
-    lines += ["", "Activation kernels of a feature tile, TB/s (each operand read or written once):", ""]
-    lines += ["| | features | forward | backward |", "|---|---|---|---|"]
-    lines += [f"| {name} | {width} | {fwd:.2f} | {bwd:.2f} |" for name, width, fwd, bwd in run["activations"]]
+    if run["activations"]:
+        lines += ["", "Activation kernels of a feature tile, TB/s (each operand read or written once):", ""]
+        lines += ["| | features | forward | backward |", "|---|---|---|---|"]
+        lines += [f"| {name} | {width} | {fwd:.2f} | {bwd:.2f} |" for name, width, fwd, bwd in run["activations"]]
     for row in run["candidates"]:
         if row["kernels"]:
             lines += ["", f"Kernels of one step, {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
@@ -69,14 +71,15 @@ def _section(run: dict) -> list[str]:
     return lines
 
 
-def plot(record: dict, path: Path) -> None:
+def plot(record: dict) -> Any:
     """Time over memory, both relative to dense: a panel a size. The line joins what nothing beats on both axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(record["runs"]), figsize=(7 * len(record["runs"]), 5.5), squeeze=False)
+    figure, panels = plt.subplots(1, len(record["runs"]), figsize=(7 * len(record["runs"]), 6), squeeze=False)
+    named: dict[Any, dict[str, tuple[float, float]]] = {}
     for panel, run in zip(panels[0], record["runs"], strict=True):
         dense = next(row for row in run["candidates"] if row["name"] == DENSE)
         points = {
@@ -84,23 +87,57 @@ def plot(record: dict, path: Path) -> None:
             for row in run["candidates"]
             if ", fp32" not in row["name"]
         }
-        for name, (memory, time) in points.items():
-            panel.scatter(memory, time, color="tab:green" if name.startswith("ours") else "tab:gray", zorder=3)
-            label, left = name.removeprefix("ours: ").replace("Megatron-core, ", ""), memory > 0.85
-            offset, side = ((-6, 3), "right") if left else ((6, 3), "left")
-            panel.annotate(label, (memory, time), offset, textcoords="offset points", ha=side, fontsize=7)
+        for name, point in points.items():
+            panel.scatter(*point, color="tab:green" if name.startswith("ours") else "tab:gray", zorder=3)
         frontier = [point for point in points.values() if not any(_better(other, point) for other in points.values())]
         panel.plot(*zip(*sorted(frontier), strict=True), color="tab:green", linewidth=0.8)
         panel.set_title(f"h={run['hidden_size']}, ffn={run['ffn_hidden_size']}, {run['tokens']} tokens, {run['gpu']}")
         panel.set_xlabel("peak memory beyond weights and main_grad, of dense")
         panel.set_ylabel("time forward + backward, of dense")
+        panel.margins(0.12)
         panel.grid(alpha=0.3)
+        named[panel] = points
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    for panel, points in named.items():  # when all sizes are settled
+        label(panel, points)
+    return figure
 
 
 def _better(other: tuple[float, float], point: tuple[float, float]) -> bool:
     return other != point and other[0] <= point[0] and other[1] <= point[1]
+
+
+def label(panel: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside the points of a panel, each at the nearest place where it covers no point and no other name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    renderer = panel.figure.canvas.get_renderer()
+    pixels = panel.transData.transform(list(points.values()))
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in pixels]
+    for name, point in points.items():
+        text = name.removeprefix("ours: ").replace("Megatron-core, ", "")
+        line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+        note = panel.annotate(text, point, (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
+        for offset, side, height in _places():
+            note.set(position=offset, horizontalalignment=side, verticalalignment=height)
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer).padded(1)
+            inside = panel.bbox.contains(box.x0, box.y0) and panel.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            raise ValueError(f"no room in the picture for {name!r}")
+
+
+def _places() -> Iterator[tuple[tuple[float, float], str, str]]:
+    """Offsets from a point, in points of 1/72 inch, with the side of the text that is there; the nearest first."""
+    for distance in range(6, 120, 6):
+        for x, y in product((1, -1, 0), (0, 1, -1)):
+            if x or y:
+                side, height = {1: "left", -1: "right", 0: "center"}[x], {1: "bottom", -1: "top", 0: "center"}[y]
+                yield (x * distance, y * distance), side, height
 
 
 if __name__ == "__main__":

@@ -11,24 +11,23 @@ held between steps: weights, main_grad, inputs. Runs are interleaved in random o
 
 import argparse
 import collections
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
@@ -225,10 +224,9 @@ def profile(candidate: Candidate, ddp: Any) -> None:
 def markdown(record: dict[str, Any]) -> str:
     rows = record["candidates"]
     dense = next(row for row in rows if row["name"] == DENSE)
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    title = "A GPT on TransformerEngine, forward and backward"
     lines = [
-        f"# A GPT on TransformerEngine, forward and backward, {record['date']}", "",
-        f"{record['gpu']}; {versions}; attention: {record['attention']}. Command: `{record['command']}`", "",
+        *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
         "bf16, random tokens; weights and main_grad held all the time and not counted; medians of "
         f"{record['repeats']} interleaved runs in random order.", "",
         "| | ms | time | ms of the host | ms busy, profiled | peak, MiB | memory | loss |", "|---" * 8 + "|",
@@ -259,7 +257,7 @@ def main() -> None:
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -271,12 +269,10 @@ def main() -> None:
     torch.manual_seed(1)
     found, ddp = candidates(args)
     measure(found, ddp, args.repeats)
+    origin = Origin.now(PACKAGES, machine())
+    origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
     record = {
-        "date": str(datetime.date.today()),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"cuDNN": str(torch.backends.cudnn.version())},
-        "command": f"python -m benchmarks.whole_model {' '.join(sys.argv[1:])}".strip(),
+        "origin": asdict(origin),
         "attention": args.attention,
         "repeats": args.repeats,
         "candidates": [
@@ -285,7 +281,7 @@ def main() -> None:
             for candidate in found
         ],
     }
-    path = args.results / f"{record['date']}-{args.name}.json"
+    path = args.results / f"{origin.date}-{args.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     print(markdown(record), flush=True)

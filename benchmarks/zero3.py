@@ -17,7 +17,6 @@ is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
 """
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -26,11 +25,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
 PARTS = ["loss", "collectives", "time", "memory"]
@@ -224,7 +224,7 @@ def run_layout(tensor: int, small: bool, tile_counts: list[int], wanted: list[st
         "time": lambda: measure_time(small, tile_counts[:2]),
         "memory": lambda: measure_memory(small, tile_counts),
     }
-    record: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}
+    record: dict[str, Any] = {"machine": machine()}
     with megatron(tensor):
         for name in wanted:
             start = time.perf_counter()
@@ -239,11 +239,10 @@ def run_layout(tensor: int, small: bool, tile_counts: list[int], wanted: list[st
 
 
 def markdown(record: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    lines = [f"# Tiled and dense ZeRO-3, {record['date']}", "", f"Command: `{record['command']}`; {versions}.", ""]
+    lines = Origin(**record["origin"]).head("Tiled and dense ZeRO-3")
     lines += [line.strip() for line in (__doc__ or "").split("\n\n")[-1].splitlines()]
     for layout, run in record["layouts"].items():
-        lines += ["", f"## TP x DP = {layout}, {run['gpu']}", ""]
+        lines += ["", f"## TP x DP = {layout}, {run['machine']}", ""]
         if "memory" in run:
             lines += memory_table(run["memory"])
         if "time" in run:
@@ -297,7 +296,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
     parser.add_argument("--seconds", type=float, default=180, help="limit of one layout")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-layout-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     layouts = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
@@ -309,15 +308,10 @@ def main() -> None:
     options += f" --hosts {args.hosts}" * (args.hosts > 1)
     if args.parts != PARTS:
         options += f" --parts {' '.join(args.parts)}"
-    from benchmarks.zero3_runs import installed
     from tests.support.hosts import OUT_OF_TIME, torchrun
 
-    record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.zero3 {options}",
-        "versions": {name: installed(name) for name in ("torch", "megatron-core", "deepspeed")},
-        "layouts": {},
-    }
+    origin = Origin.now(("torch", "megatron-core", "deepspeed"), "", options)  # each layout tells its machine
+    record: dict[str, Any] = {"origin": asdict(origin), "layouts": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, (tensor, data) in zip(args.layouts, layouts, strict=True):
             path = Path(folder) / f"{name}.json"
@@ -334,7 +328,7 @@ def main() -> None:
 
 def write(record: dict[str, Any], results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{record['date']}-zero3.md"
+    path = results / f"{record['origin']['date']}-zero3.md"
     path.with_suffix(".json").write_text(json.dumps(record))
     path.write_text(markdown(record))
 

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from unittest import mock
 
@@ -21,16 +20,6 @@ DEFAULTS = {
     "stage3_param_persistence_threshold": int(1e5),
     "reduce_bucket_size": int(5e8),
 }
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        try:
-            return str(__import__(package).__version__)
-        except (ImportError, AttributeError):
-            return "not installed"
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ def install(train: bool = True) -> None:
     """Patch torch, megatron.core and (with `train`) megatron.training. Idempotent.
 
     `train=False` is for code that uses layers without the trainer, and for wheels that ship none (0.16).
-    Raises RuntimeError where there is a GPU: half a run on each device would be wrong without a word.
+
+    Raises:
+        RuntimeError: there is a GPU, and half a run on each device would be wrong without a word.
     """
     if torch.cuda.is_available():
         raise RuntimeError("CPU mode: this machine has a GPU; set CUDA_VISIBLE_DEVICES= to hide it")

@@ -87,5 +87,6 @@ def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:
 
 
 def as_flag(splits: Mapping[str, tuple[int, int]]) -> str:
+    """``{"fc1": (1, 8)}`` -> ``--tiled-linear-splits fc1=1x8``."""
     settings = (f"{module}={in_splits}x{out_splits}" for module, (in_splits, out_splits) in splits.items())
     return f"--tiled-linear-splits {' '.join(settings)}"

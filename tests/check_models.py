@@ -242,7 +242,7 @@ def check_generation() -> None:
 
 
 def check_hybrid() -> None:
-    """Attention and MLP layers of a HybridModel. (Mamba layers and stock's final norm need CUDA packages.)"""
+    """Attention and MLP layers of a HybridModel; Mamba layers and stock's final norm need CUDA packages."""
     if importlib.util.find_spec("megatron.core.models.hybrid") is None:
         print("not run: this megatron-core has no hybrid model (0.16 and 0.17 call theirs Mamba)")
         return

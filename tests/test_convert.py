@@ -1,4 +1,4 @@
-"""What the startup table advises; whole models are converted in distributed/check_models.py."""
+"""What the startup table advises; whole models are converted in check_models.py."""
 
 from megatron_tiling.report import LayerReport, coarser_splits, table
 from megatron_tiling.tiles.grid import TileGrid

@@ -1,4 +1,4 @@
-"""Whole models, dense against tiled: see distributed/check_models.py."""
+"""Whole models, dense against tiled: see check_models.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The README's table of what runs where: written from outcomes, and checked against them."""
+"""The page of what runs where: written from outcomes, and checked against them."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.launch import ROOT, search_path
 
+PLUGIN = "tests.support.feature_outcomes"
 tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
 
 
@@ -34,7 +35,7 @@ def cells(tmp_path: Path, *records: dict[str, str]) -> Any:
     return tool["read"]([tmp_path / "outcomes.json"])
 
 
-def readme(table: str) -> str:
+def page(table: str) -> str:
     return f"before\n{tool['BEGIN']}{table}{tool['END']}after\n"
 
 
@@ -43,7 +44,7 @@ def test_table(tmp_path: Path) -> None:
         "|  | 0.16 | 0.19 | GPU |",
         "| --- | --- | --- | --- |",
         "| layers | run | run |  |",
-        "| training | not run | run | [run](benchmarks/results/a.md) |",
+        "| training | not run | run | [run](../benchmarks/results/a.md) |",
         "",
         "Not supported, and refused by name: `--flag`.",
     ]
@@ -51,31 +52,31 @@ def test_table(tmp_path: Path) -> None:
 
 def test_a_table_agrees_with_what_it_was_written_from(tmp_path: Path) -> None:
     found = cells(tmp_path, *RECORDS)
-    assert tool["contradictions"](readme(tool["table"](found)), found) == []
+    assert tool["contradictions"](page(tool["table"](found)), found) == []
 
 
 def test_what_was_skipped_here_may_have_run_elsewhere(tmp_path: Path) -> None:
     full = cells(tmp_path, *RECORDS, record("training", "0.16.1", "run"))
     assert full["training", "0.16"] == "run"
-    assert tool["contradictions"](readme(tool["table"](full)), cells(tmp_path, *RECORDS)) == []
+    assert tool["contradictions"](page(tool["table"](full)), cells(tmp_path, *RECORDS)) == []
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (record("layers", "0.16.1", "failed"), "layers, 0.16: failed, but the README says run"),
-        (record("training", "0.16.1", "run"), "training, 0.16: run, but the README says not run"),
-        (record("experts", "0.19.2", "run"), "experts, 0.19: run, but the README says nothing"),
-        (record("`--other`", "0.19.2", "refused"), "`--other`, 0.19: refused, but the README says nothing"),
+        (record("layers", "0.16.1", "failed"), "layers, 0.16: failed, but the page says run"),
+        (record("training", "0.16.1", "run"), "training, 0.16: run, but the page says not run"),
+        (record("experts", "0.19.2", "run"), "experts, 0.19: run, but the page says nothing"),
+        (record("`--other`", "0.19.2", "refused"), "`--other`, 0.19: refused, but the page says nothing"),
     ],
 )
 def test_a_stale_table_is_found(tmp_path: Path, change: dict[str, str], words: str) -> None:
-    stale = readme(tool["table"](cells(tmp_path, *RECORDS)))
+    stale = page(tool["table"](cells(tmp_path, *RECORDS)))
     assert tool["contradictions"](stale, cells(tmp_path, *RECORDS, change)) == [words]
 
 
 def test_a_row_that_no_test_shows_is_found(tmp_path: Path) -> None:
-    stale = readme(tool["table"](cells(tmp_path, *RECORDS, record("magic", "0.19.2", "run"))))
+    stale = page(tool["table"](cells(tmp_path, *RECORDS, record("magic", "0.19.2", "run"))))
     assert tool["contradictions"](stale, cells(tmp_path, *RECORDS)) == ["magic: no test shows it"]
 
 
@@ -97,16 +98,7 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
         "def test_skipped(): pass\n"
     )
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "tests.support.feature_outcomes",
-            "--feature-outcomes",
-            "out.json",
-            "test_it.py",
-        ],
+        [sys.executable, "-m", "pytest", "-p", PLUGIN, "--feature-outcomes", "out.json", "test_it.py"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": search_path()},
         stdout=subprocess.DEVNULL,
@@ -121,5 +113,5 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
     assert {entry["device"] for entry in found} == {"CPU"}
 
 
-def test_the_readme_has_a_table() -> None:
-    assert len(tool["parse"]((ROOT / "README.md").read_text())) > 10
+def test_the_page_has_a_table() -> None:
+    assert len(tool["parse"]((ROOT / "docs" / "support-matrix.md").read_text())) > 10

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write the README's table of what runs where from what the tests ran, or check that it says what they ran.
+"""Write docs/support-matrix.md, the table of what runs where, from what the tests ran, or check that it says so.
 
     tools/support_matrix.py OUTCOMES...            write the table; of several files, what ran counts
-    tools/support_matrix.py --check OUTCOMES...    fail where the README says otherwise than these tests
+    tools/support_matrix.py --check OUTCOMES...    fail where the page says otherwise than these tests
 
-OUTCOMES are files of `pytest --feature-outcomes FILE` (tests/support/feature_outcomes.py). What has run on GPUs is
-recorded in benchmarks/results/, and always read: *-gpu-tests.json, such a file of the tests on a GPU, and
+OUTCOMES are files of `pytest --feature-outcomes FILE` (tests/support/feature_outcomes.py). What has run on
+GPUs is recorded in benchmarks/results/, and always read: *-gpu-tests.json, such a file of the tests on a GPU, and
 *-gpu-runs.json, which names the dated result that each cell is from.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support-matrix.md"
 GPU_RUNS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- support matrix: written by tools/support_matrix.py -->\n", "<!-- end of the support matrix -->\n"
 #: Of several files, the first of these counts.
@@ -35,7 +35,7 @@ def read(files: list[Path]) -> Cells:
             key = (record["feature"], "GPU" if record["device"] == "GPU" else minor)
             outcome = record["outcome"]
             if "source" in record:
-                outcome = f"[{outcome}](benchmarks/results/{record['source']})"
+                outcome = f"[{outcome}](../benchmarks/results/{record['source']})"
             cells[key] = min(cells.get(key, outcome), outcome, key=rank)
     return cells
 
@@ -57,11 +57,11 @@ def table(cells: Cells) -> str:
     return "".join(lines)
 
 
-def contradictions(readme: str, cells: Cells) -> list[str]:
-    """Where the README's table and these outcomes differ; what these tests had to skip is left out."""
-    stated = parse(readme)
+def contradictions(page: str, cells: Cells) -> list[str]:
+    """Where the page's table and these outcomes differ; what these tests had to skip is left out."""
+    stated = parse(page)
     found = [
-        f"{feature}, {column}: {outcome}, but the README says {stated.get((feature, column)) or 'nothing'}"
+        f"{feature}, {column}: {outcome}, but the page says {stated.get((feature, column)) or 'nothing'}"
         for (feature, column), outcome in cells.items()
         if stated.get((feature, column), "") != outcome
         and not (outcome == "not run" and (feature, column) in stated)
@@ -71,9 +71,9 @@ def contradictions(readme: str, cells: Cells) -> list[str]:
     return found + [f"{feature}: no test shows it" for feature in sorted({name for name, _ in stated} - known)]
 
 
-def parse(readme: str) -> Cells:
-    """The cells that the README states, empty ones left out; what it calls refused is in a column ``""``."""
-    section = readme.partition(BEGIN)[2].partition(END)[0]
+def parse(page: str) -> Cells:
+    """The cells that the page states, empty ones left out; what it calls refused is in a column ``""``."""
+    section = page.partition(BEGIN)[2].partition(END)[0]
     stated: Cells = {}
     columns: list[str] = []
     for line in section.splitlines():
@@ -90,24 +90,24 @@ def parse(readme: str) -> Cells:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The README's table of what runs where.")
+    parser = argparse.ArgumentParser(description="The table of what runs where.")
     parser.add_argument("outcomes", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     cells = read([*options.outcomes, *sorted(GPU_RUNS.glob("*-gpu-*.json"))])
-    readme = README.read_text()
-    if BEGIN not in readme or END not in readme:
-        print(f"support_matrix: README.md lacks the line {(BEGIN if BEGIN not in readme else END).strip()}")
+    page = PAGE.read_text()
+    if BEGIN not in page or END not in page:
+        print(f"support_matrix: {PAGE.name} lacks the line {(BEGIN if BEGIN not in page else END).strip()}")
         return 1
     if options.check:
-        found = contradictions(readme, cells)
+        found = contradictions(page, cells)
         for line in found:
             print(f"support_matrix: {line}")
         if found:
             print("support_matrix: write the table anew with tools/support_matrix.py", *options.outcomes)
         return 1 if found else 0
-    before, _, rest = readme.partition(BEGIN)
-    README.write_text(before + BEGIN + table(cells) + END + rest.partition(END)[2])
+    before, _, rest = page.partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(cells) + END + rest.partition(END)[2])
     return 0
 
 

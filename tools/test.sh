@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# All checks: lint, format, types, tests. Sets itself up first.
+# All checks: tools/lint.sh, then the tests. Sets itself up first.
 #
 #   tools/test.sh [PYTEST ARGUMENTS, e.g. tests/tiles/test_tiled_linear.py -k bias]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-ruff check .
-ruff format --check .
-mypy
+tools/lint.sh
 if (($# == 0)) && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     python -m pytest tests/tiles/*_gpu.py tests/tiles/test_activation.py tests/tiles/kernels
 fi

@@ -1,6 +1,6 @@
-"""Fine-tune a GPT on prompts and answers, from a dense Megatron checkpoint, tiled where `--use-tiled-linear` is given.
+r"""Fine-tune a GPT on prompts and answers, from a dense Megatron checkpoint, tiled where `--use-tiled-linear` is given.
 
-    torchrun --standalone --nproc-per-node 2 -m megatron_tiling examples/gpt/finetune_gpt.py \\
+    torchrun --standalone --nproc-per-node 2 -m megatron_tiling examples/gpt/finetune_gpt.py \
         --pretrained-checkpoint DENSE --save TUNED --load TUNED --data-path PAIRS.jsonl MEGATRON_FLAGS
 
 `DENSE` may come from any Megatron run, of any tensor-parallel size and without this package, and so may whatever goes

@@ -1,6 +1,6 @@
-"""Pretrain a GPT with DeepSpeed's engine: ZeRO-3 over data-parallel ranks, each of them a tensor-parallel group.
+r"""Pretrain a GPT with DeepSpeed's engine: ZeRO-3 over data-parallel ranks, each of them a tensor-parallel group.
 
-    torchrun --standalone --nproc-per-node 4 -m megatron_tiling examples/gpt/pretrain_gpt_zero3.py \\
+    torchrun --standalone --nproc-per-node 4 -m megatron_tiling examples/gpt/pretrain_gpt_zero3.py \
         --tensor-model-parallel-size 2 --use-tiled-linear --deepspeed-config examples/gpt/zero3.json MEGATRON_FLAGS
 
 Arguments, data sets, model, loss and learning rate are Megatron's; the engine owns parameters, gradients and

@@ -4,6 +4,7 @@
 #   examples/gpt/train.sh [MEGATRON FLAGS for both runs, e.g. --train-iters 400]
 #   TILING="--use-tiled-linear --tile-factor 8" examples/gpt/train.sh
 #   READY_PYTHON=python3 examples/gpt/train.sh     with an environment that has everything: no .venv
+#   TRAIN_DATA=PREFIX TRAIN_OUT=FOLDER examples/gpt/train.sh     data of prepare_data.py; where logs and picture go
 #
 # Sets itself up first: .venv, and data from Python's own standard library. Two GPUs or more: tensor parallelism
 # over two of them, bf16, NCCL. One GPU: no tensor parallelism. None: two processes on the CPU, fp32, gloo, and a
@@ -15,8 +16,8 @@ if [[ -z ${READY_PYTHON:-} ]]; then
 fi
 
 here=examples/gpt
-data=$here/data/stdlib
-out=$here/out
+data=${TRAIN_DATA:-$here/data/stdlib}
+out=${TRAIN_OUT:-$here/out}
 python=${READY_PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 export PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1

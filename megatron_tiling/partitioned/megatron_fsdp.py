@@ -37,6 +37,7 @@ def init(
     *args: Any,
     **kwargs: Any,
 ) -> None:
+    """In place of the wrapper's ``__init__``, which is ``stock``: where a model has tiles, they are the units."""
     tiles = tile_modules(module)
     by_tiles = fsdp_unit_modules is None and bool(tiles)
     units = [Unit] if by_tiles else fsdp_unit_modules

@@ -205,8 +205,10 @@ def tile_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 class _MLPTile(torch.autograd.Function):
-    """One tile of an MLP. Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear
-    unit twice as many in U, b and p.
+    """One tile of an MLP.
+
+    Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear unit twice as many in
+    U, b and p.
 
     ==========  =========================================  ================================
     fc1         x ``[n, h]``, U ``[f, h]``                 p ``[n, f]`` = x U^T

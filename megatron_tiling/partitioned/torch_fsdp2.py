@@ -29,6 +29,7 @@ def init(
     process_group: ProcessGroup | None = None,
     **kwargs: Any,
 ) -> None:
+    """In place of the wrapper's ``__init__``, which is ``stock``: tiles are sharded before what is around them."""
     group = process_group or parallel_state.get_data_parallel_group(with_context_parallel=True)
     shard_tiles(module, group, getattr(ddp_config, "reshard_after_forward", True))
     stock(self, config, ddp_config, module, *args, process_group=group, **kwargs)

@@ -181,6 +181,7 @@ def _sizes(key: str, local: int, splits: int, ranks: int) -> list[int]:
 
 
 def uses_core_names(state: Mapping[str, Any]) -> bool:
+    """Whether entries have megatron-core's names, and not those of Megatron before its core."""
     return not any(key.startswith("language_model.") for key in state)
 
 

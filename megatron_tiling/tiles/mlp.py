@@ -109,8 +109,10 @@ def tiled_mlp(
 
 
 class _TiledMLP(torch.autograd.Function):
-    """The tile loop. Tokens ``n`` = all dimensions but the last, in steps of ``m``; ``f_i``: features of tile i, in fc1
-    those of gate and of up if gated.
+    """The tile loop.
+
+    Tokens ``n`` = all dimensions but the last, in steps of ``m``; ``f_i``: features of tile i, in fc1 those of gate and
+    of up if gated.
 
     ==========  ==================================================  ===================================================
     fc1         x_j ``[m, h]``, U ``[f, h]``                        p_j ``[m, f]`` = x_j U^T; kept columns at once

@@ -190,6 +190,9 @@ def _read(file: Path) -> dict[str, Any]:
     """A file that ``torch.save`` wrote, its tensors mapped and not read where the format allows it.
 
     Empty if its pickle holds what torch does not take unasked: whether to trust it is stock's to decide.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))

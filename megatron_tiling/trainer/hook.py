@@ -43,7 +43,6 @@ def tiling_hook(config: TilingConfig) -> Hook:
 
 def tiled_model_provider(model_provider: Callable[..., Any], config: TilingConfig) -> Callable[..., Any]:
     """Wrap Megatron's ``model_provider(pre_process, post_process, ...)``: the model it builds comes out tiled."""
-
     return _hooked(model_provider, tiling_hook(config))
 
 

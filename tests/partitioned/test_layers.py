@@ -1,4 +1,4 @@
-"""Models whose tiles are parameters, in their own process groups: see distributed/check_partitioned.py."""
+"""Models whose tiles are parameters, in their own process groups: see check_layers.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The tiled layers against the stock ones, in their own process groups: see distributed/check_layers.py."""
+"""The tiled layers against the stock ones, in their own process groups: see check_layers.py."""
 
 from pathlib import Path
 

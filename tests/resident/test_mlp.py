@@ -1,4 +1,4 @@
-"""TiledMLP under tensor and sequence parallelism, in its own process groups: see distributed/check_mlp.py."""
+"""TiledMLP under tensor and sequence parallelism, in its own process groups: see check_mlp.py."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """--transformer-impl transformer_engine, on stand-ins for TransformerEngine's layers: nothing here runs its kernels.
 
 Megatron's own TransformerEngine classes and specs run, on the stand-ins of stand_ins/. One start of torchrun: the
-checks of distributed/check_transformer_engine.py, and training runs that load one another's checkpoints.
+checks of check_transformer_engine.py, and training runs that load one another's checkpoints.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What ran, by feature and Megatron version, for the README's table: `pytest --feature-outcomes FILE`.
+"""What ran, by feature and Megatron version, for docs/support-matrix.md: `pytest --feature-outcomes FILE`.
 
 A test says what it shows with `@pytest.mark.feature("name", version=..., refused=...)`. Name and version may hold
 parameters of the test in braces: `"training: {layout.name}"`. The version is that of the installed megatron-core unless

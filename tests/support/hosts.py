@@ -33,6 +33,9 @@ def torchrun(
         hosts: a divisor of ``world``.
         output: where standard output and errors of all processes go; by default, where this process's go.
         seconds: a run that takes longer is ended.
+
+    Raises:
+        SystemExit: ``hosts`` does not divide ``world``.
     """
     if world % hosts:
         raise SystemExit(f"--hosts {hosts} does not divide the {world} processes of a layout")

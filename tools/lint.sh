@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, format, types, and that imports point down the rooms. tools/test.sh and pre-commit run it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+mypy
+lint-imports --no-logo
