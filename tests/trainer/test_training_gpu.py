@@ -1,0 +1,100 @@
+"""Runs of the stock trainer on GPUs, with its default TransformerEngine layers: tiled against dense, in bf16."""
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.hosts import torchrun
+from tests.support.training import SCRIPTS, losses
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(
+    not GPUS or importlib.util.find_spec("transformer_engine") is None, reason="needs a GPU and TransformerEngine"
+)
+
+COMMON = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --num-layers 2 --hidden-size 256 --ffn-hidden-size 704
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm
+    --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights --seq-length 128
+    --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --bf16 --lr 2e-3
+    --min-lr 1e-4 --lr-decay-style cosine --seed 7 --hidden-dropout 0 --attention-dropout 0 --log-interval 1
+    --eval-interval 10 --eval-iters 2
+""".split()
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-ffn-hidden-size 128 --moe-token-dispatcher-type "
+    "alltoall --moe-shared-expert-intermediate-size 128"
+)
+PRECISION_AWARE = "--use-distributed-optimizer --use-precision-aware-optimizer"
+#: By name: GPUs, and flags of both runs.
+LAYOUTS = {
+    "Llama": (1, ""),
+    "GPT, biases, tied": (1, "--normalization LayerNorm"),
+    "QK norms": (1, "--qk-layernorm"),
+    "next-token heads": (1, "--mtp-num-layers 1"),
+    "multi-latent attention": (1, "--multi-latent-attention"),
+    "grouped and shared experts": (1, EXPERTS),
+    "shared experts, overlapped": (1, f"{EXPERTS} --moe-shared-expert-overlap"),
+    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "selective recompute": (1, "--recompute-granularity selective --recompute-modules core_attn mlp layernorm"),
+    "precision-aware optimizer": (
+        1,
+        f"{PRECISION_AWARE} --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+    ),
+    "optimizer offloaded to the CPU": (1, f"{PRECISION_AWARE} --optimizer-cpu-offload"),
+    "CUDA graphs of Megatron": (1, "--cuda-graph-impl local --te-rng-tracker"),
+    "CUDA graphs of TransformerEngine": (1, "--cuda-graph-impl transformer_engine --te-rng-tracker"),
+    "TP=2, sequence parallel, distributed optimizer": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
+    "TP=2": (2, "--tensor-model-parallel-size 2"),
+    "PP=2": (2, "--pipeline-model-parallel-size 2"),
+    "context parallel": (2, "--context-parallel-size 2"),
+    "experts, EP=2": (2, f"{EXPERTS} --expert-model-parallel-size 2"),
+}
+#: Attention under context parallelism needs a fused kernel, and what is packed too.
+ATTENTION = {"context parallel": "flash"}
+TOLERANCE = 5e-3  # of a loss: bf16, 20 steps apart
+
+
+def train(name: str, kind: str, extra: Iterable[str], folder: Path) -> str:
+    world, flags = LAYOUTS[name]
+    log = folder / kind
+    command = ["-m", "megatron_tiling", str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra]
+    command += ["--attention-backend", ATTENTION.get(name, "unfused")]
+    if name == "GPT, biases, tied":
+        dropped = ("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights")
+        command = [word for word in command if word not in dropped]
+    connections = "1" if world > 1 else "8"
+    with log.open("w") as output:
+        status = torchrun(command, world, {"CUDA_DEVICE_MAX_CONNECTIONS": connections}, output=output, seconds=400)
+    assert status == 0, log.read_text()[-4000:]
+    return log.read_text()
+
+
+def evaluated(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"validation loss at .*?lm loss value: ([0-9.E+-]+)", log)]
+
+
+@pytest.mark.feature("training on TransformerEngine: {name}")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
+    if LAYOUTS[name][0] > GPUS:
+        pytest.skip(f"needs {LAYOUTS[name][0]} GPUs")
+    if ATTENTION.get(name) == "flash" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("needs flash-attn")
+    dense = train(name, "dense", (), tmp_path)
+    tiled = train(name, "tiled", ["--use-tiled-linear"], tmp_path)
+    expected, found = losses(dense), losses(tiled)
+    assert len(expected) == len(found) == 20
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    evaluated = [re.findall(r"validation loss at .*?lm loss value: ([0-9.E+-]+)", log) for log in (dense, tiled)]
+    assert len(evaluated[0]) == len(evaluated[1]) >= 2
+    assert [float(loss) for loss in evaluated[1]] == pytest.approx(
+        [float(loss) for loss in evaluated[0]], rel=TOLERANCE
+    )
+    assert "loss in tiles of logits" in tiled
