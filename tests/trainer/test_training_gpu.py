@@ -56,19 +56,23 @@ LAYOUTS = {
     "context parallel": (2, "--context-parallel-size 2"),
     "experts, EP=2": (2, f"{EXPERTS} --expert-model-parallel-size 2"),
 }
-#: Attention under context parallelism needs a fused kernel, and what is packed too.
+#: Flags of ``COMMON`` that a layout does not want.
+WITHOUT = {
+    "GPT, biases, tied": "--disable-bias-linear --untie-embeddings-and-output-weights",
+    "multi-latent attention": "--group-query-attention --num-query-groups 2",
+}
+#: Attention under context parallelism needs a fused kernel.
 ATTENTION = {"context parallel": "flash"}
-TOLERANCE = 5e-3  # of a loss: bf16, 20 steps apart
+#: Of a loss, in bf16 and over 20 steps. A token close to two experts goes to the other one after a rounding.
+TOLERANCE, WITH_EXPERTS = 5e-3, 2e-2
 
 
 def train(name: str, kind: str, extra: Iterable[str], folder: Path) -> str:
     world, flags = LAYOUTS[name]
     log = folder / kind
-    command = ["-m", "megatron_tiling", str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra]
+    common = " ".join(COMMON).replace(WITHOUT.get(name, "nothing"), "").split()
+    command = ["-m", "megatron_tiling", str(SCRIPTS / "pretrain_gpt.py"), *common, *flags.split(), *extra]
     command += ["--attention-backend", ATTENTION.get(name, "unfused")]
-    if name == "GPT, biases, tied":
-        dropped = ("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights")
-        command = [word for word in command if word not in dropped]
     connections = "1" if world > 1 else "8"
     with log.open("w") as output:
         status = torchrun(command, world, {"CUDA_DEVICE_MAX_CONNECTIONS": connections}, output=output, seconds=400)
@@ -89,9 +93,10 @@ def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
         pytest.skip("needs flash-attn")
     dense = train(name, "dense", (), tmp_path)
     tiled = train(name, "tiled", ["--use-tiled-linear"], tmp_path)
+    tolerance = WITH_EXPERTS if "experts" in name else TOLERANCE
     expected, found = losses(dense), losses(tiled)
     assert len(expected) == len(found) == 20
-    assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert found == pytest.approx(expected, rel=tolerance)
     evaluated = [re.findall(r"validation loss at .*?lm loss value: ([0-9.E+-]+)", log) for log in (dense, tiled)]
     assert len(evaluated[0]) == len(evaluated[1]) >= 2
     assert [float(loss) for loss in evaluated[1]] == pytest.approx(
