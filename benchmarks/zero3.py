@@ -192,12 +192,12 @@ def measure_loss() -> dict[str, float]:
     from megatron.core import parallel_state
 
     from benchmarks.zero3_runs import forget
-    from tests.zero3 import check_engine
+    from tests.zero3 import small_gpt
 
-    check_engine.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
-    losses, norms = check_engine.train_dense(check_engine.transformer())
-    engine = check_engine.engine_of(check_engine.transformer(), tiled=True, thresholds={})
-    tiled_losses, tiled_norms = check_engine.train_zero3(engine)
+    small_gpt.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
+    losses, norms = small_gpt.train_dense(small_gpt.transformer())
+    engine = small_gpt.engine_of(small_gpt.transformer(), tiled=True, thresholds={})
+    tiled_losses, tiled_norms = small_gpt.train_zero3(engine)
     forget(engine)
 
     def difference(actual: list[float], expected: list[float]) -> float:

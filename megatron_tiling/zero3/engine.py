@@ -33,6 +33,7 @@ from megatron_tiling.zero3.config import (
     without_auto,
 )
 from megatron_tiling.zero3.gather import TileGathering, reason_against
+from megatron_tiling.zero3.resume import refuse_other_tiles
 
 
 class ModelParallelUnit:
@@ -194,12 +195,20 @@ def initialize(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
     )
-    for module in model.modules():  # reads the bias of a layer that it does not call
-        if isinstance(module, PartitionedMLP) and module.linear_fc1.bias is not None:
-            deepspeed.zero.register_external_parameter(module, module.linear_fc1.bias)
+    refuse_other_tiles(model)
+    for module in model.modules():
+        if isinstance(module, PartitionedMLP):
+            module.register_forward_pre_hook(_gather_biases)
     if sizes is not None and not against:
         TileGathering(engine.module, config["zero_optimization"]["stage3_prefetch_bucket_size"])
     return engine
+
+
+def _gather_biases(mlp: Any, *_: Any) -> None:
+    """A tiled MLP reads biases of layers that it does not call. DeepSpeed sees to that in the engine's forward only."""
+    for layer in (mlp.linear_fc1, mlp.linear_fc2):
+        if layer.bias is not None and is_owned(layer.bias):
+            layer.bias.all_gather()
 
 
 def tile_sizes(model: torch.nn.Module) -> TileSizes | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_tiling.tiles.ownership import whole_shape
 
@@ -56,6 +57,21 @@ def load_checkpoint(
         return None, None
     path, state = engine.load_checkpoint(str(folder), tag)
     return path, state
+
+
+def refuse_other_tiles(model: torch.nn.Module) -> None:
+    """``engine.load_checkpoint`` called directly does not take the partitions of other tiles, strictly or not."""
+
+    def compare(model: Any, state_dict: Any, prefix: str, _metadata: Any, strict: bool, *lists: list[str]) -> None:
+        # The engine saves nothing in place of what it has partitioned, and loads flat partitions next.
+        partitioned = {key for key, value in state_dict.items() if isinstance(value, Tensor) and value.numel() == 0}
+        wanted = {prefix + name for name, _ in model.named_parameters()}
+        others = sorted((partitioned - wanted) | (wanted - state_dict.keys() if partitioned else set()))
+        if others:
+            *_, errors = lists
+            errors.append(f"saved with other tiles: {others[0]} is {'' if others[0] in wanted else 'not '}wanted here")
+
+    model.register_load_state_dict_pre_hook(compare)
 
 
 def _tag_in(folder: Path) -> str | None:
