@@ -34,7 +34,6 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_megatron_fsdp", (None, False), "two engines cannot own the same parameters"),
     ("use_torch_fsdp2", (None, False), "two engines cannot own the same parameters"),
     ("tiled_linear_storage", (None, "auto", "partitioned"), "the engine partitions parameters: tiles must be some"),
-    ("eval_iters", (0,), "the ZeRO-3 example does not evaluate"),
     ("overlap_grad_reduce", (None, False), "the engine overlaps by itself: overlap_comm in its configuration"),
     ("overlap_param_gather", (None, False), "the engine overlaps by itself: stage3_prefetch_bucket_size"),
     ("rampup_batch_size", (None,), "the engine's batch size is fixed"),
@@ -91,7 +90,7 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
                 raise ValueError(
                     f"{path}: zero_optimization.offload_optimizer.device is nvme, with --{flag} {getattr(args, flag)}: "
                     "DeepSpeed does not restore what it keeps there; offload the optimizer to cpu, or exchange weights "
-                    "by --save-dense and --load-dense"
+                    "by zero3.save_dense and zero3.load_dense"
                 )
     samples = args.micro_batch_size * data_parallel_size
     for key, value, flag in (
