@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -73,6 +75,12 @@ def test_flags_that_the_engine_does_not_follow_are_refused() -> None:
         zero3_config.check_flags(Namespace(pipeline_model_parallel_size=2))
     with pytest.raises(ValueError, match="--tiled-linear-storage resident"):
         zero3_config.check_flags(Namespace(tiled_linear_storage="resident"))
+
+
+def test_importing_the_configuration_imports_no_torch() -> None:
+    script = "import sys, megatron_tiling.zero3.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert all(callable(getattr(zero3, name)) for name in zero3._LAZY)
 
 
 def test_thresholds_follow_the_tile_unless_they_are_set() -> None:
