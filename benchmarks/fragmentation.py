@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.record import RESULTS, Origin, machine
 from benchmarks.zero3_runs import forget, megatron, quiet_engine, transformer
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.tiles.ownership import whole_size
 from megatron_tiling.zero3 import engine as zero3
 from megatron_tiling.zero3.gather import TileGathering
 
@@ -162,7 +163,7 @@ def trial(hidden_size: int, tiles: int, make: Callable[[int], Callable[[int, int
     config = quiet_engine({"offload_param": {"device": "cpu", "pin_memory": False}, "overlap_comm": False})
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
         layer = Layer(hidden_size, make(tiles))
-    largest = max(parameter.ds_numel for parameter in layer.parameters())
+    largest = max(map(whole_size, layer.parameters()))
     config["zero_optimization"] |= {
         "stage3_max_live_parameters": largest + 1,
         "stage3_max_reuse_distance": 0,

@@ -125,24 +125,30 @@ def measure_time(small: bool, tile_counts: list[int]) -> list[dict[str, Any]]:
     )
     fc1 = 2 * ffn * hidden_size // config.tensor_model_parallel_size
     a_layer = with_thresholds({"zero_optimization": {}}, TileSizes(fc1, fc1, fc1))["zero_optimization"]
-    kinds: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
-        "dense": (None, DEFAULTS, ""),
-        "dense, a layer at a time": (None, a_layer, ""),
+    kinds: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+        "dense": (None, DEFAULTS),
+        "dense, a layer at a time": (None, a_layer),
     }
     for tiles in tile_counts:
         keeping = {"factor": tiles, "mlp_keep": "all"}
         with zero3.on_meta(config):
             built = tile(gpt(config, words, sequence, None), TilingConfig(factor=tiles, storage="partitioned"))
         splits = coarser_splits(built)
-        kinds[f"{tiles} tiles"] = (keeping, {}, "")
-        kinds[f"{tiles} tiles, {as_flag(splits)}"] = (keeping | {"splits": splits}, {}, "")
+        kinds[f"{tiles} tiles"] = (keeping, {})
+        kinds[f"{tiles} tiles, {as_flag(splits)}"] = (keeping | {"splits": splits}, {})
     few = tile_counts[0]
-    kinds[f"{few} tiles, DeepSpeed's hooks"] = ({"factor": few, "mlp_keep": "all"}, {}, "a comparison")
-    kinds[f"{few} tiles, fc1 recomputed"] = ({"factor": few, "mlp_keep": 0}, {}, "")
+    kinds[f"{few} tiles, DeepSpeed's hooks"] = ({"factor": few, "mlp_keep": "all"}, {})
+    kinds[f"{few} tiles, fc1 recomputed"] = ({"factor": few, "mlp_keep": 0}, {})
     engines = {}
-    for name, (tiling, zero, reason) in kinds.items():
+    for name, (tiling, zero) in kinds.items():
         build = partial(gpt, config, words, sequence, tiling)
-        engines[name] = engine_of(config, build, zero, lambda groups: torch.optim.AdamW(groups, lr=1e-4), reason)
+        engines[name] = engine_of(
+            config,
+            build,
+            zero,
+            lambda groups: torch.optim.AdamW(groups, lr=1e-4),
+            deepspeed_gathers=name.endswith("DeepSpeed's hooks"),
+        )
     device = engines["dense"].device
     mask = torch.triu(torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device), 1)
     group = parallel_state.get_data_parallel_group()
@@ -186,12 +192,12 @@ def measure_loss() -> dict[str, float]:
     from megatron.core import parallel_state
 
     from benchmarks.zero3_runs import forget
-    from tests.zero3 import check_engine
+    from tests.zero3 import small_gpt
 
-    check_engine.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
-    losses, norms = check_engine.train_dense(check_engine.transformer())
-    engine = check_engine.engine_of(check_engine.transformer(), tiled=True, thresholds={})
-    tiled_losses, tiled_norms = check_engine.train_zero3(engine)
+    small_gpt.TENSOR_PARALLEL = parallel_state.get_tensor_model_parallel_world_size()
+    losses, norms = small_gpt.train_dense(small_gpt.transformer())
+    engine = small_gpt.engine_of(small_gpt.transformer(), tiled=True, thresholds={})
+    tiled_losses, tiled_norms = small_gpt.train_zero3(engine)
     forget(engine)
 
     def difference(actual: list[float], expected: list[float]) -> float:

@@ -5,7 +5,6 @@ import gc
 import os
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -120,16 +119,15 @@ def gpt(config: Any, words: int, sequence: int, tiling: dict[str, Any] | None) -
     return model
 
 
-def engine_of(config: Any, build: Any, zero: dict[str, Any], optimizer: Any, reason: str = "") -> Any:
+def engine_of(config: Any, build: Any, zero: dict[str, Any], optimizer: Any, **options: Any) -> Any:
     """The engine of ``build()``, its parameters partitioned as they are made.
 
     Args:
-        reason: if there is one, DeepSpeed's own hooks gather the tiles.
+        options: of ``zero3.initialize``.
     """
     settings = quiet_engine(zero)
     model = zero3.build(build, config, settings)
-    with mock.patch.object(zero3, "reason_against", lambda config: reason):
-        return zero3.initialize(model, optimizer, settings)
+    return zero3.initialize(model, optimizer, settings, **options)
 
 
 def forget(engine: Any) -> None:

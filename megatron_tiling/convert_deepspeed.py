@@ -59,12 +59,19 @@ class Rank:
         version: Megatron's ``checkpoint_version``, which tells the order of query, key and value rows.
         args: Megatron's arguments, those of plain types; ``None`` if the file has none.
         iteration: at which it was saved.
+        world: the tensor-parallel ranks that saved it, as DeepSpeed says.
     """
 
     state: deepspeed_keys.State
     version: float
     args: Namespace | None
     iteration: int
+    world: int | None
+
+    def layout(self) -> dict[str, str]:
+        """What must be the same on every rank."""
+        entries = {key: f"{list(value.shape)} of {value.dtype}" for key, value in self.state.items()}
+        return {"iteration": str(self.iteration), "checkpoint_version": str(self.version)} | entries
 
 
 def find_ranks(source: Path) -> list[Path]:
@@ -74,7 +81,7 @@ def find_ranks(source: Path) -> list[Path]:
         source: a folder of checkpoints, whose latest is taken, or the folder of one checkpoint.
 
     Raises:
-        Refused: there is no checkpoint, one of another layout, or one with ranks missing.
+        Refused: there is no checkpoint, one of another layout, or one with a rank missing or there twice.
     """
     folder = _latest(source)
     ranks: dict[int, Path] = {}
@@ -82,10 +89,11 @@ def find_ranks(source: Path) -> list[Path]:
         for pattern, reason in REFUSED.items():
             if re.fullmatch(pattern, path.name):
                 raise Refused(f"{path}: {reason}")
-        if match := DEEPSPEED_FILE.fullmatch(path.name):
-            ranks[int(match[1])] = path
-        elif match := MEGATRON_FOLDER.fullmatch(path.name):
-            ranks[int(match[1])] = path / "model_optim_rng.pt"
+        file = path / "model_optim_rng.pt" if MEGATRON_FOLDER.fullmatch(path.name) else path
+        if match := MEGATRON_FOLDER.fullmatch(path.name) or DEEPSPEED_FILE.fullmatch(path.name):
+            if other := ranks.get(int(match[1])):
+                raise Refused(f"{other} and {file} are of the same rank: keep one of them")
+            ranks[int(match[1])] = file
     if not ranks:
         raise Refused(f"{folder} holds neither mp_rank_00_model_states.pt nor mp_rank_00/model_optim_rng.pt")
     missing = sorted(set(range(max(ranks) + 1)) - ranks.keys())
@@ -97,15 +105,18 @@ def find_ranks(source: Path) -> list[Path]:
 def _latest(source: Path) -> Path:
     if not source.is_dir():
         raise Refused(f"there is no folder {source}")
-    for tracker in (DEEPSPEED_TRACKER, MEGATRON_TRACKER):
-        if (source / tracker).is_file():
-            name = (source / tracker).read_text().strip()
+    named: dict[Path, Path] = {}
+    for tracker in (source / DEEPSPEED_TRACKER, source / MEGATRON_TRACKER):
+        if tracker.is_file():
+            name = tracker.read_text().strip()
             folders = [source / f"iter_{int(name):07d}", source / f"global_step{name}"] if name.isdigit() else []
             found = next((folder for folder in [source / name, *folders] if folder.is_dir()), None)
             if found is None:
-                raise Refused(f"{source / tracker} names {name}, and there is no such checkpoint in {source}")
-            return found
-    return source
+                raise Refused(f"{tracker} names {name}, and there is no such checkpoint in {source}")
+            named[found] = tracker
+    if len(named) > 1:
+        raise Refused(" and ".join(f"{tracker} names {found.name}" for found, tracker in named.items()) + ": give one")
+    return next(iter(named), source)
 
 
 class _Unknown:
@@ -140,16 +151,25 @@ def read(path: Path) -> Rank:
         raise Refused(f"{path} is missing") from None
     except Exception as error:  # a zip or a pickle that is cut off fails in many ways
         raise Refused(f"{path} cannot be read, is it whole? {type(error).__name__}: {_first_line(error)}") from None
-    model = next((content[key] for key in ("module", "model") if key in content), None)
+    models = [content[key] for key in ("module", "model") if key in content] if isinstance(content, Mapping) else []
+    model = models[0] if models else None
     if not isinstance(model, Mapping):
         raise Refused(f"{path} holds no 'module' (DeepSpeed) or 'model' (Megatron)")
-    state, args = deepspeed_keys.flatten(model), content.get("args")
+    try:
+        state = deepspeed_keys.flatten(model)
+    except ValueError as error:
+        raise Refused(f"{path}: {error}") from None
+    iteration = next((content[key] for key in ("iteration", "global_steps") if content.get(key) is not None), 0)
+    if not isinstance(iteration, int) or iteration < 0:
+        raise Refused(f"{path}: its iteration is {iteration!r}, not a number of steps")
+    args = content.get("args")
     version = 3.0 if deepspeed_keys.uses_core_names(state) else content.get("checkpoint_version", 0)
     return Rank(
         state,
         version,
         None if args is None else Namespace(**dict(_plain(vars(args)))),
-        int(content.get("iteration", content.get("global_steps", 0))),
+        iteration,
+        content.get("mp_world_size"),
     )
 
 
@@ -167,11 +187,36 @@ def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def dense_rank(rank: Rank, ranks: int) -> dict[str, Any]:
     """What stock Megatron loads of a tile-keyed rank, as one of ``ranks``."""
-    state = deepspeed_keys.core_names(deepspeed_keys.join_tiles(rank.state))
-    heads = getattr(rank.args, "num_attention_heads", None)
-    state = deepspeed_keys.reorder_qkv(state, rank.version, heads and heads // ranks)
+    state = _dense_state(deepspeed_keys.join_tiles(rank.state), rank, ranks)
     dense = {"model": state, "checkpoint_version": 3.0, "iteration": rank.iteration}
     return dense if rank.args is None else dense | {"args": _core_args(rank.args, ranks)}
+
+
+def _dense_state(state: deepspeed_keys.State, rank: Rank, ranks: int) -> deepspeed_keys.State:
+    """Under megatron-core's names, in today's order of rows, and known to fit together."""
+    state = deepspeed_keys.core_names(state)
+    heads = getattr(rank.args, "num_attention_heads", None)
+    deepspeed_keys.check_model(state, _sizes(rank.args, ranks), getattr(rank.args, "num_layers", None))
+    return deepspeed_keys.reorder_qkv(state, rank.version, heads and heads // ranks)
+
+
+def _sizes(args: Namespace | None, ranks: int) -> dict[str, tuple[int | None, int | None]]:
+    """Shapes of a rank's weights within a layer, as far as Megatron's arguments tell."""
+    known = {} if args is None else vars(args)
+    hidden, ffn, heads = (known.get(name) for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads"))
+    sizes = {}
+    if ffn:
+        sizes["mlp.linear_fc2.weight"] = (hidden, ffn // ranks)
+    if ffn and known.get("swiglu"):
+        sizes["mlp.linear_fc1.weight"] = (2 * ffn // ranks, hidden)
+    if heads and hidden and not known.get("attention_output_gate"):
+        size = known.get("kv_channels") or hidden // heads
+        grouped = known.get("num_query_groups") if known.get("group_query_attention") else None
+        groups = grouped or known.get("num_key_value_heads") or heads
+        sizes["self_attention.linear_proj.weight"] = (hidden, heads * size // ranks)
+        if groups % ranks == 0:  # else ranks share a group
+            sizes["self_attention.linear_qkv.weight"] = ((heads + 2 * groups) * size // ranks, hidden)
+    return sizes
 
 
 def _core_args(args: Namespace, ranks: int) -> Namespace:
@@ -190,9 +235,7 @@ def _core_args(args: Namespace, ranks: int) -> Namespace:
 
 def tiled_rank(rank: Rank, ranks: int, splits: deepspeed_keys.Splits, core: bool) -> dict[str, Any]:
     """What DeepSpeed's engine loads of a dense rank, as one of ``ranks``; with ``core`` under megatron-core's names."""
-    heads = getattr(rank.args, "num_attention_heads", None)
-    state = deepspeed_keys.reorder_qkv(deepspeed_keys.core_names(rank.state), rank.version, heads and heads // ranks)
-    state = deepspeed_keys.split_tiles(state, splits, ranks)
+    state = deepspeed_keys.split_tiles(_dense_state(rank.state, rank, ranks), splits, ranks)
     module = state if core else deepspeed_keys.nest(deepspeed_keys.deepspeed_names(state))
     tiled: dict[str, Any] = {"module": module, "checkpoint_version": 3.0, "iteration": rank.iteration}
     # What DeepSpeed's engine looks up without asking whether it is there.
@@ -215,12 +258,16 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
     if target.exists():
         raise Refused(f"{target} exists, and is left as it is: give a new folder")
     files = find_ranks(source)
+    layouts: list[dict[str, str]] = []
+    new_folders = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         for number, path in enumerate(files):
             rank = read(path)
             _check(rank, path, len(files), wants_tiles=splits is None)
+            layouts.append(rank.layout())
+            _check_same(layouts[0], layouts[-1], files[0], path)
             try:
                 content = dense_rank(rank, len(files)) if splits is None else tiled_rank(rank, len(files), splits, core)
             except ValueError as error:
@@ -236,6 +283,8 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in new_folders if not target.exists() else []:
+            folder.rmdir()
     what = f"{source} is converted to {target}, {len(files)} tensor-parallel rank{'s' if len(files) > 1 else ''}"
     if splits is None:
         what += "; load it with --load and --finetune, or --no-load-optim --no-load-rng to go on at its iteration"
@@ -245,11 +294,20 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
 def _check(rank: Rank, path: Path, ranks: int, wants_tiles: bool) -> None:
     if deepspeed_keys.is_tiled(rank.state) != wants_tiles:
         raise Refused(f"{path} {'has no tile keys' if wants_tiles else 'has tile keys already'}")
-    world = getattr(rank.args, "tensor_model_parallel_size", getattr(rank.args, "model_parallel_size", ranks))
-    if world != ranks:
-        raise Refused(f"{path} is one of {world} tensor-parallel ranks, but there are files of {ranks}")
+    in_args = getattr(rank.args, "tensor_model_parallel_size", getattr(rank.args, "model_parallel_size", ranks))
+    for world in (in_args, ranks if rank.world is None else rank.world):
+        if world != ranks:
+            raise Refused(f"{path} is one of {world} tensor-parallel ranks, but there are files of {ranks}")
     if getattr(rank.args, "pipeline_model_parallel_size", 1) != 1:
         raise Refused(f"{path} is of a pipeline: save it with one pipeline stage")
+
+
+def _check_same(first: dict[str, str], other: dict[str, str], first_path: Path, path: Path) -> None:
+    """Files that belong together are of one iteration, and every rank has the same share of every weight."""
+    for name in first | other:
+        one, two = first.get(name, "missing"), other.get(name, "missing")
+        if one != two:
+            raise Refused(f"{first_path} and {path} are not of one checkpoint: {name} is {one} and {two}")
 
 
 def _place(iteration: int, rank: int, dense: bool) -> str:

@@ -1,19 +1,16 @@
-"""Tile keys to dense keys and back: the arithmetic, the refusals, and whole models of DeepSpeed's and Megatron's."""
+"""Checkpoints with tile keys to dense ones and back: refusals, and whole models of DeepSpeed's and Megatron's."""
 
 import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.zero.tiling import TiledLinear as DeepSpeedTiledLinear
-from hypothesis import given
-from hypothesis import strategies as st
-from megatron.training.checkpointing import _transpose_first_dim
 
 from megatron_tiling.convert_deepspeed import convert, main
-from megatron_tiling.tiles import deepspeed_keys as tile_keys
+from megatron_tiling.tiles import deepspeed_keys
 from tests.support.launch import ROOT, torchrun
 
 LAYER = "decoder.layers.0.mlp.linear_fc1"
@@ -25,78 +22,6 @@ def test_models_there_and_back(tmp_path: Path) -> None:
     assert "converted a GPT there and back" in output and "converted a Llama there and back" in output
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans())
-def test_keys_are_deepspeeds(rows: int, columns: int, in_splits: int, out_splits: int, bias: bool) -> None:
-    in_splits, out_splits = min(in_splits, columns), min(out_splits, rows)
-    dense = torch.nn.Linear(columns, rows, bias)
-    tiled = DeepSpeedTiledLinear(columns, rows, bias, in_splits, out_splits, init_linear=dense)
-    expected = {f"{LAYER}.{key}": value for key, value in tiled.state_dict().items()}
-    state = {f"{LAYER}.{key}": value for key, value in dense.state_dict().items()}
-    found = tile_keys.split_tiles(state, {"fc1": (in_splits, out_splits)}, 1)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    joined = tile_keys.join_tiles(expected)
-    assert joined.keys() == state.keys() and all(torch.equal(joined[key], state[key]) for key in state)
-
-
-def test_a_rank_has_its_share_of_every_tile() -> None:
-    weight = torch.arange(6.0)[:, None]
-    state = {f"{LAYER}.weight": weight, "decoder.layers.0.mlp.linear_fc2.weight": weight.T.contiguous()}
-    tiled = tile_keys.split_tiles(state, {"fc1": (1, 3), "fc2": (3, 1)}, 2)
-    assert [tuple(tile.shape) for tile in tiled.values()] == [(2, 1)] * 3 + [(1, 2)] * 3
-    with pytest.raises(ValueError, match="4 tiles of 12 features cannot be shared by 2 ranks each; choose"):
-        tile_keys.split_tiles(state, {"fc1": (1, 4)}, 2)
-    with pytest.raises(ValueError, match="13 tiles of 12 features"):
-        tile_keys.split_tiles(state, {"fc1": (1, 13)}, 2)
-
-
-def test_faulty_grids_are_refused() -> None:
-    state = tile_keys.split_tiles(
-        {f"{LAYER}.weight": torch.ones(4, 4), f"{LAYER}.bias": torch.ones(4)}, {"fc1": (2, 2)}, 1
-    )
-    for faulty, words in (
-        ({key: value for key, value in state.items() if ".1.0.weight" not in key}, "there is no linears.1.0.weight"),
-        (state | {f"{LAYER}.linears.1.0.weight": torch.ones(2, 3)}, r"linears.1.0.weight is \[2, 3\], between"),
-        (state | {f"{LAYER}.linears.0.0.weight": torch.ones(0)}, "linears.0.0.weight is"),
-        (state | {f"{LAYER}.linears.0.0.bias": torch.ones(2)}, "bias in the last in-tile"),
-        (state | {f"{LAYER}.linears.0.1.bias": torch.ones(3)}, r"linears.0.1.bias is \[3\]"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            tile_keys.join_tiles(faulty)
-
-
-@pytest.mark.parametrize("version", [0, 1.0, 2.0, 3.0])
-@pytest.mark.parametrize("columns", [(), (5,)])
-def test_old_orders_of_query_key_and_value(version: float, columns: tuple[int, ...]) -> None:
-    heads, size = 4, 2
-    value = torch.randn(3 * heads * size, *columns)
-    attention = SimpleNamespace(hidden_size_per_attention_head=size, num_attention_heads_per_partition=heads)
-    layer = SimpleNamespace(self_attention=attention)
-    model = SimpleNamespace(language_model=SimpleNamespace(encoder=SimpleNamespace(layers=[layer])))
-    key = "decoder.layers.0.self_attention.linear_qkv." + ("weight" if columns else "bias")
-    found = tile_keys.reorder_qkv({key: value}, version, heads)[key]
-    assert torch.equal(found, value if version >= 2 else _transpose_first_dim(value, 3, version == 0, model))
-
-
-def test_unknown_orders_and_names_are_refused() -> None:
-    key = "decoder.layers.0.self_attention.linear_qkv.weight"
-    with pytest.raises(ValueError, match=r"checkpoint_version 4.0 is not known"):
-        tile_keys.reorder_qkv({}, 4.0, 2)
-    with pytest.raises(ValueError, match="an unknown number of heads"):
-        tile_keys.reorder_qkv({key: torch.ones(6, 2)}, 0, None)
-    with pytest.raises(ValueError, match=r"lm_head.weight is no entry"):
-        tile_keys.core_names({"lm_head.weight": torch.ones(1)})
-
-
-def test_names_of_old_versions() -> None:
-    names = {
-        "language_model.transformer.layers.1.attention.dense.bias": "decoder.layers.1.self_attention.linear_proj.bias",
-        "language_model.encoder.final_layernorm.weight": "decoder.final_layernorm.weight",
-        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": "decoder.layers.0.pre_mlp_layernorm.weight",
-        "decoder.layers.0.self_attention.q_layernorm.weight": "decoder.layers.0.self_attention.q_layernorm.weight",
-    }
-    assert list(tile_keys.core_names(dict.fromkeys(names, torch.ones(1)))) == list(names.values())
-
-
 def checkpoint(folder: Path, ranks: int = 2, tiles: bool = True) -> Path:
     """Files as DeepSpeed's engine names them, of one layer."""
     place = folder / "saved" / "global_step3"
@@ -104,7 +29,7 @@ def checkpoint(folder: Path, ranks: int = 2, tiles: bool = True) -> Path:
     (folder / "saved" / "latest").write_text("global_step3")
     state = {f"{LAYER}.weight": torch.ones(4, 4)}
     for rank in range(ranks):
-        module = tile_keys.split_tiles(state, {"fc1": (1, 2)} if tiles else {}, ranks)
+        module = deepspeed_keys.split_tiles(state, {"fc1": (1, 2)} if tiles else {}, ranks)
         args = Namespace(tensor_model_parallel_size=2, strange=SimpleNamespace())
         torch.save({"module": module, "args": args, "global_steps": 3}, place / f"mp_rank_{rank:02d}_model_states.pt")
     return place
@@ -133,6 +58,55 @@ def test_refusals_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (place.parent / "latest").write_text("global_step4")
     refused("latest names global_step4, and there is no such checkpoint", place.parent)
     refused("has no tile keys", checkpoint(tmp_path / "dense", tiles=False))
+    twice = checkpoint(tmp_path / "twice")
+    (twice / "mp_rank_01").mkdir()
+    refused("are of the same rank: keep one of them", twice)
+    two = checkpoint(tmp_path / "two").parent
+    (two / "global_step2").mkdir()
+    (two / "latest_checkpointed_iteration.txt").write_text("2")
+    refused("latest_checkpointed_iteration.txt names global_step2: give one", two)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(words: str, **changes: Any) -> None:
+        """Rank 1's file with other content, or none."""
+        source, target = tmp_path / words.replace("/", " "), tmp_path / "new" / "target"
+        file = checkpoint(source) / "mp_rank_01_model_states.pt"
+        content = torch.load(file, weights_only=False)
+        torch.save({key: value for key, value in (content | changes).items() if value != "left out"}, file)
+        assert main(["to-dense", str(source / "saved"), str(target)]) == 1
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and words in error, error
+        assert not target.parent.exists()
+
+    def tiles(splits: dict[str, tuple[int, int]], weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return deepspeed_keys.split_tiles({f"{LAYER}.weight": weight}, splits, 2)
+
+    grid, weight = {"fc1": (1, 2)}, torch.ones(4, 4)
+    refused("are not of one checkpoint: iteration is 3 and 4", global_steps=4)
+    refused("its iteration is 'three', not a number of steps", iteration="three")
+    refused("is one of 4 tensor-parallel ranks, but there are files of 2", mp_world_size=4)
+    refused("is one of 3 tensor-parallel ranks", args=Namespace(tensor_model_parallel_size=3))
+    refused(
+        "linears.0.0.weight is [2, 4] of torch.float32 and [1, 4] of torch.float32",
+        module=tiles({"fc1": (1, 4)}, weight),
+    )
+    refused("[2, 4] of torch.float32 and [2, 4] of torch.bfloat16", module=tiles(grid, weight.bfloat16()))
+    refused("has no tile keys", module={f"{LAYER}.weight": weight})
+    refused(
+        "mlp.router.weight is missing and", module=tiles(grid, weight) | {"decoder.layers.0.mlp.router.weight": weight}
+    )
+    refused("is there twice", module=tiles(grid, weight) | {f"{LAYER}": {"linears.0.0.weight": weight}})
+    refused("holds no 'module'", module="left out")
+
+
+def test_an_iteration_that_is_none_or_absent(tmp_path: Path) -> None:
+    """Megatron-DeepSpeed's files have an iteration, DeepSpeed's own ``global_steps``; either may be None."""
+    place = checkpoint(tmp_path)
+    for file in place.iterdir():
+        torch.save(torch.load(file, weights_only=False) | {"iteration": None}, file)
+    convert(place.parent, tmp_path / "dense")
+    assert (tmp_path / "dense" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_only_plain_arguments_are_kept(tmp_path: Path) -> None:

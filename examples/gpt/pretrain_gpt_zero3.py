@@ -3,9 +3,9 @@ r"""Pretrain a GPT with DeepSpeed's engine: ZeRO-3 over data-parallel ranks, eac
     torchrun --standalone --nproc-per-node 4 -m megatron_tiling examples/gpt/pretrain_gpt_zero3.py \
         --tensor-model-parallel-size 2 --use-tiled-linear --deepspeed-config examples/gpt/zero3.json MEGATRON_FLAGS
 
-Arguments, data sets, model, loss and learning rate are Megatron's; the engine owns parameters, gradients and
-optimizer states, on the GPU or offloaded. With `--use-tiled-linear` each tile is a parameter of its own, and no more
-than two tiles are gathered at a time; without it, this is dense ZeRO-3.
+Arguments, data sets, model, loss, learning rate and evaluation are Megatron's; the engine owns parameters,
+gradients and optimizer states, on the GPU or offloaded. With `--use-tiled-linear` each tile is a parameter of its own,
+and no more than two tiles are gathered at a time; without it, this is dense ZeRO-3.
 
 `--save` and `--load` hold DeepSpeed's checkpoints, which continue a run at the same TP size. `--save-dense` and
 `--load-dense` hold Megatron's: a stock Megatron run at any TP size loads them with `--load DIR --finetune`.
@@ -27,20 +27,21 @@ from megatron.training import initialize_megatron, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
-from megatron.training.training import build_train_valid_test_data_iterators, get_optimizer_param_scheduler
+from megatron.training.training import (
+    build_train_valid_test_data_iterators,
+    evaluate_and_print_results,
+    get_optimizer_param_scheduler,
+)
 from megatron.training.utils import print_rank_last
 
 # The batches and the data sets are those of the example for Megatron's own trainer.
 from pretrain_gpt import dataset_kind, datasets_of, get_batch
 
-from megatron_tiling import cpu
+from megatron_tiling import cpu, zero3
 from megatron_tiling.arguments import REFUSED, Refused, refuse
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import tile
 from megatron_tiling.report import table
-from megatron_tiling.zero3 import checkpoint as zero3_checkpoint
-from megatron_tiling.zero3 import engine as zero3
-from megatron_tiling.zero3 import resume as zero3_resume
 from megatron_tiling.zero3.agreement import require_agreement
 from megatron_tiling.zero3.config import engine_config
 
@@ -50,15 +51,11 @@ if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installe
 TILING_FLAGS = ("use_tiled_linear", "tile_factor", "tiled_linear_modules", "tiled_linear_splits")
 """What decides which parameters there are, the same on every rank or the run would hang."""
 
-REFUSED_HERE = (
-    Refused("--eval-iters", "this script does not evaluate", (0,)),
-    Refused("--optimizer", "this script trains with AdamW", (None, "adam")),
-)
+REFUSED_HERE = (Refused("--optimizer", "this script trains with AdamW", (None, "adam")),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    # The engine collects gradients, there is no main_grad; and nothing is evaluated.
-    parser.set_defaults(gradient_accumulation_fusion=False, eval_iters=0)
+    parser.set_defaults(gradient_accumulation_fusion=False)  # the engine collects gradients, there is no main_grad
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument("--deepspeed-config", required=True, metavar="JSON", help="engine configuration, ZeRO stage 3")
     group.add_argument("--save-dense", metavar="DIR", help="write a dense Megatron checkpoint here at the end")
@@ -113,6 +110,17 @@ def batch_loss(engine: Any, data: Iterator[dict] | None) -> tuple[torch.Tensor, 
     return torch.sum(losses.reshape(-1).float() * mask), mask.sum()
 
 
+def evaluate(engine: Any, data: Any, prefix: str, iteration: int, verbose: bool = False) -> None:
+    """As Megatron's trainer evaluates, `--eval-iters` global batches, and prints it."""
+
+    def step(data: Any, model: torch.nn.Module) -> Any:
+        total, tokens = batch_loss(engine, data)
+        return total, lambda total: (total, tokens.int(), {"lm loss": torch.stack([total, tokens])})
+
+    model = engine.module
+    evaluate_and_print_results(prefix, step, data, [model], iteration, None, model.config, verbose=verbose)
+
+
 def log(args: Any, iteration: int, engine: Any, logged: torch.Tensor, seconds: float) -> None:
     """A line as Megatron's trainer prints it."""
     norm, rate = engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"]
@@ -152,9 +160,9 @@ def save(args: Any, engine: Any, scheduler: Any, iteration: int) -> None:
 def load(args: Any, engine: Any, scheduler: Any) -> dict[str, Any] | None:
     """Continue from DeepSpeed's checkpoint in `--load`, if there is one yet. Returns its random states."""
     try:
-        path, state = zero3_resume.load_checkpoint(engine, args.load)
+        path, state = zero3.load_checkpoint(engine, args.load)
     except ValueError as error:
-        sys.exit(f"megatron_tiling: --load {args.load}: {error}")
+        sys.exit(f"megatron_tiling: --load {args.load}: {error}; here by --save-dense, --load-dense")
     if path is None:
         print_rank_0(f"no checkpoint in --load {args.load}: starting from the beginning")
         return None
@@ -168,13 +176,14 @@ def train(args: Any, engine: Any, scheduler: Any) -> int:
     """Returns the last iteration."""
     args.iteration = 0
     random = load(args, engine, scheduler) if args.load else None
-    data, _, _ = build_train_valid_test_data_iterators(datasets_of(dataset_kind(args)))
+    data, validation, test = build_train_valid_test_data_iterators(datasets_of(dataset_kind(args)))
     if random is not None:  # now that the data loaders have drawn their seeds
         restore_random_states(random)
     micro_batches = args.global_batch_size // (args.micro_batch_size * mpu.get_data_parallel_world_size())
     engine.train()
-    iteration, start = args.iteration, time.time()
-    while iteration < args.train_iters:
+    evaluates = args.do_valid and args.eval_interval
+    iteration, start, last = args.iteration, time.time(), not args.do_train
+    while iteration < args.train_iters and not last:
         logged = train_step(engine, data, micro_batches)
         scheduler.step(increment=args.global_batch_size)
         iteration += 1
@@ -182,11 +191,15 @@ def train(args: Any, engine: Any, scheduler: Any) -> int:
         if iteration % args.log_interval == 0:
             log(args, iteration, engine, logged, (time.time() - start) / args.log_interval)
             start = time.time()
+        if evaluates and iteration % args.eval_interval == 0 and iteration >= (args.start_eval_at_iter or 0):
+            evaluate(engine, validation, f"iteration {iteration}", iteration)
         last = iteration == args.train_iters or (args.exit_interval and iteration % args.exit_interval == 0)
         if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
             save(args, engine, scheduler, iteration)
-        if last:
-            break
+    if not args.do_train or iteration == args.train_iters:
+        for wanted, samples, name in ((args.do_valid, validation, "validation"), (args.do_test, test, "test")):
+            if wanted:
+                evaluate(engine, samples, f"iteration {iteration} on {name} set", iteration, verbose=True)
     return iteration
 
 
@@ -199,14 +212,14 @@ def main() -> None:
         config = engine_config(args.deepspeed_config, args, mpu.get_data_parallel_world_size())
         model = build_model(args, config)
         if args.load_dense:
-            zero3_checkpoint.load_dense(model, args.load_dense)
+            zero3.load_dense(model, args.load_dense)
         engine = zero3.initialize(model, lambda groups: make_optimizer(args, config, groups), config)
     except ValueError as error:  # a bad setting: what is wrong, not where it was found
         sys.exit(f"megatron_tiling: {error}")
     scheduler = get_optimizer_param_scheduler(engine.optimizer)
     iteration = train(args, engine, scheduler)
     if args.save_dense:
-        zero3_checkpoint.save_dense(model, args.save_dense, iteration)
+        zero3.save_dense(model, args.save_dense, iteration)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ before megatron-core (``language_model.encoder.layers.0.mlp.dense_h_to_4h``).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +37,7 @@ TOP_NAMES = {
     "language_model.encoder.final_layernorm.": "decoder.final_layernorm.",
     "language_model.output_layer.": "output_layer.",
 }
-LAYERS = ("language_model.encoder.layers.", "decoder.layers.")
+LAYER_PREFIXES = ("language_model.encoder.layers.", "decoder.layers.")
 LAYER_NAMES = {
     "input_layernorm.": "input_layernorm.",
     "self_attention.query_key_value.": "self_attention.linear_qkv.",
@@ -53,16 +53,34 @@ SPELLINGS = {
     ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
     ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
 }
+#: What a GPT model has, in megatron-core's names: at the top, and within a layer.
+TOP_ENTRY = re.compile(
+    r"embedding\.(word|position|tokentype)_embeddings\.weight|(decoder\.final_layernorm|output_layer)\.(weight|bias)"
+)
+LAYER_ENTRY = re.compile(
+    r"decoder\.layers\.(\d+)\.((input|pre_mlp|post_\w+)_layernorm\.(weight|bias)|mlp\.linear_fc[12]\.(weight|bias)|"
+    r"self_attention\.((linear_qkv|linear_proj|[qk]_layernorm)\.(weight|bias)|core_attention\.softmax_offset))"
+)
+#: Entries that are computed anew, or describe a kernel's state.
+NOT_CONVERTED = (".inv_freq", "._extra_state")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> State:
-    """Nested state dicts, as Megatron-DeepSpeed saves them, as one with dotted keys; what is no tensor is left out."""
+    """Nested state dicts, as Megatron-DeepSpeed saves them, as one with dotted keys; what is no tensor is left out.
+
+    Raises:
+        ValueError: two entries have the same dotted key.
+    """
     flat: State = {}
     for key, value in tree.items():
+        entries = {}
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            entries = flatten(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
-            flat[prefix + key] = value
+            entries = {f"{prefix}{key}": value}
+        for twice in flat.keys() & entries.keys():
+            raise ValueError(f"{twice} is there twice")
+        flat |= entries
     return flat
 
 
@@ -88,7 +106,8 @@ def join_tiles(state: Mapping[str, Tensor]) -> State:
     """One rank's state dict with each tiled layer's weight and bias in one piece; other entries are kept.
 
     Raises:
-        ValueError: a tile is missing, or does not have the shape that its neighbours leave it; names the layer.
+        ValueError: a tile is missing or there twice, or does not have the dtype of its neighbours and the shape that
+            they leave it; names the layer.
     """
     joined: State = {}
     layers: dict[str, dict[str, dict[tuple[int, int], Tensor]]] = {}
@@ -98,8 +117,12 @@ def join_tiles(state: Mapping[str, Tensor]) -> State:
             joined[key] = value
             continue
         name, out_tile, in_tile, kind = match.groups()
+        if f"{name}.{kind}" in state:
+            raise ValueError(f"there is {name}.{kind}, and in tiles {key}")
         joined.setdefault(f"{name}.{kind}", value)  # holds the layer's place
-        layers.setdefault(name, {"weight": {}, "bias": {}})[kind][int(out_tile), int(in_tile)] = value
+        of_kind = layers.setdefault(name, {"weight": {}, "bias": {}})[kind]
+        if of_kind.setdefault((int(out_tile), int(in_tile)), value) is not value:
+            raise ValueError(f"{key} is there twice")
     for name, tiles in layers.items():
         joined[f"{name}.weight"] = _joined_weight(name, tiles["weight"])
         if tiles["bias"]:
@@ -116,6 +139,10 @@ def _joined_weight(name: str, tiles: Mapping[tuple[int, int], Tensor]) -> Tensor
                 f"in a grid of {out_splits} out-tiles and {in_splits} in-tiles"
             )
         shape, wanted = tuple(tiles[index].shape), (tiles[index[0], 0].shape[0], tiles[0, index[1]].shape[-1])
+        if tiles[index].dtype != tiles[0, 0].dtype:
+            raise ValueError(
+                f"{name}: linears.{index[0]}.{index[1]}.weight is {tiles[index].dtype}, beside {tiles[0, 0].dtype}"
+            )
         if shape != wanted or 0 in shape:
             raise ValueError(
                 f"{name}: linears.{index[0]}.{index[1]}.weight is {list(shape)}, between tiles that need {list(wanted)}"
@@ -180,36 +207,106 @@ def _sizes(key: str, local: int, splits: int, ranks: int) -> list[int]:
     return [(stop - start) // ranks for start, stop in pairwise(bounds)]
 
 
-def uses_core_names(state: Mapping[str, Any]) -> bool:
+def uses_core_names(keys: Iterable[str]) -> bool:
     """Whether entries have megatron-core's names, and not those of Megatron before its core."""
-    return not any(key.startswith("language_model.") for key in state)
+    return not any(key.startswith("language_model.") for key in keys)
 
 
 def core_names(state: Mapping[str, Tensor]) -> State:
     """Dense entries under megatron-core's names, whichever they have. Tables that are computed anew are left out.
 
     Raises:
-        ValueError: an entry that a GPT model does not have, naming it.
+        ValueError: an entry that a GPT model does not have, or two that are the same one, naming them.
     """
-    return {_core_name(key): value for key, value in state.items() if not key.endswith(".inv_freq")}
+    named: State = {}
+    origin: dict[str, str] = {}
+    for key, value in state.items():
+        if key.endswith(NOT_CONVERTED):
+            continue
+        name = _core_name(key)
+        if not (TOP_ENTRY.fullmatch(name) or LAYER_ENTRY.fullmatch(name)):
+            raise ValueError(f"{key} is no entry of a GPT model that can be converted")
+        if origin.setdefault(name, key) != key:
+            raise ValueError(f"{origin[name]} and {key} are one entry of the model, {name}")
+        named[name] = value
+    return named
+
+
+def check_model(state: Mapping[str, Tensor], sizes: Mapping[str, Sequence[int | None]], layers: int | None) -> None:
+    """Refuse weights that cannot be those of one model, such as a layer without its last tiles.
+
+    Args:
+        state: dense, with megatron-core's names.
+        sizes: shapes that are known, by an entry's name (in a layer: within it); ``None`` for a size that is not.
+        layers: how many there are, if that is known.
+
+    Raises:
+        ValueError: a layer is missing, or differs from the first in entries, shapes or dtypes; a shape is not as in
+            ``sizes``, or does not fit its neighbours'; naming the entry.
+    """
+    found: dict[int, State] = {}
+    for key, value in state.items():
+        if value.numel() == 0:
+            raise ValueError(f"{key} is empty")
+        if match := LAYER_ENTRY.fullmatch(key):
+            found.setdefault(int(match[1]), {})[match[2]] = value
+    count = len(found) if layers is None else layers
+    for number in sorted(found.keys() ^ set(range(count))):
+        raise ValueError(f"layer {number} is {'one too many' if number in found else 'missing'}, of {count} layers")
+    for number, entries in found.items():
+        for name in sorted(entries.keys() ^ found[0].keys()):
+            there, lacking = (number, 0) if name in entries else (0, number)
+            raise ValueError(f"layer {there} has {name}, and layer {lacking} has none")
+        for name, value in entries.items():
+            first = found[0][name]
+            if (value.shape, value.dtype) != (first.shape, first.dtype):
+                raise ValueError(f"layer {number}: {name} is {_described(value)}, and {_described(first)} in layer 0")
+    shapes = {name: tuple(value.shape) for name, value in (dict(state) | found.get(0, {})).items()}
+    _check_shapes(shapes, sizes)
+    _check_shapes(shapes, _sizes_by_neighbours(shapes))
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Sequence[int | None]]) -> None:
+    for name, wanted in sizes.items():
+        shape = shapes.get(name, wanted)
+        if len(shape) != len(wanted) or any(want not in (None, size) for size, want in zip(shape, wanted, strict=True)):
+            shown = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise ValueError(f"{name} is {list(shape)}, and the rest of the model needs [{shown}]: is a tile missing?")
+
+
+def _sizes_by_neighbours(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sequence[int | None]]:
+    words, hidden = shapes.get("embedding.word_embeddings.weight", (None, None))
+    (hidden,) = shapes.get("input_layernorm.weight", (hidden,))
+    _, ffn = shapes.get("mlp.linear_fc2.weight", (None, None))
+    rows, _ = shapes.get("mlp.linear_fc1.weight", (None, None))
+    return {
+        "self_attention.linear_qkv.weight": (None, hidden),
+        "self_attention.linear_proj.weight": (hidden, None),
+        "mlp.linear_fc1.weight": (rows if ffn and rows == 2 * ffn else ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, None),
+        "output_layer.weight": (words, hidden),
+    }
+
+
+def _described(value: Tensor) -> str:
+    return f"{list(value.shape)} of {value.dtype}"
 
 
 def deepspeed_names(state: Mapping[str, Tensor]) -> State:
     """Entries, dense or in tiles, under Megatron-DeepSpeed's names, given megatron-core's."""
-    return {
-        _replaced(key, _swapped(TOP_NAMES), LAYERS[::-1], _swapped(LAYER_NAMES)): value for key, value in state.items()
-    }
+    top, within = _swapped(TOP_NAMES), _swapped(LAYER_NAMES)
+    return {_renamed(key, top, LAYER_PREFIXES[::-1], within): value for key, value in state.items()}
 
 
 def _core_name(key: str) -> str:
     for old, new in SPELLINGS.items():
         key = key.replace(old, new)
-    if key.startswith((*TOP_NAMES.values(), LAYERS[1])):
+    if uses_core_names([key]):
         return key
-    return _replaced(key, TOP_NAMES, LAYERS, LAYER_NAMES)
+    return _renamed(key, TOP_NAMES, LAYER_PREFIXES, LAYER_NAMES)
 
 
-def _replaced(key: str, top: Mapping[str, str], layers: Sequence[str], within: Mapping[str, str]) -> str:
+def _renamed(key: str, top: Mapping[str, str], layers: Sequence[str], within: Mapping[str, str]) -> str:
     start, names, prefix = "", top, ""
     if match := re.match(rf"{re.escape(layers[0])}(\d+)\.", key):
         start, names, prefix = match[0], within, f"{layers[1]}{match[1]}."

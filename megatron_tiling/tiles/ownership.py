@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: DeepSpeed counts here how many of its own contexts hold a parameter gathered.
+_GATHERED_BY_CALLER = "_ds_z3_gathered_param_context_depth"
+
 
 def is_owned(parameter: Any) -> bool:
     """Whether ZeRO-3 owns a parameter, and may have partitioned it away."""
@@ -32,14 +35,16 @@ def copy_param(param: Any, value: Tensor) -> None:
         param.copy_(value)
 
 
-def gathered(param: Any, *, write: bool = False) -> AbstractContextManager[Any]:
-    """A parameter is whole inside, also one that ZeRO-3 has partitioned; that is a collective.
+def gathered(*params: Any, write: bool = False) -> AbstractContextManager[Any]:
+    """Parameters are whole inside, also those that ZeRO-3 has partitioned; that is a collective.
 
     ``write`` keeps what was written: the values of data-parallel rank 0.
     """
-    if not is_owned(param):
+    # DeepSpeed refuses to nest: who loads a state dict into a gathered model has gathered them.
+    owned = [param for param in params if is_owned(param) and not getattr(param, _GATHERED_BY_CALLER, 0)]
+    if not owned:
         return nullcontext()
     import deepspeed  # a parameter that ZeRO-3 owns: deepspeed is loaded already
 
-    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(param, modifier_rank=0 if write else None)
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(owned, modifier_rank=0 if write else None)
     return whole

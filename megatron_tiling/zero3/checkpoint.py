@@ -14,9 +14,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megatron_tiling.partitioned.modules import MLPTile, tile_modules
+from megatron_tiling.tiles.ownership import gathered
 
 
-class _Gathered(torch.nn.Module):
+class _Whole(torch.nn.Module):
     """A model that ZeRO-3 has partitioned, as Megatron's checkpointing expects a model; it owns no parameters."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -46,11 +47,9 @@ class _Gathered(torch.nn.Module):
 
 @contextmanager
 def _untiled(model: torch.nn.Module, write: bool) -> Iterator[None]:
-    import deepspeed
-
     tiles = {id(parameter) for module in tile_modules(model) for parameter in module.parameters()}
     others: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) not in tiles]
-    with deepspeed.zero.GatheredParameters(others, modifier_rank=0 if write else None):
+    with gathered(*others, write=write):
         yield
 
 
@@ -60,7 +59,7 @@ def save_dense(model: torch.nn.Module, folder: str, iteration: int) -> None:
     from megatron.training.checkpointing import save_checkpoint
 
     with _as_arguments(get_args(), save=folder, no_save_optim=True, no_save_rng=True, async_save=False):
-        save_checkpoint(iteration, [_Gathered(model)], None, None, 0)
+        save_checkpoint(iteration, [_Whole(model)], None, None, 0)
 
 
 def load_dense(model: torch.nn.Module, folder: str) -> None:
@@ -73,9 +72,9 @@ def load_dense(model: torch.nn.Module, folder: str) -> None:
     from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
 
     if not checkpoint_exists(folder):
-        raise ValueError(f"--load-dense {folder}: there is no Megatron checkpoint in it")
+        raise ValueError(f"zero3.load_dense: there is no Megatron checkpoint in {folder}")
     with _as_arguments(get_args(), load=folder, finetune=True, no_load_optim=True, no_load_rng=True):
-        load_checkpoint([_Gathered(model)], None, None)
+        load_checkpoint([_Whole(model)], None, None)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
                 raise ValueError(
                     f"{path}: zero_optimization.offload_optimizer.device is nvme, with --{flag} {getattr(args, flag)}: "
                     "DeepSpeed does not restore what it keeps there; offload the optimizer to cpu, or exchange weights "
-                    "by zero3.checkpoint.save_dense and load_dense"
+                    "by zero3.save_dense and zero3.load_dense"
                 )
     samples = args.micro_batch_size * data_parallel_size
     for key, value, flag in (

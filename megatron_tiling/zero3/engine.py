@@ -5,7 +5,7 @@ are made; ``initialize`` hands it to the engine, with thresholds that follow the
 does to gradients of parameters that tensor-parallel ranks share is done here, as the engine knows nothing of it.
 
 Hazards: ZeRO-3 replaces a partitioned parameter's data by an empty tensor, so ``parameter.shape`` says nothing
-(``ds_shape`` does); and DeepSpeed chooses its accelerator when it is first imported, so this module imports it late.
+(``whole_shape`` does); and DeepSpeed chooses its accelerator when it is first imported, so this module imports it late.
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tiling.partitioned.mlp import PartitionedMLP
 from megatron_tiling.partitioned.modules import TILE_MODULES
 from megatron_tiling.tiles.ownership import gathered, is_owned, whole_shape, whole_size
 from megatron_tiling.zero3.config import (
@@ -32,6 +33,7 @@ from megatron_tiling.zero3.config import (
     without_auto,
 )
 from megatron_tiling.zero3.gather import TileGathering, reason_against
+from megatron_tiling.zero3.resume import refuse_other_tiles
 
 
 class ModelParallelUnit:
@@ -157,18 +159,25 @@ def _initialise_whole(method: Callable[[Tensor], Tensor], tensor: Tensor) -> Ten
 
 
 def initialize(
-    model: torch.nn.Module, make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], config: Config
+    model: torch.nn.Module,
+    make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    config: Config,
+    *,
+    deepspeed_gathers: bool = False,
 ) -> Any:
     """The DeepSpeed engine of a model from ``build``.
 
-    Prints on rank 0 the thresholds that it chose, and a warning for each setting under which tiles save nothing.
+    Prints on rank 0 the thresholds that it chose, a warning for each setting under which tiles save nothing, and why
+    DeepSpeed's own hooks gather the tiles, if they do.
 
     Args:
         make_optimizer: given parameter groups as Megatron's optimizer makes them (``wd_mult`` 0 for biases and norms).
         config: DeepSpeed's; unset or ``"auto"`` thresholds follow the tile size.
+        deepspeed_gathers: leave the tiles to DeepSpeed's own hooks, which take more of the host's time.
     """
     deepspeed = import_deepspeed()
     sizes = tile_sizes(model)
+    against = ""  # gathering tiles by hooks of our own
     if sizes is None:
         config = without_auto(config)
     else:
@@ -179,16 +188,27 @@ def initialize(
         reasons = pointless_settings(config, sizes)
         for reason in reasons:
             _print_rank_0(f"WARNING: zero_optimization.{reason}")
+        against = "asked for" if deepspeed_gathers else "see above" if reasons else reason_against(config)
+        if against:
+            _print_rank_0(f"DeepSpeed's own hooks gather the tiles: {against}")
     reduce_shared_gradients(model)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
     )
-    if sizes is not None and not reasons:
-        if reason := reason_against(config):
-            _print_rank_0(f"DeepSpeed's own hooks gather the tiles: {reason}")
-        else:
-            TileGathering(engine.module, config["zero_optimization"]["stage3_prefetch_bucket_size"])
+    refuse_other_tiles(model)
+    for module in model.modules():
+        if isinstance(module, PartitionedMLP):
+            module.register_forward_pre_hook(_gather_biases)
+    if sizes is not None and not against:
+        TileGathering(engine.module, config["zero_optimization"]["stage3_prefetch_bucket_size"])
     return engine
+
+
+def _gather_biases(mlp: Any, *_: Any) -> None:
+    """A tiled MLP reads biases of layers that it does not call. DeepSpeed sees to that in the engine's forward only."""
+    for layer in (mlp.linear_fc1, mlp.linear_fc2):
+        if layer.bias is not None and is_owned(layer.bias):
+            layer.bias.all_gather()
 
 
 def tile_sizes(model: torch.nn.Module) -> TileSizes | None:

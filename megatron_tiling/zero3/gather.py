@@ -8,6 +8,11 @@ parameter that is no tile's.
 Memory, in order of the compute stream: a tile's buffer is allocated on this stream as the tile before it begins, filled
 from another one that waits for it, and let go after the tile's work. So a buffer is reused without the host ever
 waiting, and no more than two tiles are alive.
+
+Hazard: weights change between passes (a step of the optimizer, a loaded checkpoint), and nothing tells. So what is
+fetched ahead serves the same pass only: one call of the model, or one backward pass. A tile that is called by itself,
+outside of them, is gathered for this one call. Within a pass, a tile that anyone else has gathered meanwhile (and may
+have written to) is fetched again.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_tiling.partitioned.modules import TILE_MODULES, PartitionedTiles
+from megatron_tiling.tiles.ownership import whole_shape, whole_size
 
 #: Settings of ``zero_optimization`` that change how parameters are gathered, and the values under which they do not.
 OTHER_GATHERING: dict[str, tuple[Any, ...]] = {
@@ -57,13 +63,21 @@ class _Tile:
 
 @dataclass
 class _Gather:
-    """A parameter on its way: its whole, of ``ds_shape``, and what must be waited for and kept until then."""
+    """A parameter on its way: its whole, and what must be waited for and kept until then."""
 
     parameter: Any
     whole: Tensor
     work: Any = None
     copied: torch.cuda.Event | None = None
     shard: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._placeholder = self.parameter.data  # empty; who gathers the parameter and lets it go leaves another one
+
+    def is_current(self) -> bool:
+        """Whether nobody else has gathered the parameter since."""
+        storage = self.parameter.untyped_storage()
+        return bool(storage._cdata == self._placeholder.untyped_storage()._cdata)
 
     def wait(self) -> Tensor:
         if self.copied is not None:
@@ -87,12 +101,17 @@ class TileGathering:
 
         self._status = ZeroParamStatus
         self._elements_ahead = elements_ahead
-        #: Parameters that are whole because of us, by ``id``.
-        self._gathered: dict[int, Any] = {}
-        self._ahead: tuple[_Tile, list[_Gather]] | None = None
+        #: Parameters that are whole because of us, by ``id``, and their wholes.
+        self._held: dict[int, tuple[Any, Tensor]] = {}
+        #: On their way, by ``id`` of the parameter.
+        self._ahead: dict[int, _Gather] = {}
         self._last: tuple[_Tile, str] | None = None
+        #: What the current pass is: a graph task of autograd's, or a call of the model; ``None`` outside of both.
+        self._pass: int | str | None = None
+        self._in_call = False
         self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
-        model.register_forward_pre_hook(lambda *_: self.reset())
+        model.register_forward_pre_hook(lambda *_: self._set_in_call(True))
+        model.register_forward_hook(lambda *_: self._set_in_call(False), always_call=True)
         for module in model.modules():
             if isinstance(module, PartitionedTiles):
                 _remove_hooks_of_deepspeed(module)
@@ -100,16 +119,29 @@ class TileGathering:
                 _remove_hooks_of_deepspeed(module)
                 self._attach(module)
 
-    def reset(self) -> None:
-        """Let everything go: weights have changed, or a pass was given up halfway."""
-        self._release(*self._gathered.values())
-        self._take_ahead(None)
-        self._last = None
+    def _set_in_call(self, in_call: bool) -> None:
+        self._end_pass()
+        self._in_call = in_call
+
+    def _end_pass(self) -> None:
+        """Let everything go: weights may change now, or a pass was given up halfway."""
+        self._release(*(parameter for parameter, _ in self._held.values()))
+        self._take_ahead()
+        self._last = self._pass = None
+
+    def _begin_pass(self) -> None:
+        task = torch._C._current_graph_task_id()
+        current = task if task != -1 else "call" if self._in_call else None
+        if current is None or current != self._pass:
+            self._end_pass()
+            self._pass = current
+            if task != -1:  # gradients of inputs alone release no weight
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 
     def _attach(self, module: Module) -> None:
         parameters: tuple[Any, ...] = tuple(module.parameters())
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        tile = _Tile(parameters, sum(parameter.ds_numel for parameter in parameters), {})
+        tile = _Tile(parameters, sum(map(whole_size, parameters)), {})
 
         def before_forward(*_: Any) -> None:
             # A recomputed forward pass runs within the backward pass, in another order than the first.
@@ -133,33 +165,32 @@ class TileGathering:
                 parameter.register_post_accumulate_grad_hook(self._release)
 
     def _acquire(self, tile: _Tile, phase: str) -> None:
-        gathers = self._take_ahead(tile)
-        if gathers is None:
-            gathers = self._start(tile)
+        self._begin_pass()
+        ahead = self._take_ahead(tile.parameters)
+        gathers = [ahead.get(id(one)) or self._gather(one) for one in self._missing(tile)]
         if self._last is not None and self._last[1] == phase:
             self._last[0].following[phase] = tile
         self._last = tile, phase
         following = tile.following.get(phase)
-        if following is not None and following.elements <= self._elements_ahead:
-            self._ahead = following, self._start(following)
+        if self._pass is not None and following is not None and following.elements <= self._elements_ahead:
+            self._ahead = {id(parameter): self._gather(parameter) for parameter in self._missing(following)}
         for gather in gathers:
             parameter = gather.parameter
-            parameter.data = gather.wait()
+            parameter.data = whole = gather.wait()
             parameter.ds_status = self._status.AVAILABLE
-            self._gathered[id(parameter)] = parameter
+            self._held[id(parameter)] = parameter, whole
 
-    def _take_ahead(self, tile: _Tile | None) -> list[_Gather] | None:
-        """What was fetched ahead, if it was this tile; else it is let go."""
-        (expected, gathers), self._ahead = self._ahead or (None, []), None
-        if expected is tile:
-            return gathers
-        for gather in gathers:
-            gather.wait()
-        return None
+    def _take_ahead(self, parameters: tuple[Any, ...] = ()) -> dict[int, _Gather]:
+        """What was fetched ahead of these parameters; the rest, and what is old by now, is let go."""
+        ahead, self._ahead = self._ahead, {}
+        wanted = {id(parameter) for parameter in parameters}
+        for key, gather in list(ahead.items()):
+            if key not in wanted or not gather.is_current():
+                ahead.pop(key).wait()
+        return ahead
 
-    def _start(self, tile: _Tile) -> list[_Gather]:
-        missing = [one for one in tile.parameters if one.ds_status is self._status.NOT_AVAILABLE]
-        return [self._gather(parameter) for parameter in missing]
+    def _missing(self, tile: _Tile) -> list[Any]:
+        return [one for one in tile.parameters if one.ds_status is self._status.NOT_AVAILABLE]
 
     def _gather(self, parameter: Any) -> _Gather:
         shard, group = parameter.ds_tensor.data, parameter.ds_process_group
@@ -175,11 +206,12 @@ class TileGathering:
             whole = shard.new_empty(shard.numel() * group.size())
             with torch.cuda.stream(self._copies if copied is not None else None):
                 work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
-        return _Gather(parameter, whole[: parameter.ds_numel].view(parameter.ds_shape), work, copied, shard)
+        return _Gather(parameter, whole[: whole_size(parameter)].view(whole_shape(parameter)), work, copied, shard)
 
     def _release(self, *parameters: Any) -> None:
         for parameter in parameters:
-            if self._gathered.pop(id(parameter), None) is not None:
+            _, whole = self._held.pop(id(parameter), (None, None))
+            if whole is not None and parameter.data_ptr() == whole.data_ptr():  # else others have let it go before
                 parameter.data = parameter.data.new_empty(0)
                 parameter.ds_status = self._status.NOT_AVAILABLE
 

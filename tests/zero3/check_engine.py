@@ -16,150 +16,9 @@ from unittest import mock
 import torch
 
 from tests.support.harness import Counter, megatron
-
-ITERATIONS, TENSOR_PARALLEL, FACTOR = 20, 2, 4
-SEQUENCE, BATCH, WORDS = 24, 2, 128
-ENGINE = {
-    "train_micro_batch_size_per_gpu": BATCH,
-    "gradient_accumulation_steps": 1,
-    "gradient_clipping": 0.5,
-    "bf16": {"enabled": False},
-    "fp16": {"enabled": False},
-    "zero_optimization": {"stage": 3},
-    "steps_per_print": 1000000,
-}
-
-
-def transformer(**options: Any) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=2,
-        hidden_size=48,
-        num_attention_heads=4,
-        ffn_hidden_size=options.pop("ffn_hidden_size", 40),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=TENSOR_PARALLEL,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        **options,
-    )
-
-
-def gpt(config: Any) -> torch.nn.Module:
-    """A GPT whose weights depend on nothing but the seed."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    torch.manual_seed(5)
-    model_parallel_cuda_manual_seed(11)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    with torch.device(device()):  # zero.Init builds there: torch's own modules must draw from the same generator
-        return GPTModel(config, spec, WORDS, SEQUENCE, share_embeddings_and_output_weights=False)
-
-
-def micro_batches(iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels of this data-parallel rank."""
-    from megatron.core import parallel_state
-
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    generator = torch.Generator().manual_seed(iteration)
-    steps = ENGINE["gradient_accumulation_steps"]
-    text = torch.randint(0, WORDS, (steps, ranks, BATCH, SEQUENCE + 1), generator=generator)
-    for part in text[:, rank]:
-        yield part[:, :-1], part[:, 1:]
-
-
-def device() -> str:
-    """The benchmark runs this training on GPUs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def loss_of(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(SEQUENCE, device=device()).expand(BATCH, SEQUENCE)
-    mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool, device=device()), 1)
-    loss: torch.Tensor = model(tokens.to(device()), positions, mask, labels=labels.to(device())).mean()
-    return loss
-
-
-def averaged(losses: list[torch.Tensor]) -> float:
-    from megatron.core import parallel_state
-
-    loss = torch.stack([loss.detach() for loss in losses]).mean()
-    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-    return float(loss / parallel_state.get_data_parallel_world_size())
-
-
-def train_dense(config: Any) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of the model that no one partitions; gradients are reduced as Megatron does."""
-    from megatron.core import parallel_state
-
-    from megatron_tiling.zero3 import engine as zero3
-
-    model, losses, norms = gpt(config).to(device()), [], []
-    optimizer = torch.optim.AdamW(zero3.parameter_groups(model), lr=4e-3)
-    tensor_group, data_group = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_data_parallel_group(),
-    )
-    for iteration in range(ITERATIONS):
-        batch = []
-        for tokens, labels in micro_batches(iteration):
-            batch.append(loss_of(model, tokens, labels))
-            (batch[-1] / ENGINE["gradient_accumulation_steps"]).backward()
-        squares = torch.zeros((), device=device())
-        for name, parameter in model.named_parameters():
-            grad = parameter.grad
-            assert grad is not None, name
-            shared = "q_layernorm" in name or "k_layernorm" in name
-            if shared or (config.sequence_parallel and getattr(parameter, "sequence_parallel", False)):
-                torch.distributed.all_reduce(grad, group=tensor_group)
-            torch.distributed.all_reduce(grad, group=data_group)
-            grad /= data_group.size()
-            if getattr(parameter, "tensor_model_parallel", False) or tensor_group.rank() == 0:
-                squares += grad.square().sum()
-        torch.distributed.all_reduce(squares, group=tensor_group)
-        norms.append(float(squares.sqrt()))
-        for parameter in model.parameters():
-            parameter.grad *= min(1.0, ENGINE["gradient_clipping"] / (norms[-1] + 1e-6))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(averaged(batch))
-    return losses, norms
-
-
-def engine_of(config: Any, tiled: bool, thresholds: dict[str, Any], frozen: str = "nothing") -> Any:
-    """The engine; weights with ``frozen`` in their names are not trained."""
-    from megatron_tiling import TilingConfig, tile
-    from megatron_tiling.zero3 import engine as zero3
-
-    def build() -> torch.nn.Module:
-        model = gpt(config)
-        if tiled:
-            tile(model, TilingConfig(factor=FACTOR, storage="partitioned"))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen not in name)
-        return model
-
-    settings = ENGINE | {"zero_optimization": {"stage": 3, **thresholds}}
-    model = zero3.build(build, config, settings)
-    return zero3.initialize(model, lambda groups: torch.optim.AdamW(groups, lr=4e-3), settings)
-
-
-def train_zero3(engine: Any, iterations: int = ITERATIONS) -> tuple[list[float], list[float]]:
-    losses, norms = [], []
-    for iteration in range(iterations):
-        batch = []
-        for tokens, labels in micro_batches(iteration):
-            batch.append(loss_of(engine, tokens, labels))
-            engine.backward(batch[-1])
-            engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
-        losses.append(averaged(batch))
-    return losses, norms
+from tests.zero3.check_gather import check_gathering, check_submodules
+from tests.zero3.check_resume import check_resuming
+from tests.zero3.small_gpt import ENGINE, TENSOR_PARALLEL, close, engine_of, gpt, train_dense, train_zero3, transformer
 
 
 @contextlib.contextmanager
@@ -190,7 +49,7 @@ def watching(engine: Any) -> Iterator[dict[str, int]]:
 
     def look(owner: Any) -> None:
         alive = {"linear": 0, "rest": 0}
-        ahead = {id(gather.parameter) for gather in (getattr(owner, "_ahead", None) or (None, []))[1]}
+        ahead = getattr(owner, "_ahead", {})
         for parameter in parameters:
             if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE or id(parameter) in ahead:
                 is_weight = id(parameter) in linear and len(parameter.ds_shape) > 1
@@ -213,12 +72,6 @@ def watching(engine: Any) -> Iterator[dict[str, int]]:
     finally:
         for (owner, name), method in zip(methods, stock, strict=True):
             setattr(owner, name, method)
-
-
-def close(actual: list[float], expected: list[float], tolerance: float) -> bool:
-    return len(actual) == len(expected) and all(
-        abs(a - e) <= tolerance * abs(e) for a, e in zip(actual, expected, strict=True)
-    )
 
 
 def replicated_parameters_agree(engine: Any) -> bool:
@@ -267,55 +120,6 @@ def check_training(report: Any) -> None:
     report("dense ZeRO-3 holds a layer", most_dense["linear"] >= whole > 2 * sizes.largest, (most_dense, whole))
 
 
-def check_gathering(report: Any) -> None:
-    """Our hooks fetch ahead and leave nothing behind, also for frozen tiles, recomputed layers and evaluation."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    from megatron_tiling.partitioned.modules import MLPTile, WeightTile
-    from megatron_tiling.zero3.gather import TileGathering
-
-    def config() -> Any:
-        return transformer(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-
-    def losses_of(engine: Any) -> list[float]:
-        losses, _ = train_zero3(engine, 2)
-        with torch.no_grad():
-            losses.append(averaged([loss_of(engine, *next(micro_batches(0)))]))
-        return losses + train_zero3(engine, 2)[0]
-
-    def has_hooks_of_deepspeed(engine: Any) -> bool:
-        tiles = [module for module in engine.module.modules() if isinstance(module, (WeightTile, MLPTile))]
-        return any(hook.__module__.startswith("deepspeed.") for tile in tiles for hook in tile._forward_hooks.values())
-
-    found: list[bool] = []
-    stock = TileGathering._take_ahead
-
-    def counting(self: Any, tile: Any) -> Any:
-        gathers = stock(self, tile)
-        if tile is not None:
-            found.append(gathers is not None)
-        return gathers
-
-    TileGathering._take_ahead = counting
-    ours = engine_of(config(), tiled=True, thresholds={}, frozen="linear_qkv")
-    losses = losses_of(ours)
-    TileGathering._take_ahead = stock
-    # In the first step each tile is waited for: forward, recomputed and backward. Later only the first one of the
-    # forward pass, of the head's backward pass, and of each layer's recomputation and backward pass.
-    tiles = [name for name, module in ours.module.named_modules() if isinstance(module, (WeightTile, MLPTile))]
-    in_layers = sum(name.startswith("decoder.") for name in tiles)
-    waits = 2 * len(tiles) + in_layers + 1 + 3 * (2 + 2 * config().num_layers)
-    calls = 4 * (2 * len(tiles) + in_layers) + len(tiles)
-    counted = found.count(False), len(found)
-    report("tiles are fetched ahead", counted == (waits, calls), (counted, waits, calls))
-    left = [name for name, one in ours.module.named_parameters() if one.ds_status != ZeroParamStatus.NOT_AVAILABLE]
-    report("nothing is left gathered", not [name for name in left if ".tiles." in name], left)
-    theirs = engine_of(config(), True, {"stage3_use_all_reduce_for_fetch_params": True}, frozen="linear_qkv")
-    report("who gathers", (has_hooks_of_deepspeed(ours), has_hooks_of_deepspeed(theirs)) == (False, True))
-    expected = losses_of(theirs)
-    report("as with DeepSpeed's hooks", close(losses, expected, 1e-6), (losses, expected))
-
-
 def thresholds_of(engine: Any) -> dict[str, Any]:
     zero = engine._config.zero_config
     return {
@@ -337,10 +141,13 @@ def check_warnings(report: Any) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         engine_of(transformer(), tiled=True, thresholds=defaults)
-    warned = [line for line in printed.getvalue().splitlines() if "megatron_tiling: WARNING" in line]
+    printed_lines = printed.getvalue().splitlines()
+    warned = [line for line in printed_lines if "megatron_tiling: WARNING" in line]
     if torch.distributed.get_rank() == 0:
         for name in ("persistence_threshold", "reuse_distance", "prefetch_bucket_size"):
             report(f"warning names {name}", sum(f"stage3_{name}" in line or f"{name} " in line for line in warned) >= 1)
+        said = [line for line in printed_lines if "DeepSpeed's own hooks gather the tiles: see above" in line]
+        report("who gathers is said", len(said) == 1, printed_lines)
     else:
         report("only rank 0 warns", not warned)
 
@@ -411,6 +218,8 @@ def main() -> None:
             check_collectives,
             check_warnings,
             check_gathering,
+            check_submodules,
+            check_resuming,
             check_training,
         ):
             check(report)
