@@ -7,7 +7,6 @@ replaced by new ones, which take over their parameters; and with partitioned sto
 and freed, one layer after another. To be called before the model is wrapped by Float16Module, DDP, FSDP or an engine.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
 from megatron_tiling.resident import transformer_engine
 from megatron_tiling.resident.layers import RESIDENT_CLASSES, TiledParallelLinear, check_layer, shard_shape
-from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, loss_tiles
+from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head
 from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
@@ -64,10 +63,13 @@ class _Plan:
         self.tiled: dict[torch.nn.Module, torch.nn.Module] = {}
         self.heads: list[LanguageModule] = []
         self.mlps: list[tuple[MLP, Any]] = []
-        models = [module for module in model.modules() if isinstance(module, LanguageModule)]
-        tied = [one.output_layer for one in models if _ties_its_output_layer(one)]
-        for name, layer in _linear_layers(model):
-            self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
+        models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
+        ties = "share_embeddings_and_output_weights"
+        tied = [getattr(one, "output_layer", None) for one in models if getattr(one, ties, False)]
+        for name, layer in model.named_modules():
+            looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
+            if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
+                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
         for one in models:
             self._plan_head(one)
         for name, module in model.named_modules():
@@ -100,38 +102,33 @@ class _Plan:
     def _plan_head(self, model: LanguageModule) -> None:
         layer: Any = getattr(model, "output_layer", None)
         report = self.reports.get(layer)
-        if report is None or report.grid is None or report.partitioned:
-            return
-        if isinstance(layer, TiledOutputLayer):
+        if isinstance(layer, TiledOutputLayer) and report is not None:
             self.reports[layer] = replace(report, loss_tiles=layer.head_tiles)
-        elif reason := check_head(model, self.config):
-            self.reports[layer] = replace(report, reason=reason)
-        else:
+        elif report is not None and report.grid is not None and not report.partitioned:
+            check_head(model, self.config)
             self.heads.append(model)
-            self.reports[layer] = replace(report, loss_tiles=loss_tiles(self.config))
 
     def _plan_mlp(self, name: str, mlp: Any) -> None:
         layers: list[Any] = [getattr(mlp, child, None) for child in MLP_LAYERS]
-        reports = {layer: self.reports[layer] for layer in layers if layer in self.reports}
-        tiled = {layer: report for layer, report in reports.items() if report.grid is not None}
-        partitioned = {report.partitioned for report in tiled.values()}
+        reports = [self.reports.get(layer) for layer in layers]
+        grids = [None if report is None else report.grid for report in reports]
+        partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
         if isinstance(mlp, TiledMLP):
             keep = mlp.keep
-        elif len(partitioned) == 1:
+        elif len(partitioned) == 2:
+            reason = "the tiles of one of its layers alone are partitioned"
+        elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
-            grids = [tiled[layer].grid if layer in tiled else None for layer in layers]
             becoming = [self.tiled.get(layer, layer) for layer in layers]
             reason = reason_to_stay_stock(mlp, keep, classes, becoming, grids)
             if not reason:
                 self.mlps.append((mlp, classes))
-        else:
-            reason = "the tiles of only one layer are partitioned"
-        for layer, report in tiled.items():
-            assert report.grid is not None
-            kept = report.grid.tiles if keep is None else keep
-            done = {"reason": reason} if reason else {"mlp": name, "kept_tiles": kept}
-            self.reports[layer] = replace(report, **done)
+        for layer, report, grid in zip(layers, reports, grids, strict=True):
+            if report is not None and grid is not None:
+                kept = grid.tiles if keep is None else keep
+                how: dict[str, Any] = {"reason": reason} if reason else {"mlp": name, "kept_tiles": kept}
+                self.reports[layer] = replace(report, **how)
 
     def carry_out(self) -> None:
         for parent in list(self.model.modules()):
@@ -141,7 +138,9 @@ class _Plan:
         for layer, target in self.tiled.items():
             self._make_tiled(target, self.reports[layer].grid)
         for model in self.heads:
-            convert_head(model, self.config)
+            reason, head = convert_head(model, self.config), model.output_layer
+            how = {"reason": reason} if reason else {"loss_tiles": head.head_tiles}
+            self.reports[head] = replace(self.reports[head], **how)
         for mlp, classes in self.mlps:
             convert_mlp(mlp, self.config.kept_tiles, classes)
 
@@ -167,14 +166,6 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
             f"{flag}{value}: {name} has [out, in] = {list(shape)} on each rank, and {error}; "
             f"lower it, or give --tiled-linear-splits {module}=INxOUT for this module alone"
         ) from None
-
-
-def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The layers that could be tiled, or that do a linear layer's work in another way."""
-    for name, module in model.named_modules():
-        looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
-            yield name, module
 
 
 def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None, config: TilingConfig) -> str:
@@ -203,10 +194,8 @@ def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, is_tied
     return ""
 
 
-def _ties_its_output_layer(model: LanguageModule) -> bool:
-    return hasattr(model, "output_layer") and getattr(model, "share_embeddings_and_output_weights", False)
-
-
 def _element_size(layer: torch.nn.Module) -> int:
-    weight = getattr(layer, "weight", None)
-    return weight.element_size() if isinstance(weight, torch.Tensor) else layer.config.params_dtype.itemsize  # type: ignore[union-attr, return-value]
+    parameter = next(layer.parameters(), None)
+    if parameter is not None:
+        return parameter.element_size()
+    return layer.config.params_dtype.itemsize if hasattr(layer, "config") else 0  # type: ignore[union-attr, return-value]

@@ -43,15 +43,13 @@ DrawTile = Callable[[int, int], Parameter]
 class PartitionedParallelLinear(TiledParallelLinear):
     """What the two partitioned layers share: making the tiles, and calling them."""
 
-    stock_class: type[torch.nn.Module]
+    stock_class: Any
     #: Whether another module, that of an MLP's tile, owns and loads the tiles' parameters.
     tiles_are_elsewhere = False
     #: Whether the model looks for this layer's weight in the sharded state dict.
     is_output_layer: bool
     #: While stock's ``sharded_state_dict`` describes the dense weight: its shape and dtype, without memory.
     dense_stand_in: Tensor | None = None
-    tp_group: Any
-    input_size: int
 
     def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> DrawTile | None:
         """Build the stock layer, its weight drawn as ever; where that finds no room, return what draws the tiles."""
@@ -66,16 +64,19 @@ class PartitionedParallelLinear(TiledParallelLinear):
                 input_size,
                 error,
             )
-        self._init_with_one_column(input_size, output_size, options)
-        return self._tile_drawer(options)
+        # One column a rank stands for the weight's attributes.
+        group = get_tensor_model_parallel_group_if_none(options.get("tp_group"), options.get("is_expert", False))
+        in_ranks, out_ranks = (1, group.size()) if self.stock_class is ColumnParallelLinear else (group.size(), 1)
+        self.stock_class.__init__(self, in_ranks, output_size, **(options | {"init_method": lambda weight: None}))
+        self.input_size, self.input_size_per_partition = input_size, input_size // in_ranks
 
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        """The stock layer with all but its weight, of which one column a rank stands for the attributes."""
-        raise NotImplementedError
+        def draw(o: int, i: int) -> Parameter:
+            """As a stock layer of the tile's size draws its weight: same method, generator and device."""
+            sizes = self.grid.in_size(i) * in_ranks, self.grid.out_size(o) * out_ranks
+            weight: Parameter = self.stock_class(*sizes, **(options | {"bias": False, "stride": 1})).weight
+            return weight
 
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        """Draws tile (o, i) as a stock layer of its size draws its weight: same method, generator and device."""
-        raise NotImplementedError
+        return draw
 
     def set_grid(
         self, grid: TileGrid, *, draw_tile: DrawTile | None = None, fp32_accumulate: bool = False, **options: Any
@@ -208,19 +209,6 @@ class PartitionedColumnParallelLinear(PartitionedParallelLinear, TiledColumnPara
     stock_class = ColumnParallelLinear
     output_size_per_partition: int
 
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        ColumnParallelLinear.__init__(self, 1, output_size, **(options | {"init_method": _nothing}))
-        self.input_size = input_size
-
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        options = options | {"bias": False, "stride": 1}
-        tp = self.tp_group.size()
-
-        def draw(o: int, i: int) -> Parameter:
-            return ColumnParallelLinear(self.grid.in_size(i), self.grid.out_size(o) * tp, **options).weight
-
-        return draw
-
     def forward(
         self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Any, Tensor | None]:
@@ -243,22 +231,6 @@ class PartitionedRowParallelLinear(PartitionedParallelLinear, TiledRowParallelLi
     """
 
     stock_class = RowParallelLinear
-
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        group = get_tensor_model_parallel_group_if_none(
-            options.get("tp_group"), is_expert=options.get("is_expert", False)
-        )
-        RowParallelLinear.__init__(self, group.size(), output_size, **(options | {"init_method": _nothing}))
-        self.input_size, self.input_size_per_partition = input_size, input_size // group.size()
-
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        options = options | {"bias": False, "stride": 1}
-        tp = self.tp_group.size()
-
-        def draw(o: int, i: int) -> Parameter:
-            return RowParallelLinear(self.grid.in_size(i) * tp, self.grid.out_size(o), **options).weight
-
-        return draw
 
 
 PARTITIONED_CLASSES: dict[type[torch.nn.Module], type[PartitionedParallelLinear]] = {
@@ -292,7 +264,3 @@ def column_input(
     if allreduce_dgrad:
         return copy_to_tensor_model_parallel_region(input_, group=group), nullcontext()
     return input_, nullcontext()
-
-
-def _nothing(weight: Tensor) -> None:
-    """Draws nothing."""

@@ -30,12 +30,8 @@ def tags(parameter: Any) -> dict[str, Any]:
     """The attributes that Megatron and others have given a parameter, without ZeRO-3's own."""
     if not is_owned(parameter):
         return dict(vars(parameter))
-    own = ("is_external_param", "nvme_swapper")
-    return {
-        name: value
-        for name, value in vars(parameter).items()
-        if not (name.startswith("ds_") or name in own or callable(value))
-    }
+    own = ("ds_", "_ds_", "is_external_param", "nvme_swapper")
+    return {name: value for name, value in vars(parameter).items() if not (name.startswith(own) or callable(value))}
 
 
 def copy_param(param: Any, value: Tensor) -> None:
