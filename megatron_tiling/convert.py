@@ -1,12 +1,14 @@
 """tile(model, config): a built model's linear layers, MLPs and LM head become tiled ones, in place.
 
+First all of it is planned, and whatever cannot be is refused; then it is done, and nothing is refused any more.
+
 Nothing is drawn, copied or moved: the class and the grid of a module are set. Only TransformerEngine's layers are
 replaced by new ones, which take over their parameters; and with partitioned storage a weight is copied into its tiles
 and freed, one layer after another. To be called before the model is wrapped by Float16Module, DDP, FSDP or an engine.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -16,15 +18,14 @@ from megatron.core.transformer.mlp import MLP
 from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
 from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES, make_partitioned
-from megatron_tiling.partitioned.mlp import PartitionedMLP, convert_partitioned_mlp
+from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
 from megatron_tiling.resident import transformer_engine
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
-from megatron_tiling.resident.lm_head import convert_head
-from megatron_tiling.resident.mlp import convert_mlp
-from megatron_tiling.tiles.grid import ALIGNMENT, TileGrid
+from megatron_tiling.resident.layers import RESIDENT_CLASSES, TiledParallelLinear, check_layer, shard_shape
+from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head
+from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
+from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
-TILED_CLASSES = {ColumnParallelLinear: TiledColumnParallelLinear, RowParallelLinear: TiledRowParallelLinear}
 PARTITIONED = tuple(PARTITIONED_CLASSES.values())
 
 
@@ -32,63 +33,135 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     """Turn a model's linear layers, local or TransformerEngine's, into tiled ones, and say what was done with each.
 
     MLPs whose two layers are tiled become ``TiledMLP`` where their grids match, and the output layer of a language
-    model, if tiled, one whose loss is computed tile by tile.
+    model, if tiled, one whose loss is computed tile by tile. What is tiled already stays as it is.
 
     Args:
         model: one built model chunk (GPTModel, HybridModel, or a part), not yet wrapped.
         config: which layers, and their grids.
 
     Raises:
-        ValueError: a grid does not fit a layer's shard, naming layer, number, limit and flag, or TransformerEngine's
-            layers have an option that tiled ones lack, naming it. No layer is changed.
+        ValueError: a grid does not fit a layer's shard, naming layer, number, limit and flag, or a layer, an MLP or
+            the LM head has an option that tiled ones lack, naming it. Nothing of the model is changed.
     """
-    reports, chosen = [], []
-    tied = _tied_output_layers(model)
-    for name, layer in _linear_layers(model):
+    plan = _Plan(model, config)
+    plan.carry_out()
+    return list(plan.reports.values())
+
+
+class _Plan:
+    """What is to become of a model's layers, MLPs and heads. Making it changes nothing of the model.
+
+    Attributes:
+        reports: what each layer of the model will be.
+        tiled: layers to be tiled, and what takes their place: themselves, or new ones around the same parameters.
+        heads: language models whose loss is to be computed in tiles.
+        mlps: MLPs to become tiled ones, and the table of their classes.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: TilingConfig) -> None:
+        self.model, self.config = model, config
+        self.reports: dict[torch.nn.Module, LayerReport] = {}
+        self.tiled: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.heads: list[LanguageModule] = []
+        self.mlps: list[tuple[MLP, Any]] = []
+        models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
+        ties = "share_embeddings_and_output_weights"
+        tied = [getattr(one, "output_layer", None) for one in models if getattr(one, ties, False)]
+        for name, layer in model.named_modules():
+            looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
+            if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
+                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
+        for one in models:
+            self._plan_head(one)
+        for name, module in model.named_modules():
+            if isinstance(module, MLP):
+                self._plan_mlp(name, module)
+
+    def _planned_layer(self, name: str, layer: Any, is_tied: bool) -> LayerReport:
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
-        shape, size = _shard_shape(layer), _element_size(layer)
-        if isinstance(layer, PARTITIONED):  # built so, from a spec
-            reports.append(LayerReport(name, shape, layer.grid, size))
-            continue
-        reason = _reason_to_stay_dense(name, layer, module, config)
-        if not reason and config.partitioned:
-            reason = _reason_not_to_partition(layer, module, tied)
+        report = LayerReport(name, shard_shape(layer), _element_size(layer))
+        if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
+            return replace(report, grid=layer.grid, partitioned=isinstance(layer, PARTITIONED))
+        reason = _reason_to_stay_dense(name, layer, module, self.config)
+        if not reason and self.config.partitioned:
+            reason = _reason_not_to_partition(layer, module, is_tied)
         if module is None or reason:
-            reports.append(LayerReport(name, shape, None, size, reason))
-            continue
+            return replace(report, reason=reason)
+        check_layer(layer)
         refuse(layer.config, REFUSED["tiled layers"])
+        self.tiled[layer] = layer
         if type(layer) in transformer_engine.TILED_CLASSES:
             refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
-            if config.partitioned:
+            if self.config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
                     "be parameters; use --transformer-impl local"
                 )
-        paired = config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
-        grid = _grid(name, module, shape, config, paired)
-        if module == "fc2" and config.kept_tiles is not None and config.kept_tiles > grid.in_splits:
-            raise ValueError(
-                f"--tiled-mlp-keep {config.kept_tiles}: {name} has {grid.in_splits} tiles; "
-                "give at most that many, or all"
-            )
-        chosen.append((name, layer, grid))
-        reports.append(LayerReport(name, shape, grid, size))
-    for name, layer, grid in chosen:
-        if config.partitioned:
+            self.tiled[layer] = transformer_engine.rebuilt(layer)
+        paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
+        grid = _grid(name, module, report.shape, self.config, paired)
+        return replace(report, grid=grid, partitioned=self.config.partitioned)
+
+    def _plan_head(self, model: LanguageModule) -> None:
+        layer: Any = getattr(model, "output_layer", None)
+        report = self.reports.get(layer)
+        if isinstance(layer, TiledOutputLayer) and report is not None:
+            self.reports[layer] = replace(report, loss_tiles=layer.head_tiles)
+        elif report is not None and report.grid is not None and not report.partitioned:
+            check_head(model, self.config)
+            self.heads.append(model)
+
+    def _plan_mlp(self, name: str, mlp: Any) -> None:
+        layers: list[Any] = [getattr(mlp, child, None) for child in MLP_LAYERS]
+        reports = [self.reports.get(layer) for layer in layers]
+        grids = [None if report is None else report.grid for report in reports]
+        partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
+        keep, reason = self.config.kept_tiles, ""
+        if isinstance(mlp, TiledMLP):
+            keep = mlp.keep
+        elif len(partitioned) == 2:
+            reason = "the tiles of one of its layers alone are partitioned"
+        elif partitioned:
+            classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
+            becoming = [self.tiled.get(layer, layer) for layer in layers]
+            reason = reason_to_stay_stock(mlp, keep, classes, becoming, grids)
+            if not reason:
+                self.mlps.append((mlp, classes))
+        for layer, report, grid in zip(layers, reports, grids, strict=True):
+            if report is not None and grid is not None:
+                kept = grid.tiles if keep is None else keep
+                how: dict[str, Any] = {"reason": reason} if reason else {"mlp": name, "kept_tiles": kept}
+                self.reports[layer] = replace(report, **how)
+
+    def carry_out(self) -> None:
+        for parent in list(self.model.modules()):
+            for name, layer in list(parent._modules.items()):
+                if layer is not None and self.tiled.get(layer, layer) is not layer:
+                    setattr(parent, name, self.tiled[layer])
+        for layer, target in self.tiled.items():
+            self._make_tiled(target, self.reports[layer].grid)
+        for model in self.heads:
+            reason, head = convert_head(model, self.config), model.output_layer
+            how = {"reason": reason} if reason else {"loss_tiles": head.head_tiles}
+            self.reports[head] = replace(self.reports[head], **how)
+        for mlp, classes in self.mlps:
+            convert_mlp(mlp, self.config.kept_tiles, classes)
+
+    def _make_tiled(self, layer: Any, grid: Any) -> None:
+        """Turn a local stock layer into a tiled one, in place; of one that is rebuilt, choose the grid."""
+        if self.config.partitioned:
             make_partitioned(layer, grid)
-            continue
-        if type(layer) in transformer_engine.TILED_CLASSES:
-            layer = transformer_engine.rebuilt(layer)
-            model.set_submodule(name, layer)
-        make_tiled(layer, grid.in_splits, grid.out_splits, config)
-    notes = _convert_heads(model, config) | _convert_mlps(model, config)
-    return [replace(report, note=report.note or notes.get(report.name, "")) for report in reports]
+            return
+        layer.__class__ = RESIDENT_CLASSES.get(type(layer), type(layer))
+        layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
+        if self.config.fuse_wgrad is not None:
+            layer.gradient_accumulation_fusion = self.config.fuse_wgrad
 
 
 def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, paired: bool) -> TileGrid:
     in_splits, out_splits = config.splits_of(module)
     try:
-        return TileGrid(shape[1], shape[0], in_splits, out_splits, paired, ALIGNMENT)
+        return TileGrid(shape[1], shape[0], in_splits, out_splits, paired, FEATURE_ALIGNMENT)
     except ValueError as error:
         flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
         value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor)
@@ -98,66 +171,11 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
         ) from None
 
 
-def _convert_mlps(model: torch.nn.Module, config: TilingConfig) -> dict[str, str]:
-    """Notes by the names of the linear layers in MLPs."""
-    notes: dict[str, str] = {}
-    for name, mlp in model.named_modules():
-        children = ("linear_fc1", "linear_fc2")
-        tiled = (TiledColumnParallelLinear, TiledRowParallelLinear)
-        if isinstance(mlp, MLP) and any(isinstance(getattr(mlp, child), tiled) for child in children):
-            partitioned = isinstance(mlp.linear_fc1, PARTITIONED)
-            if isinstance(mlp, PartitionedMLP):
-                reason = ""
-            else:
-                reason = (convert_partitioned_mlp if partitioned else convert_mlp)(mlp, config.kept_tiles)
-            kept = "all" if config.kept_tiles is None else str(config.kept_tiles)
-            note = f"stock MLP: {reason}" if reason else f"TiledMLP, keep {kept}"
-            if partitioned:
-                note = f"partitioned, {note}"
-            notes |= {f"{name}.{child}".removeprefix("."): note for child in children}
-    return notes
-
-
-def _convert_heads(model: torch.nn.Module, config: TilingConfig) -> dict[str, str]:
-    """Notes by the names of output layers, and of partitioned layers outside MLPs."""
-    notes = {name: "partitioned" for name, layer in model.named_modules() if isinstance(layer, PARTITIONED)}
-    for name, module in model.named_modules():
-        if isinstance(module, LanguageModule) and isinstance(
-            getattr(module, "output_layer", None), TiledColumnParallelLinear
-        ):
-            if isinstance(module.output_layer, PARTITIONED):
-                note = "partitioned, logits whole"
-            else:
-                reason = convert_head(module, config)
-                note = f"logits whole: {reason}" if reason else "loss in tiles of logits"
-            notes[f"{name}.output_layer".removeprefix(".")] = note
-    return notes
-
-
-def make_tiled(layer: torch.nn.Module, in_splits: int, out_splits: int, config: TilingConfig) -> None:
-    """Turn a local stock layer into a tiled one, in place; of one that is tiled, change the grid."""
-    layer.__class__ = TILED_CLASSES.get(type(layer), type(layer))
-    assert isinstance(layer, (TiledColumnParallelLinear, TiledRowParallelLinear))
-    layer.set_tiles(in_splits, out_splits, fp32_accumulate=config.fp32_accumulate)
-    if config.fuse_wgrad is not None:
-        layer.gradient_accumulation_fusion = config.fuse_wgrad
-
-
-def _linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The layers that could be tiled, or that do a linear layer's work in another way."""
-    for name, module in model.named_modules():
-        looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
-            yield name, module
-
-
 def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None, config: TilingConfig) -> str:
     attribute = name.rpartition(".")[2]
     if attribute in MLA_DOWN_PROJECTIONS:
         return "multi-latent attention needs the stock class here"
-    if isinstance(layer, tuple(TILED_CLASSES.values())):
-        return "tiled already"
-    if type(layer) not in (*TILED_CLASSES, *transformer_engine.TILED_CLASSES):
+    if type(layer) not in (*RESIDENT_CLASSES, *transformer_engine.TILED_CLASSES):
         return f"{type(layer).__name__} is not a stock column or row layer"
     if module is None:
         return "not one of the modules that are tiled"
@@ -168,10 +186,10 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
     return ""
 
 
-def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, tied: list[torch.nn.Module]) -> str:
+def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, is_tied: bool) -> str:
     """Where Megatron reads the whole weight."""
-    if layer in tied:
-        return "tied to the embedding, whose weight stays whole"
+    if is_tied or getattr(layer, "weight", None) is None:
+        return "tied to the embedding, whose weight stays whole" if is_tied else "has no weight of its own"
     if module == "output" and getattr(layer.config, "mtp_detach_heads", False):
         return "--mtp-detach-heads reads the whole weight"
     if module == "qkv" and getattr(layer.config, "qk_clip", False):
@@ -179,24 +197,8 @@ def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, tied: l
     return ""
 
 
-def _tied_output_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    models = [module for module in model.modules() if isinstance(module, LanguageModule)]
-    return [
-        module.output_layer
-        for module in models
-        if getattr(module, "share_embeddings_and_output_weights", False) and hasattr(module, "output_layer")
-    ]
-
-
-def _shard_shape(layer: torch.nn.Module) -> tuple[int, int]:
-    if isinstance(layer, ColumnParallelLinear):
-        return layer.output_size_per_partition, layer.input_size
-    if isinstance(layer, RowParallelLinear):
-        return layer.output_size, layer.input_size_per_partition
-    weight = next((weight for weight in layer.parameters(recurse=False) if weight.dim() > 1), None)
-    return (weight.shape[0], weight.shape[-1]) if weight is not None else (0, 0)
-
-
 def _element_size(layer: torch.nn.Module) -> int:
-    weight = getattr(layer, "weight", None)
-    return weight.element_size() if isinstance(weight, torch.Tensor) else layer.config.params_dtype.itemsize  # type: ignore[union-attr, return-value]
+    parameter = next(layer.parameters(), None)
+    if parameter is not None:
+        return parameter.element_size()
+    return layer.config.params_dtype.itemsize if hasattr(layer, "config") else 0  # type: ignore[union-attr, return-value]

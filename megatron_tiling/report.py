@@ -4,62 +4,110 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 from megatron_tiling.config import MODULE_OF_ATTRIBUTE, ROW_MODULES, TilingConfig
 from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.head_cut import HeadTiles, partition_aligned
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer: its dense shape ``[out, in]`` on this rank, its grid if tiled, and a note.
+    """What became of one layer.
 
-    The note says why a layer stayed dense, and for fc1, fc2 and the output layer how their tiles are used.
+    Args:
+        name: in the model.
+        shape: of the dense weight on this rank, ``[out, in]``.
+        element_size: bytes of one element of it.
+        grid: its tiles; ``None`` if it stayed dense.
+        partitioned: its tiles are parameters of their own.
+        reason: why it stayed dense, or why a tiled layer's MLP or loss is stock's.
+        mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
+        kept_tiles: how many tiles of that MLP keep their pre-activations.
+        loss_tiles: of an output layer whose logits the loss takes tile by tile, and which does not use ``grid``.
     """
 
     name: str
     shape: tuple[int, int]
-    grid: TileGrid | None
     element_size: int
-    note: str = ""
+    grid: TileGrid | None = None
+    partitioned: bool = False
+    reason: str = ""
+    mlp: str | None = None
+    kept_tiles: int = 0
+    loss_tiles: HeadTiles | None = None
 
-    def natural_splits(self, module: str) -> int:
-        """Tiles along the dimension that ``--tile-factor`` cuts."""
-        assert self.grid is not None
-        return self.grid.in_splits if module in ROW_MODULES else self.grid.out_splits
+    @property
+    def module(self) -> str:
+        """As flags call it; empty for layers that have no flag."""
+        return MODULE_OF_ATTRIBUTE.get(self.name.rpartition(".")[2], "")
 
     def with_splits(self, splits: tuple[int, int]) -> Self:
         assert self.grid is not None
         return replace(self, grid=replace(self.grid, in_splits=splits[0], out_splits=splits[1]))
 
     @property
-    def tile_mib(self) -> float:
-        """MiB of the largest tile, or of the whole weight if dense."""
+    def tile_bytes(self) -> int:
+        """Of the largest tile, or of the whole weight if dense."""
         rows, columns = self.shape
         if self.grid is not None:
             rows, columns = self.grid.out_size(0), self.grid.in_size(0)
-        return rows * columns * self.element_size / 2**20
+        return rows * columns * self.element_size
 
 
 def table(reports: list[LayerReport]) -> str:
     """The startup table: module, dense shape, grid and tile MiB; equal layers of the model share a line.
 
-    Below it, grids of fewer tiles for partitioned layers, if there are some that gather no more at once.
+    Shapes and grids are both written in x out. Below it, grids of fewer tiles for partitioned layers, if there are
+    some that gather no more at once.
     """
-    lines: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], int] = defaultdict(int)
     for report in reports:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", report.name)
-        grid = f"{report.grid}" if report.grid else "dense"
-        shape = " x ".join(map(str, report.shape))
-        lines.setdefault((pattern, shape, grid, f"{report.tile_mib:.2f}", report.note), []).append(report.name)
-    rows: list[tuple[str, ...]] = [("module", "layers", "shape [out x in]", "in x out", "tile MiB", "")]
-    rows += [(key[0], str(len(names)), *key[1:]) for key, names in lines.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        shape = " x ".join(map(str, reversed(report.shape)))
+        grid, mib = str(report.grid or "dense"), f"{report.tile_bytes / MIB:.2f}"
+        if report.loss_tiles is not None:
+            grid = mib = "-"
+        lines[pattern, shape, grid, mib, _note(report)] += 1
+    rows: list[tuple[str, ...]] = [("module", "layers", "features in x out", "tiles in x out", "tile MiB", "")]
+    rows += [(pattern, str(count), *cells) for (pattern, *cells), count in lines.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     text = "\n".join("  ".join(cells).rstrip() for cells in padded)
     if coarser := coarser_splits(reports):
         text += f"\nFewer tiles gather no more at once, and cost the host less. Add to the grids: {as_flag(coarser)}"
     return text
+
+
+def _note(report: LayerReport) -> str:
+    if report.grid is None:
+        return report.reason
+    notes = ["partitioned"] if report.partitioned else []
+    if report.loss_tiles is not None:
+        notes.append(_loss_note(report.loss_tiles, report.shape[0]))
+    elif report.mlp is not None:
+        tiles = report.grid.tiles
+        notes.append(f"TiledMLP, keep {'all' if report.kept_tiles == tiles else report.kept_tiles}")
+        if not report.partitioned:
+            notes.append(f"at most {tiles} token steps")
+    elif report.module == "output":
+        notes.append("logits whole")
+    elif report.reason:
+        notes.append("stock MLP")
+    return ", ".join(notes) + (f": {report.reason}" if report.reason else "")
+
+
+def _loss_note(tiles: HeadTiles, vocabulary: int) -> str:
+    tokens = "tokens" if tiles.tokens is None else f"{tiles.tokens} tokens"
+    columns, bound = "columns", f" within {tiles.memory_mib} MiB"
+    if tiles.vocabulary is not None:
+        parts = partition_aligned(vocabulary, tiles.vocabulary)
+        columns = f"{max(stop - start for start, stop in pairwise(parts))} columns"
+        bound = "" if tiles.tokens is not None else bound
+    return f"loss in tiles of {tokens} x {columns} of logits{bound}"
 
 
 def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:
@@ -68,19 +116,19 @@ def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:
     Each tile costs host time in each pass. A tile of a ``TiledMLP``, one of fc1 and one of fc2, is gathered as one.
     """
     layers: defaultdict[str, list[LayerReport]] = defaultdict(list)
-    gathered: defaultdict[str, float] = defaultdict(float)
+    units: defaultdict[str, int] = defaultdict(int)
     for report in reports:
-        parent, _, attribute = report.name.rpartition(".")
-        if report.grid is not None and report.note.startswith("partitioned"):
-            gathered[parent if "TiledMLP" in report.note else report.name] += report.tile_mib
-            layers[MODULE_OF_ATTRIBUTE.get(attribute, "")].append(report)
+        if report.partitioned:
+            units[report.name if report.mlp is None else report.mlp] += report.tile_bytes
+            layers[report.module].append(report)
     coarser = {}
     for module, of_module in layers.items():
-        if not module or any("TiledMLP" in report.note for report in of_module):
+        if not module or any(report.mlp is not None for report in of_module):
             continue
-        for tiles in range(1, min(report.natural_splits(module) for report in of_module)):
+        axis = "in_splits" if module in ROW_MODULES else "out_splits"
+        for tiles in range(1, min(getattr(report.grid, axis) for report in of_module)):
             splits = TilingConfig(factor=tiles).splits_of(module)
-            if all(report.with_splits(splits).tile_mib <= max(gathered.values()) for report in of_module):
+            if all(report.with_splits(splits).tile_bytes <= max(units.values()) for report in of_module):
                 coarser[module] = splits
                 break
     return coarser

@@ -85,7 +85,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], limit: float =
 
 
 def by_name(reports: list[LayerReport]) -> dict[str, str]:
-    return {report.name: str(report.grid) if report.grid else f"dense: {report.note}" for report in reports}
+    return {report.name: str(report.grid) if report.grid else f"dense: {report.reason}" for report in reports}
 
 
 def check_in_place() -> None:
@@ -114,7 +114,7 @@ def check_in_place() -> None:
         for attribute in ("key", "global_shape", "global_offset", "local_shape", "replica_id"):
             assert getattr(entry, attribute, None) == getattr(other, attribute, None), (key, attribute)
     again = by_name(tile(tiled, LINEARS_ONLY))
-    assert again["decoder.layers.1.mlp.linear_fc2"] == "dense: tiled already"
+    assert again["decoder.layers.1.mlp.linear_fc2"] == "3x1"
 
 
 def check_hooks() -> None:

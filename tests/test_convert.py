@@ -1,50 +1,143 @@
-"""What the startup table advises; whole models are converted in check_models.py."""
+"""All of a model is checked before any of it is changed; whole models are converted in check_models.py."""
 
-from megatron_tiling.report import LayerReport, coarser_splits, table
-from megatron_tiling.tiles.grid import TileGrid
+# ruff: noqa: F401 - the fixture of test_mlp is used by name
 
-MLP = "partitioned, TiledMLP, keep 0"
+from collections.abc import Callable
+from typing import Any
 
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
-def layer(name: str, shape: tuple[int, int], splits: tuple[int, int], note: str = "partitioned") -> LayerReport:
-    paired = name.endswith("fc1")
-    return LayerReport(f"decoder.layers.0.{name}", shape, TileGrid(shape[1], shape[0], *splits, paired), 2, note)
-
-
-def reports(mlp: str = MLP) -> list[LayerReport]:
-    """The layers of an 8B Llama, the output layer cut into 16, the others into 4.
-
-    A tile of the MLP has 44 million elements, of the output layer 33, of qkv 6, of proj 4.
-    """
-    return [
-        layer("self_attention.linear_qkv", (6144, 4096), (1, 4)),
-        layer("self_attention.linear_proj", (4096, 4096), (4, 1)),
-        layer("mlp.linear_fc1", (28672, 4096), (1, 4), mlp),
-        layer("mlp.linear_fc2", (4096, 14336), (4, 1), mlp),
-        LayerReport("output_layer", (128256, 4096), TileGrid(4096, 128256, 1, 16), 2, "partitioned, logits whole"),
-    ]
+from megatron_tiling import TilingConfig, tile
+from megatron_tiling.partitioned.checkpoint import tile_parameters
+from megatron_tiling.resident.layers import TiledColumnParallelLinear
+from megatron_tiling.resident.lm_head import TiledOutputLayer
+from megatron_tiling.resident.mlp import TiledMLP
+from megatron_tiling.tiles.ownership import tags
+from tests.check_models import make_config
+from tests.support.gathered import tile_modules
+from tests.tiles.test_mlp import world_of_one
 
 
-def test_tiles_as_large_as_those_gathered_anyway() -> None:
-    assert coarser_splits(reports()) == {"qkv": (1, 1), "proj": (1, 1), "output": (1, 12)}
-    advice = table(reports()).splitlines()[-1]
-    assert advice.endswith(": --tiled-linear-splits qkv=1x1 proj=1x1 output=1x12")
+def gpt(tied: bool = False, **changes: Any) -> Any:
+    """2 layers of 40 features, a vocabulary of 64."""
+    spec = get_gpt_layer_local_spec()
+    return GPTModel(make_config(**changes), spec, 64, 12, share_embeddings_and_output_weights=tied)
 
 
-def test_the_largest_tile_sets_the_size() -> None:
-    """Without a TiledMLP the largest is one of the output layer, 33 million elements; fc2 could be cut into 2."""
-    assert coarser_splits(reports("partitioned, stock MLP: why"))["fc2"] == (2, 1)
+def state(model: torch.nn.Module) -> dict[str, Any]:
+    """Whatever a conversion changes: classes, attributes and hooks of modules, parameters, the state dict."""
+    modules = {
+        name: (type(module), {key: id(value) for key, value in vars(module).items()}, len(module._state_dict_hooks))
+        for name, module in model.named_modules()
+    }
+    parameters = {name: (id(parameter), vars(parameter).copy()) for name, parameter in model.named_parameters()}
+    return {"modules": modules, "parameters": parameters, "keys": list(model.state_dict())}
 
 
-def test_no_advice_where_no_tiles_are_partitioned_or_none_can_be_larger() -> None:
-    mlp = reports()[2:4]
-    assert "Fewer" not in table(mlp)
-    assert "Fewer" not in table(reports("TiledMLP, keep all")[2:4])
-    finest = layer("self_attention.linear_qkv", (6144, 4096), (1, 4))
-    assert coarser_splits([finest]) == {}
+def with_late_shards(model: Any) -> None:
+    model.output_layer.gtp_remat_size = 2
 
 
-def test_one_layer_that_needs_its_tiles_speaks_for_its_module() -> None:
-    keys = layer("self_attention.linear_kv", (64, 64), (1, 4))
-    queries = layer("self_attention.linear_q", (4096, 64), (1, 4))
-    assert coarser_splits([keys, queries]) == {}
+def in_a_list_beside_a_fine_one(model: Any) -> Any:
+    return torch.nn.ModuleList([gpt(), torch.nn.ModuleDict({"inner": model})])
+
+
+#: Settings, changes of the config and the model, and what the error says.
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | None, str]] = {
+    "output in columns": ({"splits": {"output": (2, 1)}}, {}, None, "output=2x1"),
+    "more tiles than the vocabulary": ({"splits": {"output": (1, 65)}}, {}, None, "output=1x65"),
+    "a grid of the last layer": ({"splits": {"fc2": (41, 1)}}, {}, None, "fc2=41x1"),
+    "odd halves": (
+        {"splits": {"fc1": (1, 41)}, "storage": "partitioned"},
+        {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu},
+        None,
+        "fc1=1x41",
+    ),
+    "more kept tiles than there are": ({"mlp_keep": 5}, {}, None, "--tiled-mlp-keep 5"),
+    "kept tiles, partitioned": ({"mlp_keep": 5, "storage": "partitioned"}, {}, None, "--tiled-mlp-keep 5"),
+    "another fused loss": (
+        {},
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
+        None,
+        "--cross-entropy-fusion-impl te",
+    ),
+    "deferred weight gradients": (
+        {},
+        {},
+        lambda model: setattr(model.config, "defer_embedding_wgrad_compute", True),
+        "--defer-embedding-wgrad-compute",
+    ),
+    "sharded weights": ({}, {}, with_late_shards, "--tensor-parallel-num-weight-shards"),
+    "one model of two": ({"splits": {"output": (2, 1)}}, {}, in_a_list_beside_a_fine_one, "output=2x1"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refused_model_is_not_changed(refusal: str) -> None:
+    settings, changes, change, words = REFUSALS[refusal]
+    model = gpt(**changes)
+    model = (change and change(model)) or model
+    before = state(model)
+    with pytest.raises(ValueError, match=words):
+        tile(model, TilingConfig(**settings))
+    assert state(model) == before
+
+
+def test_what_is_tiled_already_is_reported_as_it_is() -> None:
+    model = gpt()
+    first = tile(model, TilingConfig(factor=3, mlp_keep=1))
+    before = state(model)
+    assert tile(model, TilingConfig(factor=2)) == first
+    assert state(model) == before
+    assert isinstance(model.output_layer, TiledOutputLayer) and isinstance(model.decoder.layers[0].mlp, TiledMLP)
+
+
+def test_kept_tiles_of_mlps_that_stay_stock_refuse_nothing() -> None:
+    reports = tile(gpt(), TilingConfig(mlp_keep=5, splits={"fc1": (2, 2)}))
+    (fc2, *_) = (report for report in reports if report.name.endswith("linear_fc2"))
+    assert fc2.mlp is None and "do not match" in fc2.reason
+
+
+def test_a_layer_without_a_weight_is_not_partitioned() -> None:
+    layer = ColumnParallelLinear(
+        8, 8, config=make_config(), init_method=torch.nn.init.normal_, bias=False, skip_weight_param_allocation=True
+    )
+    (report,) = tile(torch.nn.ModuleDict({"output_layer": layer}), TilingConfig(storage="partitioned"))
+    assert report.grid is None and report.reason == "has no weight of its own"
+    assert type(layer) is ColumnParallelLinear
+
+
+def test_shared_layers_are_tiled_once() -> None:
+    model = gpt()
+    model.decoder.layers[1] = model.decoder.layers[0]
+    reports = tile(model, TilingConfig())
+    assert len([report for report in reports if report.name.endswith("linear_fc1")]) == 1
+    assert isinstance(model.decoder.layers[1].mlp.linear_fc1, TiledColumnParallelLinear)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_partitioned_tiles_have_whatever_the_weight_was_tagged_with(tied: bool) -> None:
+    model = gpt(tied)
+    for name, parameter in model.named_parameters():
+        parameter.grad_norm_group, parameter.tag_of_a_later_megatron = "mtp", (name,)  # type: ignore[attr-defined]
+    weights = dict(model.named_parameters())
+    reports = [report for report in tile(model, TilingConfig(storage="partitioned")) if report.partitioned]
+    assert len(reports) == (8 if tied else 9)
+    for report in reports:
+        for _, _, parameter in tile_parameters(model.get_submodule(report.name)):
+            assert vars(parameter) == vars(weights[f"{report.name}.weight"])
+    assert len(tile_modules(model)) == 4 * len(reports) - 8  # tiles of fc1 and fc2 are one
+
+
+def test_tags_of_an_owned_parameter_are_not_its_engines() -> None:
+    """The attributes that DeepSpeed 0.19 gives a parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(0))
+    for name, value in {"ds_id": 3, "ds_shape": (4, 4), "is_external_param": False, "nvme_swapper": None}.items():
+        setattr(parameter, name, value)
+    parameter.all_gather = lambda: None  # type: ignore[attr-defined]
+    parameter.allreduce, parameter.grad_norm_group = True, "mtp"  # type: ignore[attr-defined]
+    assert tags(parameter) == {"allreduce": True, "grad_norm_group": "mtp"}

@@ -32,11 +32,9 @@ from megatron_tiling.tiles.ownership import copy_param, gathered, is_owned
 Gather = Callable[[Parameter], AbstractContextManager[Any]]
 
 
-def tiles_of(layer: Any) -> Iterator[tuple[int, int, Parameter]]:
+def tile_parameters(layer: Any) -> Iterator[tuple[int, int, Parameter]]:
     """``(o, i, parameter)`` of a partitioned layer."""
-    for o, row in enumerate(layer.tiles.linears):
-        for i, tile in enumerate(row):
-            yield o, i, tile.weight
+    return ((o, i, layer.tiles.linears[o][i].weight) for o, i in layer.grid.indices())
 
 
 def dense_weight(layer: Any, gather: Gather = gathered, device: torch.device | str | None = None) -> Tensor:
@@ -48,9 +46,9 @@ def dense_weight(layer: Any, gather: Gather = gathered, device: torch.device | s
         device: of the result; by default the tiles'.
     """
     grid: TileGrid = layer.grid
-    _, _, some = next(tiles_of(layer))
+    _, _, some = next(tile_parameters(layer))
     dense = torch.empty(grid.out_features, grid.in_features, dtype=some.dtype, device=device or some.device)
-    for o, i, tile in tiles_of(layer):
+    for o, i, tile in tile_parameters(layer):
         with gather(tile):
             for rows, own_rows in _row_pieces(grid, o):
                 dense[rows, grid.columns(i)] = tile.detach()[own_rows].to(dense.device)
@@ -67,19 +65,20 @@ def load_dense_weight(layer: Any, weight: Tensor) -> None:
     grid: TileGrid = layer.grid
     if tuple(weight.shape) != (grid.out_features, grid.in_features):
         raise ValueError(f"cannot load {list(weight.shape)} into tiles of {[grid.out_features, grid.in_features]}")
-    for o, i, tile in tiles_of(layer):
+    for o, i, tile in tile_parameters(layer):
         copy_param(tile, torch.cat([weight[rows, grid.columns(i)] for rows in grid.row_ranges(o)]))
 
 
 def put_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """A state-dict hook: the dense weight instead of the tiles, where they are in memory."""
-    describing = layer.weight is not None  # a stand-in for stock's sharded_state_dict is there already
-    if not describing and not all(in_memory(tile) for _, _, tile in tiles_of(layer)):
-        return
-    entries = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    if not describing:
-        state_dict[f"{prefix}weight"] = dense_weight(layer)
-    state_dict |= {key: value for key, value in entries.items() if not key.startswith(f"{prefix}tiles.")}
+    """A state-dict hook: the dense weight, or what stands in for it, instead of the tiles where they are in memory."""
+    weight: Tensor | None = layer.dense_stand_in
+    if weight is None:
+        if not all(in_memory(tile) for _, _, tile in tile_parameters(layer)):
+            return
+        weight = dense_weight(layer)
+    rest = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict[f"{prefix}weight"] = weight
+    state_dict |= {key: value for key, value in rest.items() if not key.startswith(f"{prefix}tiles.")}
 
 
 def leave_to_dense_weights(unit: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -89,15 +88,19 @@ def leave_to_dense_weights(unit: Any, state_dict: dict[str, Any], prefix: str, l
         state_dict.pop(f"{prefix}{name}")
 
 
-def take_dense_weight(layer: Any, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-    """Load the dense weight, if it is there."""
-    weight = state_dict.get(f"{prefix}weight")
-    if weight is None:
-        return
-    try:
-        load_dense_weight(layer, weight)
-    except ValueError as error:
-        error_msgs.append(f"{prefix}weight: {error}")
+def take_dense_weight(
+    layer: Any, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], _: Any, errors: list[str]
+) -> None:
+    """A hook before loading: takes the dense weight, or leaves it to the tiles' own keys, all of which must be."""
+    if strict and not layer.tiles_are_elsewhere:
+        tiles = [[f"{prefix}tiles.linears.{o}.{i}.weight"] for o, i in layer.grid.indices()]
+        missing += missing_weights(state_dict, prefix, tiles)
+    weight = state_dict.pop(f"{prefix}weight", None)
+    if weight is not None:
+        try:
+            load_dense_weight(layer, weight)
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}")
 
 
 def missing_weights(state_dict: Mapping[str, Any], layer_prefix: str, tile_keys: Iterable[Sequence[str]]) -> list[str]:
@@ -135,7 +138,7 @@ def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: di
     dense: ShardedTensor = entries.pop(f"{prefix}weight")
     apart = bool((metadata or {}).get("singleton_local_shards", False))
     tiles = {}
-    for o, i, tile in tiles_of(layer):
+    for o, i, tile in tile_parameters(layer):
         rows, first_row = _rows_here(tile)
         # No other rank has the rows of a shard.
         of_tile = replace(dense, replica_id=(*dense.replica_id[:-1], 0)) if isinstance(tile, DTensor) else dense

@@ -11,15 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,67 +23,39 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_tiling.partitioned.checkpoint import missing_weights, put_dense_weight, sharded_tiles, take_dense_weight
+from megatron_tiling.partitioned.checkpoint import put_dense_weight, sharded_tiles, take_dense_weight
 from megatron_tiling.partitioned.modules import PairedTiles, PartitionedTiles, WeightTile
 from megatron_tiling.partitioned.regather import regathered_in_backward
 from megatron_tiling.resident.layers import (
     TiledColumnParallelLinear,
+    TiledParallelLinear,
     TiledRowParallelLinear,
-    _TiledParallelLinear,
-    chosen_splits,
-    own_wgrad_fusion,
+    shard_shape,
 )
 from megatron_tiling.tiles.grid import TileGrid
-from megatron_tiling.tiles.ownership import gathered
+from megatron_tiling.tiles.ownership import gathered, tags
 
 logger = logging.getLogger(__name__)
-
-#: What Megatron's optimizers and reductions read off a weight, besides its tensor-parallel attributes.
-WEIGHT_ATTRIBUTES = ("allreduce", "sequence_parallel", "is_embedding_or_output_parameter", "is_embedding_parameter")
 
 DrawTile = Callable[[int, int], Parameter]
 
 
-class _PartitionedParallelLinear(_TiledParallelLinear):
+class PartitionedParallelLinear(TiledParallelLinear):
     """What the two partitioned layers share: making the tiles, and calling them."""
 
-    stock_class: type[torch.nn.Module]
+    stock_class: Any
     #: Whether another module, that of an MLP's tile, owns and loads the tiles' parameters.
     tiles_are_elsewhere = False
     #: Whether the model looks for this layer's weight in the sharded state dict.
     is_output_layer: bool
-    tp_group: Any
-    input_size: int
+    #: While stock's ``sharded_state_dict`` describes the dense weight: its shape and dtype, without memory.
+    dense_stand_in: Tensor | None = None
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        in_splits: int | None = None,
-        out_splits: int | None = None,
-        combine_out_splits: bool = True,
-        fp32_accumulate: bool = False,
-        **options: Any,
-    ) -> None:
-        draw_tile = None
-        with own_wgrad_fusion(self, options["config"]):
-            if not self._init_with_dense_weight(input_size, output_size, options):
-                self._init_with_one_column(input_size, output_size, options)
-                draw_tile = self._tile_drawer(options)
-            self.set_tiles(
-                *chosen_splits(self.default_splits, in_splits, out_splits),
-                combine_out_splits=combine_out_splits,
-                paired=options.get("tp_comm_buffer_name") == "fc1" and getattr(self.config, "gated_linear_unit", False),
-                fp32_accumulate=fp32_accumulate,
-                draw_tile=draw_tile,
-            )
-        self.gradient_accumulation_fusion = False
-
-    def _init_with_dense_weight(self, input_size: int, output_size: int, options: dict[str, Any]) -> bool:
-        """The stock layer, its weight drawn as ever; ``False`` where there is no room for it."""
+    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> DrawTile | None:
+        """Build the stock layer, its weight drawn as ever; where that finds no room, return what draws the tiles."""
         try:
             self.stock_class.__init__(self, input_size, output_size, **options)
+            return None
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "a weight of [out, in] = [%d, %d] finds no room: its tiles are drawn one by one, and differ from what "
@@ -97,38 +64,34 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
                 input_size,
                 error,
             )
-            return False
-        return True
+        # One column a rank stands for the weight's attributes.
+        group = get_tensor_model_parallel_group_if_none(options.get("tp_group"), options.get("is_expert", False))
+        in_ranks, out_ranks = (1, group.size()) if self.stock_class is ColumnParallelLinear else (group.size(), 1)
+        self.stock_class.__init__(self, in_ranks, output_size, **(options | {"init_method": lambda weight: None}))
+        self.input_size, self.input_size_per_partition = input_size, input_size // in_ranks
 
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        """The stock layer with all but its weight, of which one column a rank stands for the attributes."""
-        raise NotImplementedError
+        def draw(o: int, i: int) -> Parameter:
+            """As a stock layer of the tile's size draws its weight: same method, generator and device."""
+            sizes = self.grid.in_size(i) * in_ranks, self.grid.out_size(o) * out_ranks
+            weight: Parameter = self.stock_class(*sizes, **(options | {"bias": False, "stride": 1})).weight
+            return weight
 
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        """Draws tile (o, i) as a stock layer of its size draws its weight: same method, generator and device."""
-        raise NotImplementedError
+        return draw
 
-    def set_tiles(
-        self,
-        in_splits: int,
-        out_splits: int,
-        *,
-        paired: bool = False,
-        draw_tile: DrawTile | None = None,
-        **options: Any,
+    def set_grid(
+        self, grid: TileGrid, *, draw_tile: DrawTile | None = None, fp32_accumulate: bool = False, **options: Any
     ) -> None:
         """Choose the grid, and give the dense weight's place to tiles: copies of its parts, or drawn one by one.
 
         Args:
-            in_splits, out_splits: the grid over the rank's shard.
-            paired: out-tile ``o`` holds the same features of gate and up; for fc1 of a gated MLP.
+            grid: over the rank's shard; ``paired`` for fc1 of a gated MLP.
             draw_tile: makes tile ``(o, i)``, if not the dense weight.
             options: as for the resident layer.
 
         Raises:
             ValueError: as for the resident layer; there is no weight; ``fp32_accumulate``.
         """
-        if options.get("fp32_accumulate"):
+        if fp32_accumulate:
             raise ValueError(
                 "--tiled-linear-fp32-accumulate: partitioned tiles are summed by autograd, in the activations' dtype; "
                 "leave it out, or give --tiled-linear-storage resident"
@@ -139,13 +102,15 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
                 "a partitioned layer owns its tiles: it cannot be built without a weight (skip_weight_param_allocation "
                 "of a tied output layer); leave it dense"
             )
-        super().set_tiles(in_splits, out_splits, **options)
-        self.grid = replace(self.grid, paired=paired)
+        super().set_grid(grid, **options)
+        self.grid = grid  # paired ones, too, come out in order
         self.is_output_layer = bool(getattr(weight, "is_embedding_or_output_parameter", False))
+        self.gradient_accumulation_fusion = False
         with gathered(weight):
             self._adopt_tiles(weight, draw_tile or self._tile_cutter(weight))
         self.weight = None
         self._register_state_dict_hook(put_dense_weight)
+        self.register_load_state_dict_pre_hook(take_dense_weight)
 
     def _tile_cutter(self, weight: Tensor) -> DrawTile:
         def cut(o: int, i: int) -> Parameter:
@@ -160,7 +125,7 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
 
         def tile(o: int, i: int) -> WeightTile:
             parameter = draw_tile(o, i)
-            _copy_attributes(parameter, weight)
+            vars(parameter).update(tags(weight))
             return WeightTile(parameter)
 
         # Made one at a time: under zero.Init each is partitioned before the next one is there.
@@ -181,31 +146,12 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""
         dtype = self.tiles.linears[0][0].weight.dtype  # type: ignore[index]
-        # Stock describes a weight of the dense shape: this one has no memory.
-        self.weight = Parameter(torch.empty(self._shard_shape(), dtype=dtype, device="meta"), requires_grad=False)
+        self.dense_stand_in = torch.empty(shard_shape(self), dtype=dtype, device="meta")
         try:
             entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         finally:
-            self.weight = None
+            self.dense_stand_in = None
         return sharded_tiles(self, entries, prefix, metadata)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes the dense weight, or leaves it to the tiles' own keys, all of which must be there."""
-        take_dense_weight(self, state_dict, prefix, error_msgs)
-        if strict and not self.tiles_are_elsewhere:
-            tiles = [[f"{prefix}tiles.linears.{o}.{i}.weight"] for o, i in self.grid.indices()]
-            missing_keys += missing_weights(state_dict, prefix, tiles)
-        rest = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
     def tiles(self) -> PartitionedTiles:
@@ -247,7 +193,7 @@ class _PartitionedParallelLinear(_TiledParallelLinear):
         return torch.cat([bias[rows] for rows in self.grid.row_ranges(o)])
 
 
-class PartitionedColumnParallelLinear(_PartitionedParallelLinear, TiledColumnParallelLinear):
+class PartitionedColumnParallelLinear(PartitionedParallelLinear, TiledColumnParallelLinear):
     """``TiledColumnParallelLinear`` whose tiles are parameters ``tiles.linears[o][0].weight``; its ``weight`` is None.
 
     Drawn as the dense weight is, which exists while this one layer is built; where it finds no room, tile by tile.
@@ -262,19 +208,6 @@ class PartitionedColumnParallelLinear(_PartitionedParallelLinear, TiledColumnPar
 
     stock_class = ColumnParallelLinear
     output_size_per_partition: int
-
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        ColumnParallelLinear.__init__(self, 1, output_size, **(options | {"init_method": _nothing}))
-        self.input_size = input_size
-
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        options = options | {"bias": False, "stride": 1}
-        tp = self.tp_group.size()
-
-        def draw(o: int, i: int) -> Parameter:
-            return ColumnParallelLinear(self.grid.in_size(i), self.grid.out_size(o) * tp, **options).weight
-
-        return draw
 
     def forward(
         self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -291,7 +224,7 @@ class PartitionedColumnParallelLinear(_PartitionedParallelLinear, TiledColumnPar
         return super().forward(input_, weight=stand_in, runtime_gather_output=runtime_gather_output)
 
 
-class PartitionedRowParallelLinear(_PartitionedParallelLinear, TiledRowParallelLinear):
+class PartitionedRowParallelLinear(PartitionedParallelLinear, TiledRowParallelLinear):
     """``TiledRowParallelLinear`` whose tiles are parameters ``tiles.linears[o][i].weight``; its ``weight`` is None.
 
     See ``PartitionedColumnParallelLinear``.
@@ -299,24 +232,8 @@ class PartitionedRowParallelLinear(_PartitionedParallelLinear, TiledRowParallelL
 
     stock_class = RowParallelLinear
 
-    def _init_with_one_column(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
-        group = get_tensor_model_parallel_group_if_none(
-            options.get("tp_group"), is_expert=options.get("is_expert", False)
-        )
-        RowParallelLinear.__init__(self, group.size(), output_size, **(options | {"init_method": _nothing}))
-        self.input_size, self.input_size_per_partition = input_size, input_size // group.size()
 
-    def _tile_drawer(self, options: dict[str, Any]) -> DrawTile:
-        options = options | {"bias": False, "stride": 1}
-        tp = self.tp_group.size()
-
-        def draw(o: int, i: int) -> Parameter:
-            return RowParallelLinear(self.grid.in_size(i) * tp, self.grid.out_size(o), **options).weight
-
-        return draw
-
-
-PARTITIONED_CLASSES: dict[type[torch.nn.Module], type[_PartitionedParallelLinear]] = {
+PARTITIONED_CLASSES: dict[type[torch.nn.Module], type[PartitionedParallelLinear]] = {
     ColumnParallelLinear: PartitionedColumnParallelLinear,
     RowParallelLinear: PartitionedRowParallelLinear,
 }
@@ -329,9 +246,8 @@ def make_partitioned(layer: torch.nn.Module, grid: TileGrid) -> None:
     partitioned as they are made.
     """
     layer.__class__ = PARTITIONED_CLASSES[type(layer)]
-    assert isinstance(layer, _PartitionedParallelLinear)
-    layer.set_tiles(grid.in_splits, grid.out_splits, paired=grid.paired)
-    layer.gradient_accumulation_fusion = False
+    assert isinstance(layer, PartitionedParallelLinear)
+    layer.set_grid(grid)
 
 
 def column_input(
@@ -348,14 +264,3 @@ def column_input(
     if allreduce_dgrad:
         return copy_to_tensor_model_parallel_region(input_, group=group), nullcontext()
     return input_, nullcontext()
-
-
-def _nothing(weight: Tensor) -> None:
-    """Draws nothing."""
-
-
-def _copy_attributes(tile: Parameter, weight: Parameter) -> None:
-    copy_tensor_model_parallel_attributes(tile, weight)
-    for name in WEIGHT_ATTRIBUTES:
-        if hasattr(weight, name):
-            setattr(tile, name, getattr(weight, name))

@@ -22,14 +22,15 @@ from megatron_tiling.partitioned.layers import (
     column_input,
 )
 from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
-from megatron_tiling.resident.mlp import LAYERS, TiledMLP, activation_of, unfit
+from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of
+from megatron_tiling.tiles.grid import TileGrid
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.
 ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "megatron_fsdp.")
 
 
 class PartitionedMLP(TiledMLP):
-    """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each. Made by ``convert_partitioned_mlp``.
+    """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each. Made by ``convert_mlp``.
 
     The output is a sum over tiles, one after another; the collectives are the dense MLP's.
 
@@ -71,19 +72,25 @@ class PartitionedMLP(TiledMLP):
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: entry for key, entry in entries.items() if not key.startswith(f"{prefix}tiles.")}
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
-    ) -> None:
-        """Says which weights are missing; the layers and the units load what is there."""
-        if strict:
-            for name, part in zip(LAYERS, MLPTile.weight_names, strict=True):
-                layer, places = f"{prefix}{name}.", getattr(self, name).grid.indices()
-                keys = [
-                    (f"{prefix}tiles.{index}.{part}", f"{layer}tiles.linears.{o}.{i}.weight")
-                    for index, (o, i) in enumerate(places)
-                ]
-                missing_keys += missing_weights(state_dict, layer, keys)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+    @classmethod
+    def reason_in_grids(cls, config: Any, fc1: TileGrid, fc2: TileGrid) -> str:
+        if reason := super().reason_in_grids(config, fc1, fc2):
+            return reason
+        same = fc1.out_parts == fc2.in_parts and fc1.paired == config.gated_linear_unit
+        return "" if same else "the tiles of fc1 and fc2 hold different features"
+
+    def adopt_tiles(self) -> None:
+        """Move the layers' tiles into units, the same parameters."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        fc1.tiles_are_elsewhere = fc2.tiles_are_elsewhere = True
+        self.tiles = torch.nn.ModuleList()
+        for index in range(fc2.grid.in_splits):
+            fc1_row, fc2_row = fc1.tiles.linears[index], fc2.tiles.linears[0]
+            unit = MLPTile(fc1_row[0].weight, fc2_row[index].weight)
+            fc1_row[0], fc2_row[index] = MLPTilePart(unit, "fc1"), MLPTilePart(unit, "fc2")
+            unit._register_state_dict_hook(leave_to_dense_weights)
+            self.tiles.append(unit)
+        self.register_load_state_dict_pre_hook(_note_missing_weights)
 
 
 class PartitionedSharedExpertMLP(SharedExpertMLP, PartitionedMLP):
@@ -96,36 +103,17 @@ PARTITIONED_MLP_CLASSES: dict[type[MLP], type[PartitionedMLP]] = {
 }
 
 
-def convert_partitioned_mlp(mlp: Any, keep: int | None = 0) -> str:
-    """Turn a stock MLP over partitioned layers into a ``PartitionedMLP``, in place; parameters stay the same objects.
-
-    Args:
-        mlp: a Megatron MLP, not yet in an engine's hands.
-        keep: how many tiles keep their pre-activations; ``None`` is all of them.
-
-    Returns:
-        Nothing, or why this MLP stays as it is.
-
-    Raises:
-        ValueError: there are fewer tiles than ``keep``.
-    """
-    if reason := unfit(mlp, keep, PARTITIONED_MLP_CLASSES):
-        return reason
-    fc1, fc2 = (getattr(mlp, name) for name in LAYERS)
-    if fc1.grid.out_parts != fc2.grid.in_parts or fc1.grid.paired != mlp.config.gated_linear_unit:
-        return "the tiles of fc1 and fc2 hold different features"
-    units = []
-    for index in range(fc2.grid.in_splits):
-        fc1_row, fc2_row = fc1.tiles.linears[index], fc2.tiles.linears[0]
-        unit = MLPTile(fc1_row[0].weight, fc2_row[index].weight)
-        fc1_row[0], fc2_row[index] = MLPTilePart(unit, "fc1"), MLPTilePart(unit, "fc2")
-        unit._register_state_dict_hook(leave_to_dense_weights)
-        units.append(unit)
-    fc1.tiles_are_elsewhere = fc2.tiles_are_elsewhere = True
-    mlp.tiles = torch.nn.ModuleList(units)
-    mlp.__class__ = PARTITIONED_MLP_CLASSES[type(mlp)]
-    mlp.keep = keep
-    return ""
+def _note_missing_weights(
+    mlp: Any, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+) -> None:
+    """A hook before loading: says which weights are missing; the layers and the units load what is there."""
+    for name, part in zip(MLP_LAYERS, MLPTile.weight_names, strict=True):
+        layer, places = f"{prefix}{name}.", getattr(mlp, name).grid.indices()
+        keys = [
+            (f"{prefix}tiles.{index}.{part}", f"{layer}tiles.linears.{o}.{i}.weight")
+            for index, (o, i) in enumerate(places)
+        ]
+        missing += missing_weights(state_dict, layer, keys) if strict else []
 
 
 def _is_engine_hook(hook: Callable[..., Any]) -> bool:

@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 @contextmanager
-def regathered_in_backward(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
+def regathered_in_backward(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
     """What runs inside keeps the rank's shard in place of the gathered input, as Megatron's layers do.
 
     The backward passes of all tiles together gather it once more.
 
     Args:
-        gathered: ``[s, ...]``; recognised by its storage, also in views of it.
+        whole: ``[s, ...]``, gathered; recognised by its storage, also in views of it.
         shard: ``[s/tp, ...]``, what it was gathered from.
         group: the tensor-parallel group.
     """
-    if gathered.numel() == 0:
+    if whole.numel() == 0:
         yield
         return
-    storage = gathered.untyped_storage().data_ptr()
+    storage = whole.untyped_storage().data_ptr()
     again = _Regathered(shard.detach(), group)
 
     def pack(tensor: Tensor) -> Any:

@@ -1,15 +1,15 @@
 """Megatron's column- and row-parallel linear layers, computed tile by tile (resident weights).
 
 A tiled layer *is* the stock layer: same parameter, initialisation, options and checkpoint. Only ``_forward_impl``,
-the matrix product inside stock's ``forward``, is replaced by ``functional.tiled_linear``. Communication around the
+the matrix product inside stock's ``forward``, is replaced by ``tiles.linear.tiled_linear``. Communication around the
 product stays stock's; what stock does within it (the sequence-parallel gather, the reduction of the input gradient
 under the weight gradient) is done here, once a layer.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Self
 
@@ -19,12 +19,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megatron_tiling.tiles.comm import ColumnComm
-from megatron_tiling.tiles.grid import ALIGNMENT, TileGrid
+from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
 
-class _TiledParallelLinear(torch.nn.Module):
+class TiledParallelLinear(torch.nn.Module):
     """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product."""
 
     #: Grid of layers that are built from a spec, which cannot pass keywords on; see ``with_splits``.
@@ -45,34 +45,58 @@ class _TiledParallelLinear(torch.nn.Module):
         """A subclass for model specs, which take a class and no keywords, whose layers have this grid."""
         return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), {"default_splits": (in_splits, out_splits)})
 
-    def set_tiles(
+    def __init__(
         self,
-        in_splits: int,
-        out_splits: int,
+        input_size: int,
+        output_size: int,
         *,
+        in_splits: int | None = None,
+        out_splits: int | None = None,
         combine_out_splits: bool = True,
-        paired: bool = False,
         fp32_accumulate: bool = False,
+        **options: Any,
     ) -> None:
-        """Choose the grid. The weight is neither drawn nor copied.
+        config = options["config"]
+        wanted, splits = config.gradient_accumulation_fusion, self.default_splits
+        config.gradient_accumulation_fusion = False  # it is ours: stock's constructor refuses it where apex is missing
+        try:
+            draw_tile = self._init_stock(input_size, output_size, options)
+            self.gradient_accumulation_fusion = wanted
+            self.set_tiles(
+                splits[0] if in_splits is None else in_splits,
+                splits[1] if out_splits is None else out_splits,
+                combine_out_splits=combine_out_splits,
+                paired=options.get("tp_comm_buffer_name") == "fc1" and getattr(config, "gated_linear_unit", False),
+                fp32_accumulate=fp32_accumulate,
+                **({} if draw_tile is None else {"draw_tile": draw_tile}),
+            )
+        finally:
+            config.gradient_accumulation_fusion = wanted
+
+    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> Any:
+        """Build the stock layer, with its weight."""
+        super().__init__(input_size, output_size, **options)
+
+    def set_tiles(self, in_splits: int, out_splits: int, *, paired: bool = False, **options: Any) -> None:
+        """Choose the grid by its numbers; ``options`` as for ``set_grid``.
 
         Raises:
-            ValueError: the grid does not fit the rank's shard, or the layer has an option that cannot be tiled.
+            ValueError: the grid does not fit the rank's shard; as ``set_grid``.
         """
-        if getattr(self, "gtp_remat_size", 1) > 1:
-            raise ValueError(
-                "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
-                "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
-            )
-        rows, columns = self._shard_shape()
-        paired = paired and not combine_out_splits
-        self.grid = TileGrid(columns, rows, in_splits, out_splits, paired, ALIGNMENT)
+        rows, columns = shard_shape(self)
+        self.set_grid(TileGrid(columns, rows, in_splits, out_splits, paired, FEATURE_ALIGNMENT), **options)
+
+    def set_grid(self, grid: TileGrid, *, combine_out_splits: bool = True, fp32_accumulate: bool = False) -> None:
+        """Choose the grid over the rank's shard. The weight is neither drawn nor copied.
+
+        Raises:
+            ValueError: the layer has an option that cannot be tiled.
+        """
+        check_layer(self)
+        # Joined, the rows of paired tiles would be out of order.
+        self.grid = replace(grid, paired=False) if combine_out_splits else grid
         self.combine_out_splits = combine_out_splits
         self.fp32_accumulate = fp32_accumulate
-
-    def _shard_shape(self) -> tuple[int, int]:
-        """``[out, in]`` of this rank's weight."""
-        raise NotImplementedError
 
     @property
     def tiles(self) -> TiledLinearReturnBias:
@@ -121,7 +145,7 @@ class _TiledParallelLinear(torch.nn.Module):
         return f"{super().extra_repr()}, tiles={self.grid}"
 
 
-class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
+class TiledColumnParallelLinear(TiledParallelLinear, ColumnParallelLinear):
     """``ColumnParallelLinear`` in tiles.
 
     Args:
@@ -141,34 +165,9 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
     input_size: int
     output_size_per_partition: int
 
-    def __init__(
-        self,
-        *args: Any,
-        in_splits: int | None = None,
-        out_splits: int | None = None,
-        combine_out_splits: bool = True,
-        fp32_accumulate: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        with own_wgrad_fusion(self, kwargs["config"]):
-            super().__init__(*args, **kwargs)
-        self.set_tiles(
-            *chosen_splits(self.default_splits, in_splits, out_splits),
-            combine_out_splits=combine_out_splits,
-            paired=kwargs.get("tp_comm_buffer_name") == "fc1" and getattr(self.config, "gated_linear_unit", False),
-            fp32_accumulate=fp32_accumulate,
-        )
-
-    def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-        if self.config.defer_embedding_wgrad_compute:
-            raise ValueError(
-                "a tiled layer cannot defer its weight gradient; leave out --defer-embedding-wgrad-compute"
-            )
-        super().set_tiles(in_splits, out_splits, **options)
+    def set_grid(self, grid: TileGrid, **options: Any) -> None:
+        super().set_grid(grid, **options)
         self._check_gather(self.gather_output)
-
-    def _shard_shape(self) -> tuple[int, int]:
-        return self.output_size_per_partition, self.input_size
 
     def _check_gather(self, gather_output: bool) -> None:
         if gather_output and not self.combine_out_splits:
@@ -197,7 +196,7 @@ class TiledColumnParallelLinear(_TiledParallelLinear, ColumnParallelLinear):
         return input_
 
 
-class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
+class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
     """``RowParallelLinear`` in tiles.
 
     With ``input_is_parallel=True``, ``forward`` also takes the ``in_splits`` tiles of its input as a list: what a
@@ -217,35 +216,15 @@ class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
     output_size: int
     input_size_per_partition: int
 
-    def __init__(
-        self,
-        *args: Any,
-        in_splits: int | None = None,
-        out_splits: int | None = None,
-        combine_out_splits: bool = True,
-        fp32_accumulate: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        with own_wgrad_fusion(self, kwargs["config"]):
-            super().__init__(*args, **kwargs)
-        self.set_tiles(
-            *chosen_splits(self.default_splits, in_splits, out_splits),
-            combine_out_splits=combine_out_splits,
-            fp32_accumulate=fp32_accumulate,
-        )
-
     @property
     def input_is_already_split(self) -> bool:  # type: ignore[override]
         """Whether ``forward`` takes the in-tiles as a list: where the input is the rank's shard already."""
         return self.input_is_parallel
 
-    def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-        if not options.get("combine_out_splits", True):
+    def set_grid(self, grid: TileGrid, *, combine_out_splits: bool = True, **options: Any) -> None:
+        if not combine_out_splits:
             raise ValueError("a row layer reduces its output over tensor-parallel ranks: it must combine_out_splits")
-        super().set_tiles(in_splits, out_splits, **options)
-
-    def _shard_shape(self) -> tuple[int, int]:
-        return self.output_size, self.input_size_per_partition
+        super().set_grid(grid, **options)
 
     def forward(self, input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]``, ``[s, b, h/tp]`` if the input is parallel, or its list of in-tiles -> stock's output and bias.
@@ -269,7 +248,7 @@ class TiledRowParallelLinear(_TiledParallelLinear, RowParallelLinear):
 class _TileView(torch.nn.Module):
     """Tile (o, i) of a layer's weight, and of its bias at the last in-tile, read from the layer at each call."""
 
-    def __init__(self, layer: _TiledParallelLinear, grid: TileGrid, out_tile: int, in_tile: int) -> None:
+    def __init__(self, layer: TiledParallelLinear, grid: TileGrid, out_tile: int, in_tile: int) -> None:
         super().__init__()
         self._layer = (layer,)  # in a tuple: not a submodule
         self._ranges, self._columns = grid.row_ranges(out_tile), grid.columns(in_tile)
@@ -292,24 +271,39 @@ class _TileView(torch.nn.Module):
         return torch.nn.functional.linear(input_, self.weight), self.bias
 
 
-def chosen_splits(default: tuple[int, int], in_splits: int | None, out_splits: int | None) -> tuple[int, int]:
-    """The keywords of a constructor, or the class's own grid where they are not given."""
-    return (default[0] if in_splits is None else in_splits, default[1] if out_splits is None else out_splits)
+#: What a stock layer becomes.
+RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
+    ColumnParallelLinear: TiledColumnParallelLinear,
+    RowParallelLinear: TiledRowParallelLinear,
+}
+
+
+def check_layer(layer: Any) -> None:
+    """Refuse a layer, stock or tiled, with an option that tiles do not go with.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if getattr(layer, "gtp_remat_size", 1) > 1:
+        raise ValueError(
+            "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
+            "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
+        )
+    if isinstance(layer, ColumnParallelLinear) and layer.config.defer_embedding_wgrad_compute:
+        raise ValueError("a tiled layer cannot defer its weight gradient; leave out --defer-embedding-wgrad-compute")
+
+
+def shard_shape(layer: Any) -> tuple[int, int]:
+    """``[out, in]`` of this rank's weight, of a column or row layer, or as another layer's parameters have it."""
+    if isinstance(layer, ColumnParallelLinear):
+        return layer.output_size_per_partition, layer.input_size
+    if isinstance(layer, RowParallelLinear):
+        return layer.output_size, layer.input_size_per_partition
+    weight = next((weight for weight in layer.parameters(recurse=False) if weight.dim() > 1), None)
+    return (weight.shape[0], weight.shape[-1]) if weight is not None else (0, 0)
 
 
 def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Megatron's shared gather buffer, the same that stock layers use."""
     buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")
     return buffer
-
-
-@contextlib.contextmanager
-def own_wgrad_fusion(layer: Any, config: Any) -> Iterator[None]:
-    """Build a stock layer whose fusion is ours: stock's constructor refuses fusion where apex is missing."""
-    wanted = config.gradient_accumulation_fusion
-    config.gradient_accumulation_fusion = False
-    try:
-        yield
-    finally:
-        config.gradient_accumulation_fusion = wanted
-    layer.gradient_accumulation_fusion = wanted

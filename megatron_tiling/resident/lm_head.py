@@ -99,11 +99,11 @@ def compute_language_model_loss(model: LanguageModule, labels: Tensor, logits: T
     return losses
 
 
-def convert_head(model: LanguageModule, config: TilingConfig) -> str:
-    """Compute the model's loss tile by tile from now on. In place; nothing is drawn or copied.
+def check_head(model: LanguageModule, config: TilingConfig) -> str:
+    """Whether ``convert_head`` can compute the model's loss tile by tile; changes nothing.
 
     Args:
-        model: a built model or pipeline stage with an ``output_layer``, not yet wrapped.
+        model: a built model or pipeline stage, not yet wrapped; its output layer may be stock still.
         config: ``splits["output"]`` fixes the number of vocabulary tiles and ``head_tokens`` the tokens of a tile;
             otherwise ``head_memory_mib`` chooses them.
 
@@ -133,16 +133,38 @@ def convert_head(model: LanguageModule, config: TilingConfig) -> str:
             f"--tiled-linear-splits output={in_splits}x{out_splits}: the LM head is tiled over tokens and vocabulary; "
             f"write output=1x{out_splits}"
         )
-    vocabulary = layer.output_size_per_partition
-    tiles = HeadTiles(config.head_memory_mib, config.head_tokens, out_splits if "output" in config.splits else None)
-    tiles.check(tokens=None, vocabulary=vocabulary)
+    _head_tiles(config).check(tokens=None, vocabulary=layer.output_size_per_partition)
+    return ""
+
+
+def convert_head(model: LanguageModule, config: TilingConfig) -> str:
+    """Compute the model's loss tile by tile from now on. In place; nothing is drawn or copied.
+
+    Args:
+        model, config: as for ``check_head``.
+
+    Returns:
+        Why the head stays as it is, or ``""``.
+
+    Raises:
+        ValueError: as ``check_head``.
+    """
+    if reason := check_head(model, config):
+        return reason
+    layer, (in_splits, out_splits) = model.output_layer, config.splits_of("output")
     built_stock = type(layer) is ColumnParallelLinear
     layer.__class__ = TiledOutputLayer
     if built_stock:
-        layer.set_tiles(in_splits, min(out_splits, vocabulary), fp32_accumulate=config.fp32_accumulate)
+        splits = in_splits, min(out_splits, layer.output_size_per_partition)
+        layer.set_tiles(*splits, fp32_accumulate=config.fp32_accumulate)
         if config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = config.fuse_wgrad
-    layer.head_tiles = tiles
+    layer.head_tiles = _head_tiles(config)
     layer.keep_largest = bool(getattr(model.config, "mtp_num_layers", None))
     model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
     return ""
+
+
+def _head_tiles(config: TilingConfig) -> HeadTiles:
+    vocabulary = config.splits_of("output")[1] if "output" in config.splits else None
+    return HeadTiles(config.head_memory_mib, config.head_tokens, vocabulary)

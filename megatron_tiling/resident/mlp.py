@@ -8,7 +8,7 @@ wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, mpu_buffer
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
 
 #: Activation functions that the kernels know, outside Megatron's fused ones.
@@ -39,7 +40,7 @@ FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
     unfused_quick_gelu: "quick_gelu",
     squared_relu: "squared_relu",
 }
-LAYERS = ("linear_fc1", "linear_fc2")
+MLP_LAYERS = ("linear_fc1", "linear_fc2")
 
 
 class TiledMLP(MLP):
@@ -82,11 +83,23 @@ class TiledMLP(MLP):
             return "autocast is on"
         if _has_any_global_hook():
             return "there are hooks for all modules"
-        for name, tiled_class in zip(LAYERS, self.child_classes, strict=True):
+        for name, tiled_class in zip(MLP_LAYERS, self.child_classes, strict=True):
             child = getattr(self, name)
-            if reason := _replaced(child, tiled_class) or self._reason_in_hooks(child):
+            if reason := _reason_in_class(child, tiled_class) or self._reason_in_hooks(child):
                 return f"{name} {reason}"
         return ""
+
+    @classmethod
+    def reason_in_grids(cls, config: Any, fc1: TileGrid, fc2: TileGrid) -> str:
+        """Why tile i of fc1 and tile i of fc2 do not make one tile of an MLP, or nothing."""
+        if fc1.in_splits != 1 or fc2.out_splits != 1 or fc1.out_splits != fc2.in_splits:
+            return f"the grids fc1={fc1} and fc2={fc2} do not match: they must be 1xN and Nx1"
+        if fc1.out_features != (2 if config.gated_linear_unit else 1) * fc2.in_features:
+            return f"fc1 has {fc1.out_features} features, fc2 takes {fc2.in_features}"
+        return ""
+
+    def adopt_tiles(self) -> None:
+        """Make ready for the loop, once the class is set. Resident tiles are views: there is nothing to do."""
 
     def _reason_in_hooks(self, child: torch.nn.Module) -> str:
         if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
@@ -118,12 +131,15 @@ class TiledSharedExpertMLP(SharedExpertMLP, TiledMLP):
 TILED_MLP_CLASSES: dict[type[MLP], type[TiledMLP]] = {MLP: TiledMLP, SharedExpertMLP: TiledSharedExpertMLP}
 
 
-def convert_mlp(mlp: Any, keep: int | None = None) -> str:
-    """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place.
+def convert_mlp(
+    mlp: Any, keep: int | None = None, classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES
+) -> str:
+    """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
     Args:
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
+        classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
 
     Returns:
         Nothing, or why this MLP stays as it is.
@@ -131,32 +147,44 @@ def convert_mlp(mlp: Any, keep: int | None = None) -> str:
     Raises:
         ValueError: there are fewer tiles than ``keep``.
     """
-    if reason := unfit(mlp, keep, TILED_MLP_CLASSES):
+    tiled_class = classes.get(type(mlp), TiledMLP)
+    layers: list[Any] = [getattr(mlp, name, None) for name in MLP_LAYERS]
+    pairs = zip(layers, tiled_class.child_classes, strict=True)
+    grids: Any = [layer.grid if isinstance(layer, child_class) else None for layer, child_class in pairs]
+    if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
-    mlp.__class__ = TILED_MLP_CLASSES[type(mlp)]
+    mlp.__class__ = tiled_class
     mlp.keep = keep
+    mlp.adopt_tiles()
     return ""
 
 
-def unfit(mlp: Any, keep: int | None, tiled_classes: Mapping[type[MLP], type[TiledMLP]]) -> str:
+def reason_to_stay_stock(
+    mlp: Any,
+    keep: int | None,
+    classes: Mapping[type[MLP], type[TiledMLP]],
+    layers: Sequence[Any],
+    grids: Sequence[TileGrid | None],
+) -> str:
     """Why tiles of fc1 and fc2 cannot do the work of this MLP, or nothing.
+
+    Args:
+        mlp, keep, classes: as for ``convert_mlp``.
+        layers: fc1 and fc2 as they are, or are going to be.
+        grids: of their tiles; ``None`` of a layer that stays dense.
 
     Raises:
         ValueError: they can, but there are fewer of them than ``keep``.
     """
-    if isinstance(mlp, TiledMLP):
-        return "tiled already"
-    if type(mlp) not in tiled_classes:
+    if type(mlp) not in classes:
         return f"{type(mlp).__name__} is not a stock MLP"
-    for name, tiled_class in zip(LAYERS, tiled_classes[type(mlp)].child_classes, strict=True):
-        if not isinstance(getattr(mlp, name), tiled_class):
+    for name, grid in zip(MLP_LAYERS, grids, strict=True):
+        if grid is None:
             return f"{name} is not tiled"
-    config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
-    halves = 2 if config.gated_linear_unit else 1
-    if fc1.grid.in_splits != 1 or fc2.grid.out_splits != 1 or fc1.grid.out_splits != fc2.grid.in_splits:
-        return f"the grids fc1={fc1.grid} and fc2={fc2.grid} do not match: they must be 1xN and Nx1"
-    if fc1.grid.out_features != halves * fc2.grid.in_features:
-        return f"fc1 has {fc1.grid.out_features} features, fc2 takes {fc2.grid.in_features}"
+    config, (fc1, fc2), (fc1_grid, fc2_grid) = mlp.config, layers, grids
+    assert fc1_grid is not None and fc2_grid is not None
+    if reason := classes[type(mlp)].reason_in_grids(config, fc1_grid, fc2_grid):
+        return reason
     refusals = {
         "--use-te-activation-func": config.use_te_activation_func,
         "the activation's input is stored in fp8": config.activation_func_fp8_input_store,
@@ -170,7 +198,7 @@ def unfit(mlp: Any, keep: int | None, tiled_classes: Mapping[type[MLP], type[Til
     }
     if reason := next((reason for reason, applies in refusals.items() if applies), ""):
         return reason
-    tiles = fc2.grid.in_splits
+    tiles = fc2_grid.in_splits
     if keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
     return ""
@@ -240,7 +268,7 @@ class _PassOn(torch.nn.Module):
         return input_, self._output_bias[0]
 
 
-def _replaced(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
+def _reason_in_class(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
     """Why a child's own ``forward`` must be called, or nothing."""
     for method in ("forward", "_forward_impl"):
         if method in vars(child) or getattr(type(child), method) is not getattr(tiled_class, method, None):

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import product
 
 #: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
-ALIGNMENT = 16
+FEATURE_ALIGNMENT = 16
 
 
 def partition_uniform(num_items: int, num_parts: int) -> list[int]:

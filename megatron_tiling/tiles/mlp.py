@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into
-from megatron_tiling.tiles.grid import ALIGNMENT
+from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
@@ -142,11 +142,11 @@ class _TiledMLP(torch.autograd.Function):
         loop: MLPLoop,
         grad_enabled: bool,
     ) -> Tensor:
-        gathered = hidden
+        whole = hidden
         if loop.comm is not None and loop.comm.sequence_parallel:
-            gathered = loop.comm.gather(hidden)[0]
-        output = gathered.new_empty(*gathered.shape[:-1], fc2_weight.shape[0])
-        x, y = flat(gathered), flat(output)
+            whole = loop.comm.gather(hidden)[0]
+        output = whole.new_empty(*whole.shape[:-1], fc2_weight.shape[0])
+        x, y = flat(whole), flat(output)
         kept = None
         for span in loop.kept:
             kept = span.fc1(x, fc1_weight)
@@ -199,16 +199,16 @@ class _Backward:
         spans = self.loop.backward_spans
         reducing = None
         for span in spans:
-            grad, activated = self._through_activation(span)
+            pre_grad, activated = self._through_activation(span)
             if self.needs_dgrad:
-                self._add_dgrad(span, grad)
+                self._add_dgrad(span, pre_grad)
                 if span is spans[-1]:
                     reducing = self._reduce_dgrad()
             if self.needs_fc2 and activated is not None:
                 self.fc2_grad.add(WHOLE, span.columns, self.dy, activated)
             if self.needs_fc1:
-                span.wgrad(self.fc1_grad, grad, self.input)
-            del grad, activated  # before the next ones are made, or there would be two of each
+                span.wgrad(self.fc1_grad, pre_grad, self.input)
+            del pre_grad, activated  # before the next ones are made, or there would be two of each
         if reducing is not None:
             reducing.wait()
         return (
@@ -222,24 +222,24 @@ class _Backward:
         )
 
     def _through_activation(self, span: "_Span") -> tuple[Tensor, Tensor | None]:
-        """The gradient of a span's pre-activation, and the activation where fc2's wgrad is still to be done.
+        """The gradient of a span's pre-activation, in its place, and the activation if fc2's wgrad is still to be done.
 
         It is done here for kept tiles, so that activations of two of them never exist, nor one beside dx.
         """
         pre = self.kept.detach().data if span.kept and self.kept is not None else None
         for tile in span.tiles:
             width = tile.stop - tile.start
-            grad = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]
+            activated = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]  # its gradient at first
             if self.needs_activation_grad:
-                gemm_into(grad, self.dy, self.fc2_weight[:, tile], accumulate=False)
+                gemm_into(activated, self.dy, self.fc2_weight[:, tile], accumulate=False)
             if pre is None:  # after a product that a gather of the input runs under
                 pre = span.fc1(self.input, self.fc1_weight)
-            self._activation_backward(span, tile, span.of_tile(pre, tile), grad)
+            self._activation_backward(span, tile, span.of_tile(pre, tile), activated)
             if not span.kept:
-                return pre, grad
+                return pre, activated
             if self.needs_fc2:
-                self.fc2_grad.add(WHOLE, tile, self.dy, grad)
-            del grad
+                self.fc2_grad.add(WHOLE, tile, self.dy, activated)
+            del activated
         assert pre is not None
         return pre, None
 
@@ -257,13 +257,13 @@ class _Backward:
         if scale_grad is not None:
             self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
 
-    def _add_dgrad(self, span: "_Span", grad: Tensor) -> None:
+    def _add_dgrad(self, span: "_Span", pre_grad: Tensor) -> None:
         first = self.dgrad is None
         if self.dgrad is None:
             widen = self.loop.fp32_accumulate and not span.whole and self.dy.dtype.itemsize < 4
             dtype = torch.float32 if widen else self.dy.dtype
             self.dgrad = self.dy.new_empty(*self.token_shape, self.fc1_weight.shape[1], dtype=dtype)
-        span.dgrad(flat(self.dgrad), grad, self.fc1_weight, accumulate=not first)
+        span.dgrad(flat(self.dgrad), pre_grad, self.fc1_weight, accumulate=not first)
 
     def _reduce_dgrad(self) -> dist.Work | None:
         assert self.dgrad is not None
@@ -381,4 +381,4 @@ def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
 
 
 def _padded(width: int) -> int:
-    return -(-width // ALIGNMENT) * ALIGNMENT
+    return -(-width // FEATURE_ALIGNMENT) * FEATURE_ALIGNMENT

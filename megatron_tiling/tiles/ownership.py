@@ -29,6 +29,14 @@ def whole_size(parameter: Any) -> int:
     return whole_shape(parameter).numel()
 
 
+def tags(parameter: Any) -> dict[str, Any]:
+    """The attributes that Megatron and others have given a parameter, without ZeRO-3's own."""
+    if not is_owned(parameter):
+        return dict(vars(parameter))
+    own = ("ds_", "_ds_", "is_external_param", "nvme_swapper")
+    return {name: value for name, value in vars(parameter).items() if not (name.startswith(own) or callable(value))}
+
+
 def copy_param(param: Any, value: Tensor) -> None:
     """Copy into a parameter, also one that ZeRO-3 has partitioned; that is a collective."""
     with gathered(param, write=True):

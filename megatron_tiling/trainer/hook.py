@@ -122,6 +122,8 @@ def _prepare(args: Namespace) -> None:
         from megatron_tiling.partitioned.wrappers import shard_by_tiles
 
         shard_by_tiles()
+        if getattr(args, "save_wgrads_interval", None) or getattr(args, "save_params_interval", None):
+            _print_rank_0("--save-wgrads-interval, --save-params-interval: partitioned tiles keep names of their own")
     if args.gradient_accumulation_fusion and not _found("fused_weight_gradient_mlp_cuda"):
         args.gradient_accumulation_fusion = False  # or the constructors of stock's layers raise
         _print_rank_0(

@@ -17,7 +17,6 @@ from megatron.core.transformer import TransformerConfig
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.convert import make_tiled
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.resident import check_mlp
 from tests.support.harness import Counter, megatron, relative_error
@@ -67,8 +66,7 @@ def check_frozen_layers() -> None:
     }
     column = ColumnParallelLinear(24, 48, gather_output=False, **options)
     row = RowParallelLinear(48, 24, input_is_parallel=True, **options)
-    make_tiled(column, 1, TILES, TilingConfig())
-    make_tiled(row, TILES, 1, TilingConfig())
+    tile(torch.nn.ModuleDict({"linear_fc1": column, "linear_fc2": row}), TilingConfig(factor=TILES))
     for layer in (column, row):
         input_ = torch.randn(SEQUENCE, BATCH, layer.weight.shape[1], requires_grad=True)
         assert measured(layer, input_) == (2 * TILES, True)

@@ -183,8 +183,9 @@ def check_spec() -> None:
     assert str(built.decoder.layers[0].self_attention.linear_qkv.grid) == "1x2"
     parameters = set(built.parameters())
     reports = {report.name: report for report in tile(built, CONFIG)}
-    assert reports["decoder.layers.0.mlp.linear_fc1"].note == "partitioned, TiledMLP, keep 0"
-    assert reports["decoder.layers.0.self_attention.linear_qkv"].note == "partitioned"
+    fc1, qkv = (reports[f"decoder.layers.0.{name}"] for name in ("mlp.linear_fc1", "self_attention.linear_qkv"))
+    assert fc1.partitioned and fc1.mlp == "decoder.layers.0.mlp" and fc1.kept_tiles == 0
+    assert qkv.partitioned and qkv.mlp is None
     assert len(parameters - set(built.parameters())) == 1  # the output layer's dense weight, which no spec builds
     assert_same(step(built), step(model(name)))
 
@@ -193,7 +194,7 @@ def check_tied() -> None:
     """A weight that is the embedding's too stays whole."""
     built = model("gelu", share_embeddings_and_output_weights=True)
     reports = {report.name: report for report in tile(built, CONFIG)}
-    assert reports["output_layer"].note == "tied to the embedding, whose weight stays whole"
+    assert reports["output_layer"].reason == "tied to the embedding, whose weight stays whole"
     assert type(built.output_layer) is ColumnParallelLinear
     assert_same(step(built), step(model("gelu", share_embeddings_and_output_weights=True)))
 

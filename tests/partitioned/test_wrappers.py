@@ -17,7 +17,7 @@ KINDS = {
 }
 FSDPS = tuple(KINDS)[1:]
 #: Tiles of a row or two, which cannot all be shared by two ranks.
-TOO_SMALL = f"{KINDS['torch FSDP2']} --tiled-linear-splits qkv=1x72 --load /nowhere"
+TOO_SMALL = f"{KINDS['torch FSDP2']} --tiled-linear-splits qkv=1x72 --load /nowhere --save-wgrads-interval 9"
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
 NO_DROPOUT = "--hidden-dropout 0"  # Megatron-FSDP gives all tensor-parallel ranks one random state, dense ones too
 #: Ranks, flags of all runs, flags of the tiled ones.
@@ -88,3 +88,9 @@ def test_tiles_that_leave_a_rank_without_rows_are_refused(logs: dict[str, str]) 
     assert len(lines) == 2, logs["too small"][-3000:]
     assert all(line.startswith("megatron_tiling: decoder.layers.0.self_attention.linear_qkv") for line in lines)
     assert "Traceback" not in logs["too small"]
+
+
+def test_a_run_that_saves_gradients_says_that_tiles_show_there(logs: dict[str, str]) -> None:
+    said = "--save-wgrads-interval, --save-params-interval: partitioned tiles keep names of their own"
+    assert said in logs["too small"]
+    assert said not in logs["torch FSDP2"]

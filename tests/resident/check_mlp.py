@@ -92,13 +92,14 @@ def tiled_copy(mlp: Any, case: dict[str, Any]) -> Any:
 
 def partitioned(mlp: Any, case: dict[str, Any]) -> Any:
     from megatron_tiling.partitioned.layers import make_partitioned
-    from megatron_tiling.partitioned.mlp import convert_partitioned_mlp
-    from megatron_tiling.tiles.grid import ALIGNMENT, TileGrid
+    from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
+    from megatron_tiling.resident.mlp import convert_mlp
+    from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
     fc1, fc2, tiles = mlp.linear_fc1, mlp.linear_fc2, case["tiles"]
-    make_partitioned(fc1, TileGrid(HIDDEN, fc1.output_size_per_partition, 1, tiles, case["gated"], ALIGNMENT))
-    make_partitioned(fc2, TileGrid(fc2.input_size_per_partition, HIDDEN, tiles, 1, False, ALIGNMENT))
-    assert convert_partitioned_mlp(mlp, case["keep"]) == ""
+    make_partitioned(fc1, TileGrid(HIDDEN, fc1.output_size_per_partition, 1, tiles, case["gated"], FEATURE_ALIGNMENT))
+    make_partitioned(fc2, TileGrid(fc2.input_size_per_partition, HIDDEN, tiles, 1, False, FEATURE_ALIGNMENT))
+    assert convert_mlp(mlp, case["keep"], PARTITIONED_MLP_CLASSES) == ""
     assert not list(fc1.tiles.parameters()) and len(mlp.tiles) == tiles
     return mlp
 

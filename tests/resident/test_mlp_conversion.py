@@ -96,7 +96,7 @@ def test_reasons_to_stay_stock() -> None:
     uneven.linear_fc2.set_tiles(4, 1)
     assert convert_mlp(uneven) == "the grids fc1=1x3 and fc2=4x1 do not match: they must be 1xN and Nx1"
     assert convert_mlp(torch.nn.Linear(1, 1)) == "Linear is not a stock MLP"
-    assert convert_mlp(tiled(stock, 3)) == "tiled already"
+    assert convert_mlp(tiled(stock, 3)) == "TiledMLP is not a stock MLP"
     for option, reason in {
         "use_te_activation_func": "--use-te-activation-func",
         "activation_func_fp8_input_store": "the activation's input is stored in fp8",

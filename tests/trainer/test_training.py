@@ -32,14 +32,14 @@ ATTENTION = {"self_attention.linear_qkv": "1x4", "self_attention.linear_proj": "
 MLP = {"mlp.linear_fc1": "1x4", "mlp.linear_fc2": "4x1"}
 LAYOUTS = [
     Layout(
-        "GELU, bias, tied, TP=2", 2, "--tensor-model-parallel-size 2", table=ATTENTION | MLP | {"output_layer": "1x4"}
+        "GELU, bias, tied, TP=2", 2, "--tensor-model-parallel-size 2", table=ATTENTION | MLP | {"output_layer": "-"}
     ),
     Layout(
         "Llama, sequence parallel, factor 3",
         2,
         f"--tensor-model-parallel-size 2 --sequence-parallel {LLAMA}",
         "--use-tiled-linear --tile-factor 3",
-        {"self_attention.linear_qkv": "1x3", "mlp.linear_fc1": "1x3", "mlp.linear_fc2": "3x1", "output_layer": "1x3"},
+        {"self_attention.linear_qkv": "1x3", "mlp.linear_fc1": "1x3", "mlp.linear_fc2": "3x1", "output_layer": "-"},
     ),
     Layout(
         "factor 8, no fusion, own grid",
