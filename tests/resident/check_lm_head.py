@@ -67,7 +67,7 @@ def build(case: dict[str, Any]) -> Any:
         tensor_model_parallel_size=TP,
         sequence_parallel=case["sequence_parallel"] and TP > 1,
         mtp_num_layers=case["prediction_heads"] or None,
-        mtp_detach_heads=case["detach_heads"] and bool(case["prediction_heads"]),
+        **({"mtp_detach_heads": True} if case["detach_heads"] and case["prediction_heads"] else {}),  # from 0.19 on
         calculate_per_token_loss=case["per_token_loss"],
         cross_entropy_loss_fusion=case["loss_fusion"],
         params_dtype=case["dtype"],

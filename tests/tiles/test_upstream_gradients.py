@@ -53,7 +53,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def compare(outputs: Any, exact: Any, inputs: list[Tensor], layouts: list[Layout]) -> None:
-    """Gradients of tiled ``outputs`` for upstream gradients so laid out; of ``exact`` for the same, laid out plainly."""
+    """Gradients of tiled ``outputs`` for upstream gradients so laid out; of ``exact`` for the same, laid out flat."""
     upstream = [layout(torch.randn_like(output)) for output, layout in zip(outputs, layouts, strict=True)]
     ours = torch.autograd.grad(outputs, inputs, upstream)
     right = torch.autograd.grad(exact, inputs, [grad.contiguous() for grad in upstream])
