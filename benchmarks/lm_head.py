@@ -32,6 +32,7 @@ from benchmarks.mlp_measure import Measurement, measure, step
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
 from megatron_tiling.resident.lm_head import TiledOutputLayer
+from megatron_tiling.tiles.head import tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
 
 DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB", "four GEMMs, nothing else"
@@ -86,10 +87,10 @@ def of_ours(dense: ColumnParallelLinear, labels: Tensor, bounds: list[int]) -> l
         head.weight = dense.weight
         head.__class__ = TiledOutputLayer
         head.set_tiles(1, 1)
-        head.head_tiles, head.keep_largest = HeadTiles(bound), False
+        head.head_tiles = HeadTiles(bound)
 
         def losses(hidden: Tensor, head: TiledOutputLayer = head) -> Tensor:
-            return head(hidden)[0].cross_entropy(labels)
+            return tiled_linear_cross_entropy(hidden, head.weight, labels, head.loss_loop(hidden)).loss
 
         candidates.append(Candidate(f"ours, {bound} MiB", losses, [dense.weight], (head,)))
     return candidates

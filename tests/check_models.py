@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_tiling import TilingConfig, tile, tiled_model_provider, tiling_hook
 from megatron_tiling.report import LayerReport, table
+from megatron_tiling.resident import lm_head  # by module: functions here named check_ are run
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.spec import TiledSpecProvider
 from tests.support.harness import Counter, megatron, relative_error
@@ -267,6 +268,7 @@ def check_hybrid() -> None:
         torch.manual_seed(3)
         model = HybridModel(make_config(), stack, VOCABULARY, SEQUENCE, hybrid_layer_pattern="*-")
         if tiled:
+            assert lm_head.check_head(model, TilingConfig()) == ""
             grids = by_name(tile(model, LINEARS_ONLY))
             assert grids["decoder.layers.0.self_attention.linear_qkv"] == "1x3"
             assert grids["decoder.layers.1.mlp.linear_fc2"] == "3x1"

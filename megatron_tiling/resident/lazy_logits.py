@@ -1,173 +1,124 @@
-"""Logits that are not made until somebody looks at them.
+"""Logits that are never made: what a tiled output layer hands to the stock loss of the same call.
 
-``LazyLogits`` is what a tiled output layer returns: a tensor without memory, with its place in the autograd graph.
-The tiled cross entropy takes hidden states and weight from it and never makes the logits. Every other operation makes
-them first, as the dense layer would have, and their gradient flows back through the dense layer's backward pass.
-
-The values are made below autograd, in ``__torch_dispatch__``: autograd functions, hooks, views and in-place operations
-work as on any tensor. Hazard: C++ code that reads a tensor's memory without dispatching an operation finds none.
+``LazyLogits`` stands for logits between Megatron's own call of the output layer and Megatron's own loss, where nobody
+looks at them. It is no tensor: code that takes it for one raises. Whoever else calls the output layer gets a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.nn.modules import module as torch_module
 
+from megatron_tiling.resident.stock_loss import (
+    CALLERS,
+    PREDICTION_LOSSES,
+    SCALE_LOGITS,
+    is_stock,
+    origin,
+    reason_for_whole_logits,
+)
 from megatron_tiling.tiles.head import CrossEntropyLoop, TokenLosses, tiled_linear_cross_entropy
-from megatron_tiling.tiles.linear import TileLoop, _TiledLinear, tiled_linear
-
-_aten = torch.ops.aten
-_SCALINGS = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 
 
-@dataclass
-class _Source:
-    """Where lazy logits come from.
+@dataclass(repr=False, eq=False)
+class LazyLogits:
+    """Logits ``[s, b, v]`` of one rank's columns of the vocabulary, for ``compute_language_model_loss`` below.
+
+    Beside the loss it knows what stock does with them: products with numbers, and the largest logits and their columns,
+    which multi-token prediction asks for after the loss.
 
     Args:
         hidden, weight: the output layer's input and its weight, in the autograd graph.
-        loop: how to compute their cross entropy, ``loop.scale`` included.
-        make: computes the logits without recording gradients.
-        losses: of the last call of ``LazyLogits.cross_entropy``, for their largest logits.
+        loop: how to compute their cross entropy.
     """
 
     hidden: Tensor
     weight: Tensor
     loop: CrossEntropyLoop
-    make: Callable[[], Tensor]
-    value: Tensor | None = None
     losses: TokenLosses | None = None
 
+    def __mul__(self, number: float) -> LazyLogits:
+        return LazyLogits(self.hidden, self.weight, replace(self.loop, scale=self.loop.scale * number))
 
-class LazyLogits(Tensor):
-    """Logits ``[s, b, v]`` of one rank's columns of the vocabulary; see the module's docstring.
+    def cross_entropy(self, labels: Tensor) -> Tensor:
+        """Loss of each token, ``[s, b]`` for labels ``[s, b]``."""
+        self.losses = tiled_linear_cross_entropy(self.hidden, self.weight, labels, self.loop)
+        return self.losses.loss
 
-    Products with numbers stay lazy. So do the largest logits and their columns (``max`` and ``argmax`` over the
-    last dimension), which multi-token prediction asks for, once the cross entropy has been computed with
-    ``keep_largest``.
-    """
+    def size(self, dim: int) -> int:
+        return len(self.weight) if dim == -1 else self._refuse("size", dim)
 
-    _source: _Source
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, shape: Sequence[int], like: Tensor) -> LazyLogits:
-        logits: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        return logits
-
-    def __init__(self, *unused: Any) -> None: ...
-
-    @property
-    def pending(self) -> bool:
-        """Whether nobody has looked at the logits, nor changed them."""
-        return self._source.value is None
-
-    def value(self) -> Tensor:
-        """The logits outside the autograd graph, made at the first call and kept."""
-        if self._source.value is None:
-            self._source.value = self._source.make()
-        return self._source.value
-
-    def dense(self) -> Tensor:
-        """The logits as an ordinary tensor in the autograd graph."""
-        logits: Tensor = _aten.alias(self)
-        return logits
-
-    def cross_entropy(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Loss of each token, ``[s, b]`` for labels ``[s, b]``, without making the logits."""
-        source = self._source
-        loop = replace(source.loop, label_smoothing=label_smoothing)
-        source.losses = tiled_linear_cross_entropy(source.hidden, source.weight, labels, loop)
-        return source.losses.loss
-
-    def data_ptr(self) -> int:  # Triton's launcher asks for it
-        return self.value().data_ptr()
-
-    def tolist(self) -> Any:
-        return self.value().tolist()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.value().__reduce_ex__(protocol)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, pending={self.pending})"
+    def max(self, dim: int) -> tuple[Tensor, Tensor]:
+        """Each token's largest logit and its column, ``[s, b]``, once there is the loss."""
+        if dim != -1 or self.losses is None or self.losses.largest is None or self.losses.argmax is None:
+            self._refuse("max", dim)
+        return self.losses.largest, self.losses.argmax
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        first = args[0] if args else None
-        if isinstance(first, LazyLogits) and first.pending:
-            if func in _SCALINGS and isinstance(args[1], (int, float)):
-                return first._scaled(func, args[1])
-            known = first._largest(func, args[1:], kwargs or {})
-            if known is not None:
-                return known
-        made = {id(lazy.value()): lazy for lazy in _lazy_in((args, kwargs))}
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.value, (args, kwargs or {}))
-        result = func(*args, **kwargs)
-        return made.get(id(result), result)  # an in-place operation returns the tensor that it was given
+    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.argmax and kwargs == {"dim": -1} and len(args) == 1:
+            return args[0].max(dim=-1)[1]
+        return cls._refuse(getattr(func, "__name__", func))
 
-    def _scaled(self, func: Any, number: float) -> LazyLogits:
-        source = self._source
-        scale = source.loop.scale * number if func in _SCALINGS[:2] else source.loop.scale / number
-        scaled = LazyLogits(self.shape, self)
-        scaled._source = _Source(
-            source.hidden, source.weight, replace(source.loop, scale=scale), lambda: func(source.make(), number)
-        )
-        return scaled
-
-    def _largest(self, func: Any, rest: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        """``max`` or ``argmax`` over the vocabulary where the cross entropy has found them already."""
-        losses = self._source.losses
-        if losses is None or losses.argmax is None or options or rest not in ((-1,), (self.dim() - 1,)):
-            return None
-        if func is _aten.max.dim:
-            return losses.largest, losses.argmax
-        return losses.argmax if func is _aten.argmax.default else None
-
-
-def lazy_linear(hidden: Tensor, weight: Tensor, linear: TileLoop, loop: CrossEntropyLoop) -> LazyLogits:
-    """What ``tiled_linear(hidden, weight, None, linear)`` would return, lazily.
-
-    Args:
-        hidden: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
-        weight: ``[v, h]``.
-        linear: how to make the logits, if need be.
-        loop: how to compute their cross entropy.
-    """
-    logits: LazyLogits = _LazyLinear.apply(weight, None, linear, hidden)
-
-    @torch.no_grad()
-    def make() -> Tensor:
-        made = tiled_linear(hidden, weight, None, linear)
-        assert isinstance(made, Tensor)
-        return made
-
-    logits._source = _Source(hidden, weight, loop, make)
-    return logits
-
-
-class _LazyLinear(_TiledLinear):
-    """``_TiledLinear`` whose forward pass computes nothing; its backward pass serves made logits."""
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse(name)
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: None, loop: TileLoop, hidden: Tensor) -> LazyLogits:  # type: ignore[override]
-        needs_wgrad, _, _, needs_dgrad = ctx.needs_input_grad
-        ctx.loop = loop
-        ctx.param = weight if needs_wgrad else None
-        ctx.save_for_backward(weight if needs_dgrad else None, *((hidden,) if needs_wgrad else ()))
-        gathers = loop.comm is not None and loop.comm.sequence_parallel
-        tokens = hidden.shape[0] * (loop.comm.group.size() if gathers else 1)  # type: ignore[union-attr]
-        return LazyLogits((tokens, *hidden.shape[1:-1], weight.shape[0]), hidden)
+    def _refuse(*operation: Any) -> NoReturn:
+        raise TypeError(
+            f"{' '.join(map(str, operation))}: these logits go from the output layer to the model's loss in tiles and "
+            "never exist; to look at them, leave output out of --tiled-linear-modules"
+        )
 
 
-def _lazy_in(arguments: Any) -> list[LazyLogits]:
-    found: list[LazyLogits] = []
-    tree_map_only(LazyLogits, found.append, arguments)
-    return found
+def compute_language_model_loss(model: LanguageModule, labels: Tensor, logits: Tensor | LazyLogits) -> Tensor:
+    """Megatron's method of this name, which takes lazy logits too.
+
+    Args:
+        labels: ``[b, s]``.
+        logits: ``[s, b, v]``.
+
+    Returns:
+        Losses ``[b, s]``.
+    """
+    if isinstance(logits, LazyLogits):
+        return logits.cross_entropy(labels.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+    losses: Tensor = type(model).compute_language_model_loss(model, labels, logits)
+    return losses
+
+
+def has_tiled_loss(loss: Any) -> bool:
+    """Whether a model's ``compute_language_model_loss`` is the one above."""
+    return getattr(loss, "__func__", None) is compute_language_model_loss
+
+
+def stock_caller(frame: FrameType) -> str:
+    """Who calls the output layer, if it is Megatron's own code that does nothing with logits but to hand them to the
+    loss above; else ``""``.
+
+    Args:
+        frame: what has called the output layer's ``forward``.
+    """
+    while frame.f_globals is vars(torch_module) and frame.f_back is not None:
+        frame = frame.f_back
+    caller = origin(frame.f_code, frame.f_globals)
+    if caller not in CALLERS:
+        return ""
+    given = frame.f_locals
+    loss: Any
+    if caller == PREDICTION_LOSSES:
+        loss, scale_logits = given.get("compute_language_model_loss"), given.get("scale_logits_fn")
+    else:
+        loss, scale_logits = getattr(given.get("self"), "compute_language_model_loss", None), None  # its own: see below
+    if given.get("labels") is None or not has_tiled_loss(loss):
+        return ""
+    if scale_logits is not None and not is_stock(scale_logits, SCALE_LOGITS):
+        return ""
+    return "" if reason_for_whole_logits(loss.__self__) else caller

@@ -1,13 +1,14 @@
-"""The LM head in tiles: an output layer whose logits a language model's loss consumes tile by tile.
+"""The LM head in tiles: an output layer whose logits the stock loss of the same call consumes tile by tile.
 
 ``convert_head`` turns a built model's output layer into a ``TiledOutputLayer``, in place, and gives this one model a
-loss that recognises its lazy logits. The model's own code stays as it is: it calls the output layer (whose pre-hooks
-run), perhaps scales the logits, and hands them to ``compute_language_model_loss``, once for each prediction head.
+loss that takes lazy logits. The model's own code stays as it is: it calls the output layer (whose pre-hooks run),
+perhaps scales the logits, and hands them to ``compute_language_model_loss``, once for each prediction head.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -16,87 +17,71 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, mpu_buffer
-from megatron_tiling.resident.lazy_logits import LazyLogits, lazy_linear
+from megatron_tiling.resident.lazy_logits import LazyLogits, compute_language_model_loss, has_tiled_loss, stock_caller
+from megatron_tiling.resident.stock_loss import PREDICTION_LOSSES, calls_the_loss, reason_for_whole_logits
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.head import CrossEntropyLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
-from megatron_tiling.tiles.linear import TileLoop
 
 
 class TiledOutputLayer(TiledColumnParallelLinear):
-    """A tiled column layer that returns lazy logits where its caller can do with them.
+    """A tiled column layer that returns lazy logits to Megatron's own code where that hands them to the tiled loss.
 
-    It computes dense logits, tile by tile as any column layer, where they are gathered, where forward or backward
-    hooks look at them, with a bias, under autocast and ``torch.compile``, and in inference mode.
+    Everybody else gets dense logits, computed tile by tile as in any column layer; so does everybody where logits are
+    gathered, where forward or backward hooks look at them, with a bias, under autocast and ``torch.compile``, and in
+    inference mode.
 
     Args:
         head_tiles: memory bound and sizes of the loss's tiles. A micro-batch may be smaller than a tile.
-        keep_largest: the loss finds each token's largest logit too, for multi-token prediction's statistics.
     """
 
     head_tiles: HeadTiles
-    keep_largest: bool
-    _lazy = False
+    allreduce_dgrad: bool
+    disable_grad_reduce: bool
+    explicit_expert_comm: bool
+    sequence_parallel: bool
+    tp_group: Any
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Any, Tensor | None]:
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> ``[s, b, v]``, maybe lazy, and bias."""
         gathered = self.gather_output if runtime_gather_output is None else runtime_gather_output
-        self._lazy = not (
+        whole = (
             gathered
             or self.bias is not None
             or self._forward_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
+            or _has_any_global_hook()
             or torch.is_inference_mode_enabled()
             or torch.is_autocast_enabled(input_.device.type)
             or torch.compiler.is_compiling()
         )
-        try:
+        caller = "" if whole else stock_caller(sys._getframe(1))
+        if not caller:
             return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
-        finally:
-            self._lazy = False
+        loop = self.loss_loop(input_, keep_largest=caller == PREDICTION_LOSSES)
+        return LazyLogits(input_, self.weight if weight is None else weight, loop), None
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Any:  # type: ignore[override]
-        if not self._lazy:
-            return super()._forward_impl(input, weight, **options)
-        fuse_wgrad, tp_group = options["gradient_accumulation_fusion"], options["tp_group"]
-        sequence_parallel, allreduce_dgrad = options["sequence_parallel"], options["allreduce_dgrad"]
+    def loss_loop(self, input_: Tensor, *, keep_largest: bool = False) -> CrossEntropyLoop:
+        """How the losses of ``input_``, shaped as for ``forward``, are computed without logits."""
         comm = group = None
-        if tp_group is not None and tp_group.size() > 1:
-            group = tp_group
-            if sequence_parallel or allreduce_dgrad:
-                comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
+        sequence_parallel = self.sequence_parallel and not self.explicit_expert_comm
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            group = self.tp_group
+            reduces = not (sequence_parallel or self.explicit_expert_comm or self.disable_grad_reduce)
+            comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
         tiles = self.head_tiles
         if tiles.tokens is not None:
-            tokens = math.prod(input.shape[:-1]) * (tp_group.size() if sequence_parallel else 1)
+            tokens = math.prod(input_.shape[:-1]) * (group.size() if group and sequence_parallel else 1)
             tiles = replace(tiles, tokens=max(1, min(tiles.tokens, tokens)))
-        linear = TileLoop(self.grid, fuse_wgrad=fuse_wgrad, fp32_accumulate=self.fp32_accumulate, comm=comm)
-        loop = CrossEntropyLoop(tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=self.keep_largest)
-        return lazy_linear(input, weight, linear, loop)
-
-
-def compute_language_model_loss(model: LanguageModule, labels: Tensor, logits: Tensor) -> Tensor:
-    """Megatron's method of this name, which takes lazy logits without making them.
-
-    Args:
-        labels: ``[b, s]``.
-        logits: ``[s, b, v]``; those that somebody has looked at go Megatron's way.
-
-    Returns:
-        Losses ``[b, s]``.
-    """
-    if isinstance(logits, LazyLogits):
-        if logits.pending:
-            losses = logits.cross_entropy(labels.transpose(0, 1).contiguous())
-            return losses.transpose(0, 1).contiguous()
-        logits = logits.dense()
-    losses = type(model).compute_language_model_loss(model, labels, logits)
-    return losses
+        fuse_wgrad = self.gradient_accumulation_fusion
+        return CrossEntropyLoop(tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:
@@ -108,7 +93,7 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
             otherwise ``head_memory_mib`` chooses them.
 
     Returns:
-        Why the head stays as it is, or ``""``.
+        Why the logits stay whole, or ``""``.
 
     Raises:
         ValueError: a size out of range, or a setting that the head cannot honour, naming its flag.
@@ -116,12 +101,10 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
     layer = getattr(model, "output_layer", None)
     if layer is None:
         return "this pipeline stage has no output layer"
-    if type(layer) not in (ColumnParallelLinear, TiledColumnParallelLinear):
+    if type(layer) not in (ColumnParallelLinear, TiledColumnParallelLinear, TiledOutputLayer):
         return f"{type(layer).__name__} is not a stock column layer"
     if layer.bias is not None:
         return "the output layer has a bias"
-    if type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
-        return f"{type(model).__name__} has a loss of its own"
     if model.config.cross_entropy_loss_fusion and model.config.cross_entropy_fusion_impl == "te":
         raise ValueError(
             "--cross-entropy-fusion-impl te: the tiled LM head computes the loss itself, fused already; use native, "
@@ -134,35 +117,34 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
             f"write output=1x{out_splits}"
         )
     _head_tiles(config).check(tokens=None, vocabulary=layer.output_size_per_partition)
-    return ""
+    own_loss = vars(model).get("compute_language_model_loss")
+    if own_loss is not None and not has_tiled_loss(own_loss):
+        return "this model was given a compute_language_model_loss of its own"
+    if not calls_the_loss(model):
+        return f"the code of {type(model).__name__} that calls the loss is not Megatron's own"
+    return reason_for_whole_logits(model)
 
 
 def convert_head(model: LanguageModule, config: TilingConfig) -> str:
     """Compute the model's loss tile by tile from now on. In place; nothing is drawn or copied.
 
     Args:
-        model, config: as for ``check_head``.
+        model, config: as for ``check_head``; the output layer is a ``TiledColumnParallelLinear``.
 
     Returns:
-        Why the head stays as it is, or ``""``.
+        Why the logits stay whole, or ``""``.
 
     Raises:
         ValueError: as ``check_head``.
     """
-    if reason := check_head(model, config):
-        return reason
-    layer, (in_splits, out_splits) = model.output_layer, config.splits_of("output")
-    built_stock = type(layer) is ColumnParallelLinear
-    layer.__class__ = TiledOutputLayer
-    if built_stock:
-        splits = in_splits, min(out_splits, layer.output_size_per_partition)
-        layer.set_tiles(*splits, fp32_accumulate=config.fp32_accumulate)
-        if config.fuse_wgrad is not None:
-            layer.gradient_accumulation_fusion = config.fuse_wgrad
-    layer.head_tiles = _head_tiles(config)
-    layer.keep_largest = bool(getattr(model.config, "mtp_num_layers", None))
-    model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
-    return ""
+    reason = check_head(model, config)
+    if not reason:
+        layer: Any = model.output_layer
+        assert type(layer) is not ColumnParallelLinear, "convert_head takes an output layer that is tiled"
+        layer.__class__ = TiledOutputLayer
+        layer.head_tiles = _head_tiles(config)
+        model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
+    return reason
 
 
 def _head_tiles(config: TilingConfig) -> HeadTiles:

@@ -5,14 +5,14 @@ log-sum-exp per token; the backward pass makes each tile again, turns it into it
 multiplies it into both gradients. That is four GEMMs in all; the dense form has three, but moves every logit
 through memory many times.
 
-Depends on torch alone, with Triton kernels for the softmax on GPUs (``softmax.py``).
+Depends on torch alone; ``softmax.py`` has what is done to a tile of logits.
 Semantics are those of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into
 from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.softmax import Statistics
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 
@@ -128,13 +130,16 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         x = flat(gathered)
         token_parts, column_parts = _cut(loop, len(x), weight, backward=False)
         local_labels = labels.reshape(-1) - loop.first_column(len(weight))
-        statistics = _Statistics(local_labels, _wide(x.dtype), loop)
+        statistics = Statistics.of_no_logits(
+            local_labels, _wide(x.dtype), sum_logits=loop.label_smoothing > 0.0, argmax=loop.keep_largest
+        )
+        update_statistics = softmax_for(x).update_statistics
         buffer = _LogitsBuffer(x, token_parts, column_parts)
         for tokens in token_parts:
             for columns in column_parts:
                 logits = buffer.logits(x[tokens], weight[columns])
-                statistics.update(logits, tokens, columns)
-        loss, log_sum_exp = statistics.loss(len(weight))
+                update_statistics(logits, columns.start, local_labels[tokens], loop.scale, statistics.of(tokens))
+        loss, log_sum_exp = _loss(statistics, local_labels, len(weight), loop)
         ctx.save_for_backward(hidden, weight, local_labels, log_sum_exp)
         if statistics.argmax is None:
             return loss.view_as(labels), None, None
@@ -157,6 +162,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         grad_loss = grad_loss.reshape(-1).to(log_sum_exp.dtype)
 
         target_weights = loop.target_weights(len(weight))
+        logits_to_gradient = softmax_for(x).logits_to_gradient
         wgrad = WeightGrad(ctx.param, loop.fuse_wgrad) if needs_wgrad else None
         buffer = _LogitsBuffer(x, token_parts, column_parts)
         dgrad = _InputGrad(x, token_parts, column_parts) if needs_dgrad else None
@@ -229,134 +235,29 @@ class _InputGrad:
         return self._result
 
 
-class _Statistics:
-    """What the forward pass learns of each token's logits, in float32 or wider, and the loss made of it."""
-
-    def __init__(self, local_labels: Tensor, dtype: torch.dtype, loop: CrossEntropyLoop) -> None:
-        self._labels, self._loop = local_labels, loop
-        filled = partial(torch.full, local_labels.shape, dtype=dtype, device=local_labels.device)
-        self.largest = filled(fill_value=float("-inf"))
-        self._sum_exp, self._label_logit = filled(fill_value=0.0), filled(fill_value=0.0)
-        self._sum_logits = filled(fill_value=0.0) if loop.label_smoothing else None
-        self.argmax = torch.zeros_like(local_labels) if loop.keep_largest else None
-
-    def update(self, logits: Tensor, tokens: slice, columns: slice) -> None:
-        """Take in a tile ``[n_t, v_t]``."""
-        update_statistics(
-            logits,
-            columns.start,
-            self._labels[tokens],
-            self._loop.scale,
-            self.largest[tokens],
-            self._sum_exp[tokens],
-            self._label_logit[tokens],
-            None if self._sum_logits is None else self._sum_logits[tokens],
-            None if self.argmax is None else self.argmax[tokens],
-        )
-
-    def loss(self, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Loss and log-sum-exp ``[n]`` over the whole vocabulary; two collectives, three in Megatron."""
-        group = self._loop.group
-        has_label = (self._labels >= 0) & (self._labels < vocabulary)
-        largest = self.largest
-        if group is not None:
-            largest = largest.clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        sums = torch.stack(
-            [
-                self._sum_exp * torch.exp(self.largest - largest),
-                torch.where(has_label, self._label_logit - largest, 0.0),
-            ]
-        )
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-        log_sum = torch.log(sums[0])
-        loss, log_sum_exp = log_sum - sums[1], log_sum + largest
-        if self._sum_logits is not None:
-            label_weight, other_weight = self._loop.target_weights(vocabulary)
-            loss = label_weight * loss + other_weight * (vocabulary * log_sum_exp - self._sum_logits)
-        return loss, log_sum_exp
-
-
-def update_statistics(
-    logits: Tensor,
-    first_column: int,
-    labels: Tensor,
-    scale: float,
-    largest: Tensor,
-    sum_exp: Tensor,
-    label_logit: Tensor,
-    sum_logits: Tensor | None,
-    argmax: Tensor | None,
-) -> None:
-    """Take a tile of logits into the statistics of its tokens, in place.
-
-    Args:
-        logits: ``[n_t, v_t]``, columns ``first_column`` and on of this rank's.
-        labels: ``[n_t]``, numbered as this rank's columns; others than this tile's are passed over.
-        scale: multiplies the logits before all else.
-        largest, sum_exp: ``[n_t]``, the largest logit so far and the sum of ``exp(logit - largest)``.
-        label_logit: ``[n_t]``.
-        sum_logits, argmax: ``[n_t]``, or ``None`` if not wanted.
-    """
-    if _on_gpu(logits):
-        from megatron_tiling.tiles.kernels import softmax
-
-        softmax.update_statistics(
-            logits, first_column, labels, scale, largest, sum_exp, label_logit, sum_logits, argmax
-        )
-        return
-    scaled = logits.to(sum_exp.dtype) * scale
-    tile_largest, tile_argmax = scaled.max(dim=-1)
-    if argmax is not None:
-        argmax.copy_(torch.where(tile_largest > largest, first_column + tile_argmax, argmax))
-    if sum_logits is not None:
-        sum_logits += scaled.sum(dim=-1)
-    new_largest = torch.maximum(largest, tile_largest)
-    shift = torch.where(torch.isneginf(new_largest), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
-    sum_exp *= torch.exp(largest - shift)
-    sum_exp += torch.exp(scaled - shift[:, None]).sum(dim=-1)
-    largest.copy_(new_largest)
-    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
-    label_logit.copy_(torch.where(here, scaled.gather(1, columns[:, None]).squeeze(1), label_logit))
-
-
-def logits_to_gradient(
-    logits: Tensor,
-    first_column: int,
-    labels: Tensor,
-    log_sum_exp: Tensor,
-    grad_loss: Tensor,
-    scale: float,
-    label_weight: float,
-    other_weight: float,
-) -> None:
-    """Overwrite a tile of logits with the gradient of the losses with respect to it.
-
-    ``(exp(scale * logit - log_sum_exp) - label_weight * onehot(label) - other_weight) * grad_loss * scale``
-
-    Args:
-        logits: ``[n_t, v_t]``, columns ``first_column`` and on of this rank's.
-        labels, log_sum_exp, grad_loss: ``[n_t]``.
-    """
-    if _on_gpu(logits):
-        from megatron_tiling.tiles.kernels import softmax
-
-        softmax.logits_to_gradient(
-            logits, first_column, labels, log_sum_exp, grad_loss, scale, label_weight, other_weight
-        )
-        return
-    gradient = torch.exp(logits.to(log_sum_exp.dtype) * scale - log_sum_exp[:, None]) - other_weight
-    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
-    gradient.scatter_add_(1, columns[:, None], here[:, None].to(gradient.dtype) * -label_weight)
-    logits.copy_(gradient * (grad_loss * scale)[:, None])
-
-
-def _columns_of_labels(labels: Tensor, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Each label's column in the tile, 0 if it has none there, and whether it has one."""
-    column = labels - first_column
-    here = (column >= 0) & (column < columns)
-    return torch.where(here, column, 0), here
+def _loss(
+    statistics: Statistics, local_labels: Tensor, vocabulary: int, loop: CrossEntropyLoop
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp ``[n]`` over the whole vocabulary; two collectives, three in Megatron."""
+    has_label = (local_labels >= 0) & (local_labels < vocabulary)
+    largest = statistics.largest
+    if loop.group is not None:
+        largest = largest.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=loop.group)
+    sums = torch.stack(
+        [
+            statistics.sum_exp * torch.exp(statistics.largest - largest),
+            torch.where(has_label, statistics.label_logit - largest, 0.0),
+        ]
+    )
+    if loop.group is not None:
+        dist.all_reduce(sums, group=loop.group)
+    log_sum = torch.log(sums[0])
+    loss, log_sum_exp = log_sum - sums[1], log_sum + largest
+    if statistics.sum_logits is not None:
+        label_weight, other_weight = loop.target_weights(vocabulary)
+        loss = label_weight * loss + other_weight * (vocabulary * log_sum_exp - statistics.sum_logits)
+    return loss, log_sum_exp
 
 
 def _cut(loop: CrossEntropyLoop, tokens: int, weight: Tensor, *, backward: bool) -> tuple[list[slice], list[slice]]:
@@ -377,8 +278,13 @@ def _cut(loop: CrossEntropyLoop, tokens: int, weight: Tensor, *, backward: bool)
     )
 
 
-def _on_gpu(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
+def softmax_for(logits: Tensor) -> ModuleType:
+    """``tiles/softmax.py``, or its two functions as kernels for tiles of this device and dtype."""
+    if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        from megatron_tiling.tiles.kernels import softmax as kernels
+
+        return kernels
+    return softmax
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

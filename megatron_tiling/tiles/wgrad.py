@@ -40,7 +40,8 @@ class WeightGrad:
         # A gradient, though nobody reads it, keeps DDP's hooks on the main backward thread: see LinearWithGrad-
         # AccumulationAndAsyncCommunication in megatron-core's tensor_parallel/layers.py. DDP drops it at once.
         self._weight.grad_added_to_main_grad = True
-        if getattr(self._weight, "zero_out_wgrad", False):  # this one DDP adds to main_grad
+        # zero_out_wgrad: this one DDP adds to main_grad; anomaly detection reads it.
+        if getattr(self._weight, "zero_out_wgrad", False) or torch.is_anomaly_enabled():
             return torch.zeros_like(self._weight)
         return _Placeholder(self._weight)
 
@@ -66,7 +67,10 @@ class _Placeholder(torch.Tensor):
             augend, addend = args
             if isinstance(addend, cls) or not in_place:
                 return augend if isinstance(addend, cls) else addend
-        raise RuntimeError(f"{func} reads a weight gradient that gradient accumulation fusion has put into main_grad")
+        raise RuntimeError(
+            f"{func} reads a weight gradient that gradient accumulation fusion has put into main_grad; "
+            "leave fusion out with --no-gradient-accumulation-fusion"
+        )
 
     def __repr__(self, **unused: Any) -> str:  # type: ignore[override]
         return f"_Placeholder({tuple(self.shape)}, {self.dtype})"

@@ -2,12 +2,11 @@
 
     torchrun --standalone --nproc-per-node TP -m tests.resident.check_lm_head
 
-Losses, every gradient, prediction statistics and collectives, over all pairs of options; logits whole are never made
-where nobody looks at them, and equal stock's where somebody does. The loss on its own equals float64 to 1e-10.
+Losses, every gradient, prediction statistics and collectives, over all pairs of options; logits whole are never made.
+The loss on its own equals float64 to 1e-10. Whoever looks at logits: see check_lazy_logits.py.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,11 +45,8 @@ class Whole(TorchDispatchMode):
     seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from megatron_tiling.resident.lazy_logits import LazyLogits
-
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.seen += any(leaf.numel() == LOGITS and not isinstance(leaf, LazyLogits) for leaf in tensors)
+        self.seen += any(isinstance(leaf, Tensor) and leaf.numel() == LOGITS for leaf in tree_leaves(result))
         return result
 
 
@@ -71,7 +67,7 @@ def build(case: dict[str, Any]) -> Any:
         tensor_model_parallel_size=TP,
         sequence_parallel=case["sequence_parallel"] and TP > 1,
         mtp_num_layers=case["prediction_heads"] or None,
-        mtp_detach_heads=case["detach_heads"] and bool(case["prediction_heads"]),
+        **({"mtp_detach_heads": True} if case["detach_heads"] and case["prediction_heads"] else {}),  # from 0.19 on
         calculate_per_token_loss=case["per_token_loss"],
         cross_entropy_loss_fusion=case["loss_fusion"],
         params_dtype=case["dtype"],
@@ -137,15 +133,23 @@ def step(model: Any, mode: str, main_grad: torch.dtype | None = None) -> tuple[d
     return found, counter, whole.seen
 
 
+def tile_head(model: Any, config: Any) -> str:
+    """Tile the output layer; what the table says of it."""
+    from megatron_tiling import tile
+
+    return next(row.note for row in tile(model, config) if row.name == "output_layer")
+
+
 def check(case: dict[str, Any]) -> None:
     from megatron_tiling.config import TilingConfig
-    from megatron_tiling.resident.lm_head import TiledOutputLayer, convert_head
+    from megatron_tiling.resident.lm_head import TiledOutputLayer
 
     model = build(case)
     dense, dense_counter, dense_whole = step(model, case["mode"])
     splits = {} if case["vocabulary"] is None else {"output": (1, case["vocabulary"])}
-    config = TilingConfig(splits=splits, fuse_wgrad=case["main_grad"] is not None, head_tokens=case["tokens"])
-    assert convert_head(model, config) == ""
+    fuse_wgrad = case["main_grad"] is not None
+    config = TilingConfig(modules=("output",), splits=splits, fuse_wgrad=fuse_wgrad, head_tokens=case["tokens"])
+    assert tile_head(model, config) == "loss in tiles of logits"
     assert type(model.output_layer) is TiledOutputLayer
     for _ in range(2):  # the second micro-batch meets what the first has left behind
         tiled, counter, whole = step(model, case["mode"], case["main_grad"])
@@ -168,84 +172,12 @@ def check(case: dict[str, Any]) -> None:
         assert not whole, f"{whole} tensors as large as all logits"
 
 
-def check_other_uses() -> None:
-    """Whoever looks at the logits finds stock's, with stock's gradient."""
-    # bf16: stock's loss overwrites float32 logits, so that nobody else can use them
-    case = {name: values[0] for name, values in OPTIONS.items()} | {"dtype": torch.bfloat16}
-    uses: dict[str, Callable[[Any, dict[str, Tensor]], Tensor]] = {
-        "no labels": lambda model, inputs: model(**(inputs | {"labels": None})).exp(),
-        "output_processor": lambda model, inputs: model(**inputs, output_processor=z_loss),
-        "label smoothing": lambda model, inputs: model(**inputs, output_processor=smoothed),
-        "Megatron's own loss": lambda model, inputs: model(**inputs, output_processor=smoothed_by_megatron),
-        "hooked": hooked,
-        "gathered": lambda model, inputs: model(**(inputs | {"labels": None}), runtime_gather_output=True),
-        "labels after a look": looked_at,
-    }
-    for name, use in uses.items():
-        results = []
-        for convert in (False, True):
-            model = build(case)
-            if convert:
-                from megatron_tiling.config import TilingConfig
-                from megatron_tiling.resident.lm_head import convert_head
-
-                convert_head(model, TilingConfig())
-            output = use(model, batch())
-            output.sum().backward()
-            results.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
-        for stock, tiled in zip(*results, strict=True):
-            assert relative_error(tiled, stock) <= TOLERANCE[case["dtype"]], f"{name}: {relative_error(tiled, stock)}"
-
-
-def z_loss(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any) -> Tensor:
-    logits, _ = output_layer(hidden_states, weight=output_weight)
-    losses: Tensor = helpers["compute_language_model_loss"](labels, logits)
-    return losses + 1e-2 * torch.logsumexp(logits.float(), dim=-1).square().t()
-
-
-def smoothed(hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any) -> Tensor:
-    from megatron_tiling.resident.lazy_logits import LazyLogits
-
-    logits, _ = output_layer(hidden_states, weight=output_weight)
-    if not isinstance(logits, LazyLogits):
-        return smoothed_by_megatron(hidden_states, output_layer, output_weight, labels)
-    return logits.cross_entropy(labels.t(), label_smoothing=0.1)
-
-
-def smoothed_by_megatron(
-    hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **helpers: Any
-) -> Tensor:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    logits, _ = output_layer(hidden_states, weight=output_weight)
-    losses: Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous(), label_smoothing=0.1)
-    return losses
-
-
-def hooked(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.output_layer.register_forward_hook(lambda layer, args, output: seen.append(output[0]))
-    losses: Tensor = model(**inputs)
-    handle.remove()
-    assert type(seen[0]) is Tensor
-    return losses + seen[0].square().mean()
-
-
-def looked_at(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    def halve(logits: Tensor) -> Tensor:
-        return logits.div_(2.0)
-
-    model._scale_logits = halve
-    losses: Tensor = model(**inputs)
-    return losses
-
-
 def check_refusals() -> None:
     """What cannot be honoured is refused by name, what is no stock head stays as it is; pre-hooks run."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     from megatron_tiling.config import TilingConfig
-    from megatron_tiling.resident.lm_head import convert_head
+    from megatron_tiling.resident.lm_head import check_head
 
     case = {name: values[0] for name, values in OPTIONS.items()}
     refusals: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -260,7 +192,7 @@ def check_refusals() -> None:
         if "fusion-impl" in message:
             model.config.cross_entropy_loss_fusion, model.config.cross_entropy_fusion_impl = True, "te"
         try:
-            convert_head(model, TilingConfig(splits=splits, **sizes))
+            check_head(model, TilingConfig(splits=splits, **sizes))
         except ValueError as error:
             assert str(error).startswith(message), error
         else:
@@ -268,18 +200,16 @@ def check_refusals() -> None:
         assert type(model.output_layer) is ColumnParallelLinear
 
     model = build(case)
-    own = type("OwnLoss", (type(model),), {"compute_language_model_loss": lambda self, labels, logits: logits.sum()})
-    model.__class__ = own
-    assert convert_head(model, TilingConfig()) == "OwnLoss has a loss of its own"
-    model = build(case)
     model.output_layer = torch.nn.Sequential(model.output_layer)
-    assert convert_head(model, TilingConfig()) == "Sequential is not a stock column layer"
+    assert check_head(model, TilingConfig()) == "Sequential is not a stock column layer"
     model = build(case)
     del model.output_layer
-    assert convert_head(model, TilingConfig()) == "this pipeline stage has no output layer"
+    assert check_head(model, TilingConfig()) == "this pipeline stage has no output layer"
 
     model = build(case)
-    assert convert_head(model, TilingConfig()) == ""
+    assert check_head(model, TilingConfig()) == ""
+    assert type(model.output_layer) is ColumnParallelLinear and "compute_language_model_loss" not in vars(model)
+    tile_head(model, TilingConfig(modules=("output",)))
     calls: list[Any] = []
     model.output_layer.register_forward_pre_hook(lambda layer, args: calls.append(layer))
     step(model, "train")
@@ -329,7 +259,6 @@ def check_float64() -> None:
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP):
         check_float64()
-        check_other_uses()
         check_refusals()
         cases = all_pairs(OPTIONS)
         for case in cases:

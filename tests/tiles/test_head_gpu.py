@@ -1,14 +1,12 @@
 """The tiled LM head on a GPU: its kernels against the torch form in float64, its errors, a stock model."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_tiling.tiles import head as cross_entropy
-from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head import CrossEntropyLoop, softmax_for, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.softmax import Statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,20 +36,15 @@ def _run(
     logits: Tensor, first: int, labels: Tensor, scale: float, upstream: Tensor, smooth: bool
 ) -> tuple[Tensor, ...]:
     """Statistics of two equal tiles of logits, and the gradient of one."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    largest = torch.full((len(logits),), -math.inf, device="cuda", dtype=wide)
-    sum_exp, label_logit, sum_logits = (torch.zeros_like(largest) for _ in range(3))
-    argmax = torch.zeros_like(labels)
+    form, wide = softmax_for(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
+    statistics = Statistics.of_no_logits(labels, wide, sum_logits=smooth, argmax=True)
     for _ in range(2):
-        cross_entropy.update_statistics(
-            logits, first, labels, scale, largest, sum_exp, label_logit, sum_logits if smooth else None, argmax
-        )
+        form.update_statistics(logits, first, labels, scale, statistics)
     gradient = logits.clone()
     weights = (0.9, 0.1 / logits.shape[1]) if smooth else (1.0, 0.0)
-    cross_entropy.logits_to_gradient(
-        gradient, first, labels, largest + sum_exp.log(), upstream.to(wide), scale, *weights
-    )
-    return largest, sum_exp, label_logit, sum_logits, argmax, gradient
+    log_sum_exp = statistics.largest + statistics.sum_exp.log()
+    form.logits_to_gradient(gradient, first, labels, log_sum_exp, upstream.to(wide), scale, *weights)
+    return *(value for value in vars(statistics).values() if value is not None), gradient
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,8 +109,7 @@ def test_a_stock_model_trains_alike(megatron, tied, prediction_heads):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_tiling.config import TilingConfig
-    from megatron_tiling.resident.lm_head import convert_head
+    from megatron_tiling import TilingConfig, tile
 
     config = TransformerConfig(
         num_layers=1, hidden_size=256, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, bf16=True,
@@ -140,6 +132,7 @@ def test_a_stock_model_trains_alike(megatron, tied, prediction_heads):
         return [losses.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
     dense = step()
-    assert convert_head(model, TilingConfig(splits={"output": (1, 5)}, head_tokens=100)) == ""
+    table = tile(model, TilingConfig(modules=("output",), splits={"output": (1, 5)}, head_tokens=100))
+    assert [row.note for row in table if row.name == "output_layer"] == ["loss in tiles of logits"]
     for ours, theirs in zip(step(), dense, strict=True):
         assert (ours.double() - theirs).norm() <= 1e-2 * theirs.double().norm()

@@ -56,3 +56,11 @@ def test_shared_weights_get_zeros(weight: Any) -> None:
     weight.zero_out_wgrad = True
     fused(torch.randn(5, 8, dtype=torch.float64), weight).sum().backward()
     assert type(weight.grad) is Tensor and not weight.grad.any()
+
+
+def test_anomaly_detection_reads_zeros(weight: Any) -> None:
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with torch.autograd.set_detect_anomaly(True):
+        (fused(x, weight).sum() + x.sum() * weight.sum()).backward()
+    torch.testing.assert_close(weight.main_grad, x.sum(0).expand(12, 8))
+    torch.testing.assert_close(weight.grad, x.sum().expand(12, 8))

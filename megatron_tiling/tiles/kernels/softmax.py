@@ -1,6 +1,6 @@
 """Triton kernels on one tile of logits: softmax statistics of its tokens, and its gradient in place.
 
-The same two functions as in ``cross_entropy.py``, for logits of at most 32 bits on a GPU, in float32. A
+The same two functions as in ``tiles/softmax.py``, for logits of at most 32 bits on a GPU, in float32. A
 program handles a token's row or a block of it. Both kernels are bound by memory bandwidth: the first reads each
 logit once, the second reads and writes it once.
 """
@@ -10,31 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_tiling.tiles.softmax import Statistics
+
 STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
 
 
-def update_statistics(
-    logits: Tensor,
-    first_column: int,
-    labels: Tensor,
-    scale: float,
-    largest: Tensor,
-    sum_exp: Tensor,
-    label_logit: Tensor,
-    sum_logits: Tensor | None,
-    argmax: Tensor | None,
-) -> None:
-    """See ``cross_entropy.update_statistics``."""
+def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: float, statistics: Statistics) -> None:
+    """See ``tiles/softmax.py``."""
     tokens, columns = logits.shape
     if tokens == 0:
         return
-    _check_written(logits, largest, sum_exp, label_logit, sum_logits, argmax)
+    written = (
+        statistics.largest, statistics.sum_exp, statistics.label_logit, statistics.sum_logits, statistics.argmax,
+    )  # fmt: skip
+    _check_written(logits, *written)
     block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
     with torch.cuda.device_of(logits):
         _update_statistics[(tokens,)](
             logits, logits.stride(0), columns, first_column, labels.contiguous(), scale,
-            largest, sum_exp, label_logit, sum_logits, argmax,
+            *written,
             BLOCKS=triton.cdiv(columns, block), BLOCK=block, num_warps=STATISTICS_WARPS,
         )  # fmt: skip
 
@@ -49,7 +44,7 @@ def logits_to_gradient(
     label_weight: float,
     other_weight: float,
 ) -> None:
-    """See ``cross_entropy.logits_to_gradient``."""
+    """See ``tiles/softmax.py``."""
     tokens, columns = logits.shape
     if tokens == 0:
         return

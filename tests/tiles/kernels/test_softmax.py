@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tiling.tiles import head as cross_entropy
+from megatron_tiling.tiles import head, softmax
 from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.softmax import Statistics
 
 kernels = pytest.importorskip("megatron_tiling.tiles.kernels.softmax")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +48,7 @@ def test_gradient(labels_as, log_sum_exp_as, grad_as) -> None:
     log_sum_exp = log_sum_exp_as(logits.logsumexp(1))
     grad = grad_as(torch.rand(TOKENS, device=DEVICE))
     expected = logits.double()
-    cross_entropy.logits_to_gradient(expected, 2, labels, log_sum_exp.double(), grad.double(), 0.5, 0.9, 0.01)
+    softmax.logits_to_gradient(expected, 2, labels, log_sum_exp.double(), grad.double(), 0.5, 0.9, 0.01)
     kernels.logits_to_gradient(logits, 2, labels, log_sum_exp, grad, 0.5, 0.9, 0.01)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
 
@@ -56,30 +57,30 @@ def test_gradient(labels_as, log_sum_exp_as, grad_as) -> None:
 def test_statistics(labels_as) -> None:
     logits, labels = rows(), labels_as(torch.randint(0, COLUMNS, (TOKENS,), device=DEVICE))
     found = []
-    for update, dtype in ((kernels.update_statistics, torch.float32), (cross_entropy.update_statistics, torch.float64)):
-        largest = torch.full((TOKENS,), -math.inf, device=DEVICE, dtype=dtype)
-        sums = [torch.zeros_like(largest) for _ in range(3)]
-        update(logits.to(dtype), 0, labels, 1.0, largest, *sums, None)
-        found.append([largest, *sums])
+    for form, dtype in ((kernels, torch.float32), (softmax, torch.float64)):
+        statistics = Statistics.of_no_logits(labels, dtype, sum_logits=True, argmax=True)
+        form.update_statistics(logits.to(dtype), 0, labels, 1.0, statistics)
+        found.append(vars(statistics).values())
     for ours, exact in zip(*found, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.to(exact.dtype), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_written_must_be_dense() -> None:
     vector, labels = torch.zeros(TOKENS, device=DEVICE), torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="contiguous"):
-        kernels.update_statistics(rows(), 0, labels, 1.0, strided(vector), vector, vector, None, None)
+        kernels.update_statistics(rows(), 0, labels, 1.0, Statistics(strided(vector), vector, vector))
     with pytest.raises(ValueError, match="dense rows"):
         kernels.logits_to_gradient(rows(dense=False), 0, labels, vector, vector, 1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("update", [kernels.update_statistics, cross_entropy.update_statistics])
-def test_a_first_tile_of_nothing_but_minus_infinity(update) -> None:
+@pytest.mark.parametrize("form", [kernels, softmax])
+def test_a_first_tile_of_nothing_but_minus_infinity(form) -> None:
     labels = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    largest, sum_exp, label = torch.full((1,), -math.inf, device=DEVICE), *torch.zeros(2, 1, device=DEVICE)
+    statistics = Statistics.of_no_logits(labels, torch.float32)
     for tile in (torch.full((1, 3), -math.inf), torch.tensor([[1.0, 2.0]])):
-        update(tile.to(DEVICE), 0, labels, 1.0, largest, sum_exp, label, None, None)
-    torch.testing.assert_close(largest + sum_exp.log(), torch.tensor([1.0, 2.0], device=DEVICE).logsumexp(0)[None])
+        form.update_statistics(tile.to(DEVICE), 0, labels, 1.0, statistics)
+    log_sum_exp = statistics.largest + statistics.sum_exp.log()
+    torch.testing.assert_close(log_sum_exp, torch.tensor([1.0, 2.0], device=DEVICE).logsumexp(0)[None])
 
 
 REDUCTIONS = {
@@ -95,8 +96,7 @@ REDUCTIONS = {
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_reduction_of_the_losses(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd hands over a gradient of stride 0 for a sum."""
-    monkeypatch.setattr(cross_entropy, "logits_to_gradient", kernels.logits_to_gradient)
-    monkeypatch.setattr(cross_entropy, "update_statistics", kernels.update_statistics)
+    monkeypatch.setattr(head, "softmax_for", lambda logits: kernels)
     hidden = torch.randn(16, 4, 32, device=DEVICE, requires_grad=True)
     weight = torch.randn(64, 32, device=DEVICE, requires_grad=True)
     labels = torch.randint(0, 64, (16, 4), device=DEVICE)
