@@ -100,8 +100,7 @@ def has_tiled_loss(loss: Any) -> bool:
 
 
 def stock_caller(frame: FrameType) -> str:
-    """Who calls the output layer, if it is Megatron's own code that does nothing with logits but to hand them to the
-    loss above; else ``""``.
+    """Who calls the output layer, if it is Megatron's own code that hands its logits to the loss above; else ``""``.
 
     Args:
         frame: what has called the output layer's ``forward``.

@@ -65,8 +65,9 @@ def is_stock(function: Any, name: str) -> bool:
 
 
 def _parts(model: LanguageModule) -> Iterator[tuple[Any, str]]:
-    """What stands in the place of each function that stock's loss runs through, or that sees its logits before or
-    after, and the name of stock's; ``None`` where this Megatron has none.
+    """What stands in the place of each function that stock's loss runs through or that sees its logits, and its name.
+
+    ``None`` where this Megatron has none.
     """
     yield _member(LanguageModule, "compute_language_model_loss", found_on=type(model))
     yield getattr(model, "_scale_logits", None), SCALE_LOGITS
