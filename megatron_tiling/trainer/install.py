@@ -119,9 +119,7 @@ def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:
             elif value is not None:
                 argv += [option, *map(str, value if isinstance(value, list) else [value])]
     if parser.parse_known_args()[0] != parser.parse_args([]):
-        raise SystemExit(
-            f"megatron_tiling: with --yaml-cfg, write the flags into {args.yaml_cfg}: use_tiled_linear: true"
-        )
+        raise SystemExit(f"megatron_tiling: --yaml-cfg: flags are read from {args.yaml_cfg} alone; write them into it")
     vars(args).update(vars(parser.parse_args(argv)))
     return args
 
