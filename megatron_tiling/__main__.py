@@ -40,6 +40,13 @@ def main() -> None:
     from megatron_tiling.trainer.install import install
 
     install()
+    run(script)
+
+
+def run(script: str) -> None:
+    """Run a script as ``__main__``. One that fails ends this process, its traceback printed."""
+    import torch
+
     try:
         runpy.run_path(script, run_name="__main__")
     except BaseException as error:

@@ -54,11 +54,11 @@ def install() -> None:
         ("megatron.core.datasets.utils", "compile_helpers", _unless_built),
         *((module, name, _with_tiling_hook) for module, name in versions.builders_of_configs()),
     ]
-    replaced = [_wrap(importlib.import_module(module), name, around) for module, name, around in targets]
-    _replace_in_all_modules({id(getattr(wrapped, MARK)): wrapped for wrapped in replaced})
+    replaced = [wrap(importlib.import_module(module), name, around) for module, name, around in targets]
+    replace_in_all_modules({id(getattr(wrapped, MARK)): wrapped for wrapped in replaced})
 
 
-def _wrap(module: ModuleType, name: str, around: Callable[[Stock, Call], Any]) -> Any:
+def wrap(module: ModuleType, name: str, around: Callable[[Stock, Call], Any]) -> Any:
     """Put ``around(stock, call)`` in the place of a module's function, unless it is there already; return it."""
     stock = getattr(module, name, None)
     if stock is None:
@@ -78,7 +78,7 @@ def _wrap(module: ModuleType, name: str, around: Callable[[Stock, Call], Any]) -
     return wrapped
 
 
-def _replace_in_all_modules(replacements: dict[int, Any]) -> None:
+def replace_in_all_modules(replacements: dict[int, Any]) -> None:
     """Whoever has imported one of the functions, a script above its call of ``install`` too, gets the new one."""
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
