@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from megatron_tiling.tiles.tiled_linear import TiledLinear as TiledLinear
     from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias as TiledLinearReturnBias
     from megatron_tiling.tiles.tiled_linear import split_tensor_along_last_dim as split_tensor_along_last_dim
-    from megatron_tiling.trainer.hook import install as install
     from megatron_tiling.trainer.hook import tiled_model_provider as tiled_model_provider
     from megatron_tiling.trainer.hook import tiling_hook as tiling_hook
+    from megatron_tiling.trainer.install import install as install
 
 #: Where the names are that need torch or Megatron, whose import takes seconds: loaded when they are first asked for.
 _LAZY = {
@@ -22,7 +22,7 @@ _LAZY = {
     "TiledLinear": "tiles.tiled_linear",
     "TiledLinearReturnBias": "tiles.tiled_linear",
     "TiledRowParallelLinear": "resident.layers",
-    "install": "trainer.hook",
+    "install": "trainer.install",
     "split_tensor_along_last_dim": "tiles.tiled_linear",
     "tile": "convert",
     "tiled_model_provider": "trainer.hook",

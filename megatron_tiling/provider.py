@@ -1,5 +1,5 @@
 """A public path of before: see ``trainer/``."""
 
-from megatron_tiling.trainer.hook import install as install
 from megatron_tiling.trainer.hook import tiled_model_provider as tiled_model_provider
 from megatron_tiling.trainer.hook import tiling_hook as tiling_hook
+from megatron_tiling.trainer.install import install as install

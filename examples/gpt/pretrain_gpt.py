@@ -18,19 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-import megatron_tiling
-from megatron_tiling import cpu
-
-# A checkpoint is written by helper processes, which import this script under another name.
-if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
-    sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")
-
-# Adds --use-tiled-linear and its companions to Megatron's parser, and to its trainer the step that makes each
-# model tiled. Without the flag nothing changes: that run is the dense baseline. Stands above the imports that
-# bring in functions it wraps; the runner has called it already, and then it does nothing here.
-megatron_tiling.install()
-
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -52,6 +39,18 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+import megatron_tiling
+from megatron_tiling import cpu
+
+# A checkpoint is written by helper processes, which import this script under another name.
+if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installed():
+    sys.exit(f"No GPU here: start this script with `torchrun ... -m megatron_tiling {sys.argv[0]} ...`")
+
+# Adds --use-tiled-linear and its companions to Megatron's parser, and to its trainer the step that makes each
+# model tiled. Without the flag nothing changes: that run is the dense baseline. The runner has called it already,
+# and then it does nothing here.
+megatron_tiling.install()
 
 REFUSED = {
     "sft": "--sft",

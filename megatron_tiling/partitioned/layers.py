@@ -8,7 +8,6 @@ with Megatron's own mappings.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,6 +22,7 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_tiling.log import logger
 from megatron_tiling.partitioned.checkpoint import put_dense_weight, sharded_tiles, take_dense_weight
 from megatron_tiling.partitioned.modules import PairedTiles, PartitionedTiles, WeightTile
 from megatron_tiling.partitioned.regather import regathered_in_backward
@@ -34,8 +34,6 @@ from megatron_tiling.resident.layers import (
 )
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import gathered, tags
-
-logger = logging.getLogger(__name__)
 
 DrawTile = Callable[[int, int], Parameter]
 

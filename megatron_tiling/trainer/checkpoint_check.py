@@ -4,6 +4,9 @@ Stock Megatron answers some of these with a trace that names neither, ends with 
 format cannot be read, and goes on with random weights where such a file has other keys. So the checkpoint is looked
 at before stock loads it, and nothing of it is ever written. Errors of any other kind are stock's, trace and all.
 
+Rank 0 looks at what all ranks load, and tells the others; each rank compares its own part of the model, and looks at
+its own file of the legacy format. Whatever any of them meets, all get to know.
+
 The formats are ``torch_dist`` (``iter_0000100/metadata.json``, ``.metadata``, ``*.distcp``) and legacy ``torch``
 (``iter_0000100/mp_rank_00/model_optim_rng.pt``); other formats are left to stock.
 """
@@ -12,7 +15,8 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,63 +34,93 @@ class CheckpointError(ValueError):
     """The checkpoint is not one for this run; the message names the file or folder."""
 
 
-def check_on_all_ranks(args: Namespace, load_arg: str, model: list[torch.nn.Module], strict: bool) -> Path | None:
-    """``check_checkpoint`` on every rank; if any rank finds a fault, all end, and the first of them says why.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that will be loaded.
 
-    Args:
-        load_arg: the name of the argument that holds the folder.
-
-    Returns:
-        The folder that was looked at, if there is one.
-
-    Raises:
-        SystemExit: with the line on the first rank that found a fault, with exit code 1 and no line on others.
+    Attributes:
+        shapes: for ``torch_dist``, the whole shapes of its tensors by key.
+        legacy: it has a file a rank.
     """
-    if getattr(args, "non_persistent_ckpt_type", None):
-        return None  # stock may take such a checkpoint from elsewhere
-    load_dir = getattr(args, load_arg)
-    if load_dir is None or not Path(load_dir, TRACKER).is_file():
-        load_dir = getattr(args, "pretrained_checkpoint", None) or load_dir
-    fault = folder = None
-    try:
-        folder = check_checkpoint(args, load_dir, model, strict)
-    except CheckpointError as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(faults, fault)
-    first = next((rank for rank, found in enumerate(faults) if found), None)
-    if first is not None:
-        raise SystemExit(f"megatron_tiling: {fault}" if first == torch.distributed.get_rank() else 1)
-    return folder
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]] | None = None
+    legacy: bool = False
 
 
-def check_checkpoint(
-    args: Namespace, load_dir: str | None, model: list[torch.nn.Module], strict: bool = True
-) -> Path | None:
-    """Look at the checkpoint that Megatron is about to load into ``model``.
+def check_on_all_ranks(args: Namespace, load_arg: str, model: list[torch.nn.Module], strict: bool) -> Path | None:
+    """Look at the checkpoint that Megatron is about to load into ``model``. Collective.
 
     Args:
         args: Megatron's arguments.
-        load_dir: the folder that holds checkpoints and the tracker file.
+        load_arg: the name of the argument that holds the folder of checkpoints and tracker file.
         model: this rank's model chunks, unwrapped.
         strict: the model takes all of its weights from the checkpoint.
 
     Returns:
-        Its folder; ``None`` where stock starts from random weights.
+        The checkpoint's folder; ``None`` where stock starts from random weights, or takes it from elsewhere.
 
     Raises:
-        CheckpointError: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys.
+        SystemExit: it is damaged, incomplete, of another model, or has DeepSpeed's tile keys. With the line on the
+            first rank that found a fault, with exit code 1 and no line on others.
+    """
+    if getattr(args, "non_persistent_ckpt_type", None):
+        return None
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        answer = [_found_or_fault(lambda: find_checkpoint(args, _load_dir(args, load_arg)))]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    found = answer[0]
+    if isinstance(found, Found):
+        answer = [_found_or_fault(lambda: _compare_with_model(found, model, strict))]
+    faults: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(faults, answer[0] if isinstance(answer[0], str) else None)
+    first = next((rank for rank, fault in enumerate(faults) if fault), None)
+    if first is not None:
+        raise SystemExit(f"megatron_tiling: {faults[first]}" if first == torch.distributed.get_rank() else 1)
+    return found.folder if found else None
+
+
+def _found_or_fault(look: Callable[[], Found | None]) -> Found | str | None:
+    """What ``look`` returns, or the line that says why it did not."""
+    try:
+        return look()
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # of one rank: the others would wait for it
+        return f"the checkpoint cannot be looked at, {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _load_dir(args: Namespace, load_arg: str) -> str | None:
+    load_dir: str | None = getattr(args, load_arg)
+    if load_dir is None or not Path(load_dir, TRACKER).is_file():
+        load_dir = getattr(args, "pretrained_checkpoint", None) or load_dir
+    return load_dir
+
+
+def find_checkpoint(args: Namespace, load_dir: str | None) -> Found | None:
+    """The checkpoint that stock will take of ``load_dir``; ``None`` where it starts from random weights.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, or has DeepSpeed's tile keys.
     """
     folder = _checkpoint_folder(args, load_dir)
     if folder is None:
         return None
     if (folder / "metadata.json").exists():
-        _check_distributed(folder, model)
-    elif (folder / ".metadata").exists() and args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format:
+        return Found(folder, _distributed_shapes(folder))
+    if (folder / ".metadata").exists() and args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format:
         raise CheckpointError(f"{folder / 'metadata.json'} is missing: it says that the checkpoint is a torch_dist one")
-    elif any(folder.glob("mp_rank_*")):
-        _check_legacy(_rank_file(folder), model, strict)
-    return folder
+    return Found(folder, legacy=any(folder.glob("mp_rank_*")))
+
+
+def _compare_with_model(found: Found, model: list[torch.nn.Module], strict: bool) -> None:
+    """Raise a CheckpointError if the checkpoint, or this rank's file of it, is not one of the model."""
+    if found.shapes is not None:
+        wanted = _global_shapes(model).items()
+        _compare(found.folder, {key: shape for key, shape in wanted if key in found.shapes}, found.shapes)
+    elif found.legacy:
+        _check_legacy(_rank_file(found.folder), model, strict)
 
 
 def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
@@ -123,8 +157,8 @@ def _refuse_deepspeed(folder: Path) -> None:
     )
 
 
-def _check_distributed(folder: Path, model: list[torch.nn.Module]) -> None:
-    """``torch_dist``: all files that the metadata lists are there and as long as it says, all shapes the model's."""
+def _distributed_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of ``torch_dist``, whose files must be there, those of its metadata as long as it says."""
     try:
         metadata = FileSystemReader(folder).read_metadata()
     except Exception as error:
@@ -145,7 +179,7 @@ def _check_distributed(folder: Path, model: list[torch.nn.Module]) -> None:
     entries = metadata.state_dict_metadata.items()
     saved = {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
     _refuse_tile_keys(folder, saved)
-    _compare(folder, {key: shape for key, shape in _global_shapes(model).items() if key in saved}, saved)
+    return saved
 
 
 def _global_shapes(model: list[torch.nn.Module]) -> dict[str, tuple[int, ...]]:

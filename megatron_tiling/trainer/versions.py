@@ -13,20 +13,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-#: Functions of ``megatron.training.argument_utils`` whose configs carry ``pre_wrap_hooks``.
-CONFIG_FUNCTIONS = ("gpt_config_from_args", "hybrid_config_from_args")
 
-
-def model_config_functions() -> list[Callable[..., Any]]:
-    """The functions that turn arguments into a config from which the trainer builds a model.
+def builders_of_configs() -> list[tuple[str, str]]:
+    """Module and name of the function that builds and wraps a model from a model config, if there is one.
 
     0.18 builds hybrid models in this way, 0.19 GPT models too; all others come from a model provider.
     """
-    if not _exists("megatron.training.models"):
-        return []
-    import megatron.training.argument_utils as argument_utils
-
-    return [getattr(argument_utils, name) for name in CONFIG_FUNCTIONS if hasattr(argument_utils, name)]
+    module = "megatron.training.models.dist_utils"
+    return [(module, "unimodal_build_distributed_models")] if exists(module) else []
 
 
 def torch_fsdp2_trains() -> bool:
@@ -57,7 +51,7 @@ def uses_transformer_engine(config: Any) -> bool:
         SystemExit: it is not installed.
     """
     wanted: bool = config.transformer_impl == "transformer_engine"
-    if wanted and not _exists("transformer_engine"):
+    if wanted and not exists("transformer_engine"):
         raise SystemExit(
             "megatron_tiling: --spec with --transformer-impl transformer_engine: TransformerEngine is not installed; "
             "install it, or use --transformer-impl local"
@@ -67,10 +61,11 @@ def uses_transformer_engine(config: Any) -> bool:
 
 def spec_may_be_a_function() -> bool:
     """Whether ``--spec MODULE NAME`` may name a function of the model's config (0.19), and not only a spec."""
-    return _exists("megatron.training.models.gpt")
+    return exists("megatron.training.models.gpt")
 
 
-def _exists(module: str) -> bool:
+def exists(module: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even its package

@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.mlp import PartitionedMLP
 from megatron_tiling.partitioned.modules import TILE_MODULES
 from megatron_tiling.tiles.ownership import gathered, is_owned, whole_shape, whole_size
@@ -184,13 +185,13 @@ def initialize(
         config = without_auto(with_thresholds(config, sizes))
         zero = config["zero_optimization"]
         chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}
-        _print_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")
+        log_on_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")
         reasons = pointless_settings(config, sizes)
         for reason in reasons:
-            _print_rank_0(f"WARNING: zero_optimization.{reason}")
+            log_on_rank_0(f"WARNING: zero_optimization.{reason}")
         against = "asked for" if deepspeed_gathers else "see above" if reasons else reason_against(config)
         if against:
-            _print_rank_0(f"DeepSpeed's own hooks gather the tiles: {against}")
+            log_on_rank_0(f"DeepSpeed's own hooks gather the tiles: {against}")
     reduce_shared_gradients(model)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
@@ -300,8 +301,3 @@ def available_host_memory() -> int:
         if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
             available = min(available, int(bound) - int(Path(used).read_text()))
     return available
-
-
-def _print_rank_0(message: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        print(f"megatron_tiling: {message}", flush=True)

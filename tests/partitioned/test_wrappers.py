@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import TRAIN_MANY, torchrun
-from tests.support.training import COMMON, ITERATIONS, LLAMA, SCRIPTS, free_port, losses
+from tests.support.training import COMMON, EVALUATING, ITERATIONS, LLAMA, SCRIPTS, free_port, losses, validation_losses
 
 KINDS = {
     "dense": "--no-gradient-accumulation-fusion",
@@ -44,7 +44,7 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "gathered": True,
             "env": {} if kind == "dense" else {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
             "argv": [
-                *[str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *flags.split(), *extra.split()],
+                *[str(SCRIPTS / "pretrain_gpt.py"), *COMMON, *EVALUATING, *flags.split(), *extra.split()],
                 *([] if kind == "dense" else tiling.split()),
                 *["--train-iters", str(ITERATIONS)],
             ],
@@ -72,6 +72,9 @@ def test_it_trains_as_dense_and_gathers_two_tiles(kind: str, logs: dict[str, str
     assert len(tiled) == ITERATIONS, logs[kind][-3000:]
     assert dense[-1] < dense[0] - 0.3, "it learns nothing: equal losses would say little"
     assert max(abs(a - b) for a, b in zip(dense, tiled, strict=True)) <= 2e-5
+    evaluated = validation_losses(logs["dense"])
+    assert len(evaluated) == ITERATIONS // int(EVALUATING[1]) + 2
+    assert validation_losses(logs[kind]) == pytest.approx(evaluated, abs=2e-5, rel=0)
     norms, tiled_norms = gradient_norms(logs["dense"]), gradient_norms(logs[kind])
     assert tiled_norms == pytest.approx(norms, rel=2e-5)
     assert len(norms) == 2 * ITERATIONS

@@ -133,6 +133,7 @@ def train(run: dict[str, Any]) -> None:
 
 def start(run: dict[str, Any]) -> None:
     if run.get("check"):
+        sys.argv = run["argv"]
         runpy.run_path(run["argv"][0], run_name="__main__")
         return
     count_gemms()

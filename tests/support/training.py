@@ -19,6 +19,7 @@ COMMON = """
     --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
     --eval-interval 1000000 --eval-iters 0 --log-interval 1
 """.split()
+EVALUATING = "--eval-interval 6 --eval-iters 2".split()  # stands behind COMMON
 LLAMA = "--swiglu --disable-bias-linear --normalization RMSNorm --group-query-attention --num-query-groups 2 " \
     "--position-embedding-type rope --untie-embeddings-and-output-weights"  # fmt: skip
 
@@ -30,6 +31,11 @@ def free_port() -> int:
             listener.bind(("", port))
             return port
     raise OSError("100 ports between 12000 and 32000 are all in use")
+
+
+def validation_losses(log: str) -> list[float]:
+    """Of each evaluation on the way, and of the two at the end, on the validation and the test set."""
+    return [float(loss) for loss in re.findall(r"lm loss value: ([0-9.E+-]+)", log)]
 
 
 def losses(log: str) -> list[float]:

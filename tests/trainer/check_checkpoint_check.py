@@ -55,6 +55,11 @@ def remove(pattern: str) -> Callable[[Path], object]:
     return lambda folder: sorted(folder.glob(pattern))[-1].unlink()
 
 
+def endless_iteration(folder: Path) -> None:
+    """An error of the file system's, which rank 0 alone meets: the name of that iteration's folder is too long."""
+    (folder / "latest_checkpointed_iteration.txt").write_text("9" * 300)
+
+
 def old_common_part(folder: Path) -> None:
     """Before 0.19 some of a checkpoint was in this file, and where it is, it counts."""
     (folder / "iter_0000003" / "common.pt").write_bytes(b"PK")
@@ -90,6 +95,7 @@ CASES = [
     Case("cut common part", "torch_dist", ("iter_0000003/common.pt cannot be read",), old_common_part),
     Case("lost format", "torch_dist", ("iter_0000003/metadata.json is missing",), remove("iter_0000003/metadata.json")),
     Case("empty tracker", "torch_dist", ("latest_checkpointed_iteration.txt should hold",), cut("latest*")),
+    Case("endless iteration", "torch_dist", ("cannot be looked at, OSError", "File name too long"), endless_iteration),
     Case("no such step", "torch_dist", ("there is no", "iter_0000009"), flags="--ckpt-step 9"),
     Case("legacy, other hidden size", "legacy", ("mp_rank_00/model_optim_rng.pt is of another model",), flags=WIDER),
     Case("legacy, cut file", "legacy", (f"{RANK_1} cannot be read",), cut(f"iter_0000003/{RANK_1}")),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import TRAIN_MANY, torchrun
-from tests.support.training import COMMON, ITERATIONS, LLAMA, SCRIPTS, free_port, losses
+from tests.support.training import COMMON, EVALUATING, ITERATIONS, LLAMA, SCRIPTS, free_port, losses, validation_losses
 
 
 @dataclass
@@ -123,7 +123,7 @@ def run_all(world: int, folder: Path) -> None:
     runs = []
     for index, layout in enumerate(layout for layout in LAYOUTS if layout.world == world):
         for kind, extra in (("dense", layout.dense_flags), ("tiled", layout.tiling)):
-            flags = [*COMMON, *layout.flags.split(), *extra.split(), "--train-iters", str(ITERATIONS)]
+            flags = [*COMMON, *EVALUATING, *layout.flags.split(), *extra.split(), "--train-iters", str(ITERATIONS)]
             flags += ["--global-batch-size", "4"]
             runs.append(
                 {
@@ -175,6 +175,9 @@ def test_loss_equals_dense(layout: Layout, logs: Path) -> None:
     assert dense[-1] < dense[0] - 0.3, "it learns nothing: equal losses would say little"
     difference = max(abs(a - b) for a, b in zip(dense, tiled, strict=True))
     assert difference <= layout.tolerance, f"largest difference {difference:.1e}"
+    evaluated = validation_losses(dense_log)
+    assert len(evaluated) == ITERATIONS // int(EVALUATING[1]) + 2
+    assert validation_losses(tiled_log) == pytest.approx(evaluated, abs=layout.tolerance, rel=0)
     for module, grid in layout.table.items():
         assert re.search(rf"{re.escape(module)} +\d+ +\d+ x \d+ +{grid} ", tiled_log), f"{module} is not {grid}"
     assert gemms(dense_log) == [0] * layout.world

@@ -5,22 +5,26 @@ directory MEGATRON_LM_GIT if it is given, else this repository's example, which 
 torchrun a version: Megatron is imported once, and what runs are forks.
 """
 
+import importlib
 import importlib.util
+import inspect
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from megatron_tiling.trainer import versions
 from tests.support.launch import ROOT, TRAIN_MANY, search_path, torchrun
 from tests.support.megatron_lm import GIT, VERSIONS, Version, checkout, needs_megatron_lm, unpacked_wheel
 from tests.support.training import COMMON, LLAMA, free_port, losses
 
 ITERATIONS = 6
 WORLD = 2
-CHECKS = {"layers": ROOT / "tests" / "resident" / "check_layers.py", "models": ROOT / "tests" / "check_models.py"}
+CHECKS = {"layers": "resident/check_layers.py", "models": "check_models.py"}
 TRAINING = {
     "dense": "--no-gradient-accumulation-fusion",
     "tiled": "--use-tiled-linear",
@@ -39,12 +43,16 @@ class Runs:
     no_training: str = ""
 
 
+def missing_imports(version: Version) -> list[str]:
+    return [name for name in version.imports if importlib.util.find_spec(name) is None]
+
+
 def scripts_of(version: Version, folder: Path) -> tuple[Path | None, str]:
     """A folder with pretrain_gpt.py for this version, and with what the wheel lacks, for 0.16 the trainer.
 
     Or none, and why.
     """
-    if missing := [name for name in version.imports if importlib.util.find_spec(name) is None]:
+    if missing := missing_imports(version):
         return None, f"not run: the trainer of {version.tag} imports {', '.join(missing)}, which is not installed"
     if GIT is not None:
         return checkout(version.tag, folder, ":(glob)*.py", *version.folders), ""
@@ -59,10 +67,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(version.wheel)
     overlay = unpacked_wheel(version, folder / "wheel")
     scripts, no_training = scripts_of(version, folder / "tree")
-    commands = {name: [str(check)] for name, check in CHECKS.items()}
+    commands = {name: [str(ROOT / "tests" / check)] for name, check in CHECKS.items()}
     flags = (
         f"--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 4 --train-iters {ITERATIONS} {LLAMA}"
     )
+    if scripts is not None or not (version.folders or missing_imports(version)):  # the wheel's trainer is whole
+        commands["install"] = [str(ROOT / "tests" / "trainer" / "check_install.py"), str(folder)]
     if scripts is not None:
         script = str(scripts / "pretrain_gpt.py")
         commands |= {kind: [script, *COMMON, *flags.split(), *extra.split()] for kind, extra in TRAINING.items()}
@@ -101,6 +111,13 @@ def test_models_equal_stock(runs: Runs) -> None:
     assert "models: exit 0\n" in runs.output
 
 
+def test_install_keeps_stocks_names(runs: Runs) -> None:
+    if "install" not in runs.logs:
+        pytest.skip(runs.no_training)
+    assert "install checks passed" in runs.logs["install"], runs.logs["install"][-6000:]
+    assert "install: exit 0\n" in runs.output
+
+
 @pytest.mark.feature("training with that version's scripts, by flag and by `--spec`", version="{runs.wheel}")
 def test_training_equals_dense(runs: Runs) -> None:
     """Through the runner at TP=2, by flag and by spec."""
@@ -115,6 +132,21 @@ def test_training_equals_dense(runs: Runs) -> None:
         assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 2e-5, kind
         assert not re.search("GEMMs: 0$", logs[kind], re.M), f"{kind} ran no tile"
     assert logs["dense"].count("GEMMs: 0\n") == WORLD
+
+
+def test_what_the_installed_version_has() -> None:
+    assert versions.exists("megatron.core") and not versions.exists("megatron.nothing.of.this")
+    ((module, name),) = versions.builders_of_configs()
+    assert "pre_wrap_hook" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    assert versions.spec_may_be_a_function() and versions.torch_fsdp2_trains()
+    assert versions.sequential_experts("submodules").keywords == {"submodules": "submodules"}
+    assert not versions.uses_transformer_engine(Namespace(transformer_impl="local"))
+
+
+def test_a_missing_transformer_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "exists", lambda module: False)
+    with pytest.raises(SystemExit, match="TransformerEngine is not installed; install it, or use --transformer-impl"):
+        versions.uses_transformer_engine(Namespace(transformer_impl="transformer_engine"))
 
 
 @needs_megatron_lm  # only the whole version job: another start of torchrun

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import ROOT, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, SCRIPTS, free_port
+from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
+from tests.support.training import COMMON, SCRIPTS, free_port, losses
 
 #: What is asked for -> words of the one line that answers.
 MISTAKES = {
@@ -33,11 +33,12 @@ MISTAKES = {
     "--use-tiled-linear --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward": "all tiles would stay gathered",
     "--use-tiled-linear --use-megatron-fsdp --data-parallel-sharding-strategy optim": "strategy optim: weights stay",
 }
+BY_SCRIPT = "--use-tiled-linear"
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and output of a training run for each mistake."""
+    """Exit code and output of a training run for each mistake, and of one that the script alone makes a tiled one."""
     folder = tmp_path_factory.mktemp("mistakes")
     script = [str(SCRIPTS / "pretrain_gpt.py"), "--train-iters", "2", "--global-batch-size", "2"]
     runs = [
@@ -45,17 +46,18 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
             "name": str(index),
             "port": free_port(),
             "log": str(folder / str(index)),
-            "argv": [*script, *COMMON, *mistake.split()],
+            "argv": [*script, *COMMON, *flags.split()],
+            "runner": flags in MISTAKES,
         }
-        for index, mistake in enumerate(MISTAKES)
+        for index, flags in enumerate([*MISTAKES, BY_SCRIPT])
     ]
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
     output = torchrun(TRAIN_MANY, file, world=1)
     codes = dict(re.findall(r"^(\d+): exit (\d+)", output, re.M))
     return {
-        mistake: (int(codes[str(index)]), Path(folder, f"{index}.0").read_text())
-        for index, mistake in enumerate(MISTAKES)
+        flags: (int(codes[str(index)]), Path(folder, f"{index}.0").read_text())
+        for index, flags in enumerate([*MISTAKES, BY_SCRIPT])
     }
 
 
@@ -68,8 +70,35 @@ def test_a_mistake_ends_before_training_with_one_line(mistake: str, answers: dic
     assert "Traceback" not in output and "lm loss" not in output
 
 
+@pytest.mark.skipif(SCRIPTS != EXAMPLES, reason="no script of Megatron-LM's calls install()")
+def test_a_script_may_call_install_below_its_imports(answers: dict[str, tuple[int, str]]) -> None:
+    code, output = answers[BY_SCRIPT]
+    assert code == 0 and len(losses(output)) == 2, output[-3000:]
+    assert "megatron_tiling: tiled linear layers" in output and "GEMMs: 0\n" not in output
+    assert "no GPU here" not in output, "the runner was not asked"
+
+
+@pytest.mark.parametrize("failure", ["raise KeyError('of this rank')", "raise SystemExit('KeyError of this rank')"])
+def test_a_rank_that_fails_says_so_and_leaves_without_its_peers(tmp_path: Path, failure: str) -> None:
+    """The other rank never answers; torch's own way out would wait for the collective that has begun."""
+    (tmp_path / "script.py").write_text(
+        "import torch.distributed as d, torch\nwork = d.all_reduce(torch.ones(1), async_op=True)\n" + failure
+    )
+    group = f"'gloo', init_method='file://{tmp_path}/store', world_size=2"
+    start = f"import torch\ntorch.distributed.init_process_group({group}, rank=%d)\n"
+    peer = subprocess.Popen([sys.executable, "-c", start % 0 + "input()"], stdin=subprocess.PIPE)
+    try:
+        done = python(start % 1 + f"from megatron_tiling.__main__ import run\nrun('{tmp_path}/script.py')")
+        assert peer.poll() is None, "it was waited for"
+        assert done.returncode == 1 and "KeyError" in done.stderr and "of this rank" in done.stderr
+        assert ("Traceback" in done.stderr) == ("SystemExit" not in failure)
+    finally:
+        peer.kill()
+        peer.wait()
+
+
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 def test_import_loads_neither_megatron_nor_deepspeed_nor_apex() -> None:
@@ -85,9 +114,9 @@ def test_import_of_everything_patches_nothing() -> None:
     done = python(
         "import importlib, pkgutil, torch, megatron_tiling\n"
         "before = torch.zeros, torch.Tensor.to, torch.cuda.synchronize\n"
-        "for module in pkgutil.iter_modules(megatron_tiling.__path__):\n"
-        "    if module.name not in ('__main__', 'activation_kernels', 'softmax_kernels'):\n"
-        "        importlib.import_module('megatron_tiling.' + module.name)\n"
+        "for module in pkgutil.walk_packages(megatron_tiling.__path__, 'megatron_tiling.'):\n"
+        "    if module.name != 'megatron_tiling.__main__' and '.kernels.' not in module.name:\n"
+        "        importlib.import_module(module.name)\n"
         "import megatron.training.arguments as a, megatron.training.training as t\n"
         "import megatron.core.transformer.torch_norm as n\n"
         "assert (torch.zeros, torch.Tensor.to, torch.cuda.synchronize) == before\n"

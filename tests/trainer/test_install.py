@@ -1,0 +1,58 @@
+"""How ``install`` puts functions in the place of Megatron's. What they do: check_install.py, from test_versions.py."""
+
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_tiling.trainer.install import Call, Stock, replace_in_all_modules, wrap
+
+
+def load(model: Any, *, strict: bool = True) -> tuple[Any, bool]:
+    return model, strict
+
+
+def around(stock: Stock, call: Call) -> Any:
+    call.arguments["model"] += 1
+    assert call.arguments["strict"] in (True, False), "defaults are there to be read"
+    return stock(*call.args, **call.kwargs)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("module")
+    module.load = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "module", module)
+    return module
+
+
+def test_callers_may_use_stocks_names(module: ModuleType) -> None:
+    wrapped = wrap(module, "load", around)
+    assert module.load is wrapped and inspect.signature(wrapped) == inspect.signature(load)
+    assert wrapped(1) == wrapped(model=1) == (2, True)
+    assert wrapped(strict=False, model=1) == (2, False)
+    with pytest.raises(TypeError, match="missing a required argument: 'model'"):
+        wrapped()
+
+
+def test_a_function_is_wrapped_once(module: ModuleType) -> None:
+    wrapped = wrap(module, "load", around)
+    assert wrap(module, "load", around) is wrapped
+
+
+def test_whoever_has_imported_it_gets_the_new_one(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ModuleType("script")
+    script.by_another_name = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "script", script)
+    monkeypatch.setitem(sys.modules, "no module", object())  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.modules[__name__], "load", load)  # put back afterwards
+    wrapped = wrap(module, "load", around)
+    replace_in_all_modules({id(load): wrapped})
+    assert script.by_another_name is wrapped and sys.modules[__name__].load is wrapped
+
+
+def test_what_this_megatron_lacks_is_named(module: ModuleType) -> None:
+    with pytest.raises(ImportError, match="module has no load_checkpoint: megatron_tiling knows megatron-core"):
+        wrap(module, "load_checkpoint", around)
