@@ -71,15 +71,9 @@ class WeightTile(_TileModule):
 
 
 class PartitionedTiles(TiledLinearReturnBias):
-    """The tiles of one layer. Sizes are the grid's: ZeRO-3 would gather every weight that is looked at here."""
+    """The tiles of one layer, cut by the grid's ``in_parts`` and ``out_parts``."""
 
     grid: TileGrid
-
-    def _in_sizes(self) -> list[int]:
-        return [self.grid.in_size(i) for i in range(self.in_splits)]
-
-    def _out_sizes(self) -> list[int]:
-        return [self.grid.out_size(o) for o in range(self.out_splits)]
 
 
 class PairedTiles(PartitionedTiles):
