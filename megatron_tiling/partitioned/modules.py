@@ -19,7 +19,6 @@ from torch.nn import Parameter
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import flat
-from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import copy_param, whole_shape
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
@@ -71,9 +70,7 @@ class WeightTile(_TileModule):
 
 
 class PartitionedTiles(TiledLinearReturnBias):
-    """The tiles of one layer, cut by the grid's ``in_parts`` and ``out_parts``."""
-
-    grid: TileGrid
+    """The tiles of one layer, cut by its grid; what gathers tiles tells them from a ``TiledLinear`` of the user's."""
 
 
 class PairedTiles(PartitionedTiles):
