@@ -134,6 +134,9 @@ def parametrized(method: Callable[[nn.Module], Any]) -> Case:
 
 
 def quantised_later(lib: Any, grid: Grid) -> Any:
+    pytest.importorskip("torch.ao.quantization")
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("this processor has no quantized engine")
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(make(lib, grid)), {nn.Linear})(input_of())
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.tiles.drop_in import Activated, Case, Grid, Returns, check, input_of, make, tensors_in, trained
+from tests.tiles.drop_in import GRIDS, Activated, Case, Grid, Returns, check, input_of, make, tensors_in, trained
 
 
 def kept_output_changed(lib: Any, grid: Grid) -> Any:
@@ -99,7 +99,7 @@ def dual_of_last_tile(lib: Any, grid: Grid) -> Any:
 
 
 def compiled(lib: Any, grid: Grid) -> Any:
-    return trained(torch.compile(make(lib, grid), backend="aot_eager", fullgraph=True))  # type: ignore[arg-type]
+    return trained(torch.compile(make(lib, grid), backend="eager", fullgraph=True))  # type: ignore[arg-type]
 
 
 def traced(lib: Any, grid: Grid) -> Any:
@@ -282,9 +282,10 @@ def _in_anomaly_mode(run: Callable[[], Any]) -> Any:
 
 #: What DeepSpeed's class refuses on one of the grids at least.
 REFUSED = ("fx",)
+SLOW = ("compile", "export")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", USES)
 def test_as_deepspeeds(name: str) -> None:
-    check(USES[name], refused=name in REFUSED)
+    check(USES[name], refused=name in REFUSED, grids=GRIDS[1::2] if name in SLOW else GRIDS)
