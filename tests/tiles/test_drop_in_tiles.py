@@ -83,7 +83,16 @@ class Doubling(nn.Linear):
 
 
 class Marked(Tensor):
-    """A tensor of somebody's own class."""
+    """A tensor of somebody's own class, which cannot be changed."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not Tensor.copy_
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class OneWideBuffer(OneBuffer, Doubling):
+    """Both."""
 
 
 class ReturnsMarked(nn.Linear):
@@ -153,6 +162,7 @@ TILES: dict[str, Case] = {
     "weight of [in, out]": of_tiles(Transposed),
     "lazy": of_tiles(Lazy),
     "one output buffer": lambda lib, grid: make(lib, grid, linear_cls=OneBuffer)(input_of()),
+    "one wide output buffer": lambda lib, grid: make(lib, grid, linear_cls=OneWideBuffer)(input_of()),
     "output kept by autograd": of_tiles(Activated),
     "wider than asked": of_tiles(Doubling),
     "a view of the input": of_tiles(functools.partial(Returns, what="view")),
@@ -164,6 +174,7 @@ TILES: dict[str, Case] = {
     "quantised later": quantised_later,
     "dtypes: narrow, then wide": unlike_tiles(lambda number, y: y if number else y.bfloat16()),
     "dtypes: wide, then narrow": unlike_tiles(lambda number, y: y.bfloat16() if number else y),
+    "devices differ": unlike_tiles(lambda number, y: y if number else y.to("meta")),
     "leading shapes differ": unlike_tiles(lambda number, y: y[:1] if number else y),
     "widths differ": unlike_tiles(lambda number, y: y[:, :-1] if number == 1 else y),
     "one without gradient": unlike_tiles(lambda number, y: y if number else y.detach()),
@@ -286,6 +297,7 @@ ARGUMENTS: dict[str, Case] = {
 
 #: What DeepSpeed's class refuses on one of the grids at least.
 REFUSED = {
+    "devices differ",
     "leading shapes differ",
     "widths differ",
     "fewer features than splits",

@@ -144,9 +144,9 @@ def recomputed(**options: Any) -> Case:
     return case
 
 
-def selectively(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op == torch.ops.aten.addmm.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def keep_all(*args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What is kept of an operation must not be changed in place."""
+    return CheckpointPolicy.MUST_SAVE
 
 
 def within(context: Callable[[], Any], **options: Any) -> Case:
@@ -259,7 +259,7 @@ USES: dict[str, Case] = {
     "checkpoint": recomputed(use_reentrant=False),
     "reentrant checkpoint": recomputed(use_reentrant=True),
     "selective checkpoint": recomputed(
-        use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, selectively)
+        use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, keep_all)
     ),
     "no_grad": within(torch.no_grad),
     "inference_mode": within(torch.inference_mode),
