@@ -139,7 +139,7 @@ class PartitionedParallelLinear(TiledParallelLinear):
             combine_out_splits=self.combine_out_splits,
             linear_cls=lambda *args, **kwargs: next(tiles),
         )
-        self.tiles.grid, self.tiles.in_parts, self.tiles.out_parts = grid, grid.in_parts, grid.out_parts
+        self.tiles.in_parts, self.tiles.out_parts = grid.in_parts, grid.out_parts
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""

@@ -19,7 +19,6 @@ from torch.nn import Parameter
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import flat
-from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import copy_param, whole_shape
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
@@ -71,15 +70,7 @@ class WeightTile(_TileModule):
 
 
 class PartitionedTiles(TiledLinearReturnBias):
-    """The tiles of one layer. Sizes are the grid's: ZeRO-3 would gather every weight that is looked at here."""
-
-    grid: TileGrid
-
-    def _in_sizes(self) -> list[int]:
-        return [self.grid.in_size(i) for i in range(self.in_splits)]
-
-    def _out_sizes(self) -> list[int]:
-        return [self.grid.out_size(o) for o in range(self.out_splits)]
+    """The tiles of one layer, cut by its grid; what gathers tiles tells them from a ``TiledLinear`` of the user's."""
 
 
 class PairedTiles(PartitionedTiles):

@@ -2,21 +2,23 @@
 
 The interface is that of DeepSpeed's classes of the same names (``deepspeed/runtime/zero/tiling.py``), whose state
 dict keys ``linears.<o>.<i>.weight`` are kept. Each tile is a module of its own that is called once a forward, so
-engines that partition or offload parameters (ZeRO-3, FSDP) hold one tile at a time.
+engines that partition or offload parameters (ZeRO-3, FSDP) hold one tile at a time. Nothing but ``copy_params_from``
+looks at a tile's parameters, which may be packed, lazy, adapted or away.
 
-Different from the original: an out-tile is written into its columns of the output as soon as it is ready, with
-neither a clone per tile nor a concatenation of all of them; a one-element list is accepted for ``in_splits=1``;
-tile modules that shard themselves (tensor parallelism) are split and initialised by the sizes they really have.
+Different from the original: in plain eager mode an out-tile is written into its columns of the output as soon as it is
+ready, with no concatenation of all of them; a one-element list is accepted for ``in_splits=1``; parameters are copied
+by the sizes that tiles really have, which may be shards (tensor parallelism).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.grid import TileGrid, partition_uniform
 from megatron_tiling.tiles.ownership import copy_param, whole_shape
 
 
@@ -34,7 +36,7 @@ class TiledLinear(torch.nn.Module):
     Args:
         in_features, out_features, bias: as for ``torch.nn.Linear``. Each out-tile's bias is held by its last in-tile.
         in_splits, out_splits: tiles along the input and the output features.
-        input_is_already_split: ``forward`` takes a sequence of ``in_splits`` tensors.
+        input_is_already_split: ``forward`` takes ``in_splits`` tensors: a sequence, or one stacked tensor.
         combine_out_splits: join the out-tiles' outputs; if ``False``, ``forward`` returns a list of them.
         linear_cls: called as ``linear_cls(in, out, bias=..., **kwargs)`` once a tile, in (o, i) order.
         init_linear: a linear layer to copy the parameters of.
@@ -79,7 +81,7 @@ class TiledLinear(torch.nn.Module):
         self.out_parts = grid.out_parts
         self.linears = torch.nn.ModuleList(
             torch.nn.ModuleList(
-                linear_cls(grid.in_size(i), grid.out_size(o), bias=bias and i == in_splits - 1, **kwargs)
+                linear_cls(grid.in_size(i), grid.out_size(o), bias=bias if i == in_splits - 1 else False, **kwargs)
                 for i in range(in_splits)
             )
             for o in range(out_splits)
@@ -93,47 +95,43 @@ class TiledLinear(torch.nn.Module):
         Raises:
             ValueError: the input is split into another number of parts than ``in_splits``.
         """
-        inputs = self._input_tiles(input_)
+        inputs = self._inputs(input_)
         outputs = (self._out_tile(inputs, out_id) for out_id in range(self.out_splits))
         if not self.combine_out_splits:
             return list(outputs)
-        # Our own hook takes the tiles as they are made; one that a subclass brings is handed the whole list.
-        lazy = type(self)._combine_output_splits.__module__ == __name__
-        return self._combine_output_splits(outputs if lazy else list(outputs))
+        if not (_is_plain_eager() and self._hooks_are_own()):
+            return self._combine_output_splits(list(outputs))
+        if self.in_splits == 1 < self.out_splits:  # joining copies the tiles' outputs: they need no copies before
+            outputs = (self._tile(out_id, 0)(inputs[0]) for out_id in range(self.out_splits))
+        return self._combine_output_splits(outputs)
 
-    def _input_tiles(self, input_: Any) -> Sequence[Any]:
-        if self.input_is_already_split and isinstance(input_, (list, tuple)):
-            if len(input_) != self.in_splits:
-                raise ValueError(f"the input is split into {len(input_)} parts, but in_splits={self.in_splits}")
-            return input_
-        if self.in_splits == 1:
+    def _inputs(self, input_: Any) -> Any:
+        """What the in-tiles take: anything that has a length and an element for each."""
+        if self.in_splits == 1 and not (self.input_is_already_split and isinstance(input_, (list, tuple))):
             return [input_]
-        if self.input_is_already_split:
-            raise ValueError(
-                f"input_is_already_split=True takes a list or tuple of in_splits={self.in_splits} tensors, "
-                f"not a {type(input_).__name__}"
-            )
-        return self._split_global_input(input_, self._in_sizes())
+        if not self.input_is_already_split:
+            width = input_.shape[-1]  # of the rank's shard, if the tiles are shards
+            parts = self.in_parts if width == self.in_features else partition_uniform(width, self.in_splits)
+            return self._split_global_input(input_, _sizes(parts))
+        if len(input_) != self.in_splits:
+            raise ValueError(f"the input is split into {len(input_)} parts, but in_splits={self.in_splits}")
+        return input_
 
-    def _out_tile(self, inputs: Sequence[Any], out_id: int) -> Any:
+    def _out_tile(self, inputs: Any, out_id: int) -> Any:
         output = None
-        for in_id, tile in enumerate(self._row(out_id)):
-            output = self._reduce_local_output(
-                in_id=in_id, out_id=out_id, current_out=output, new_out=tile(inputs[in_id])
-            )
+        for in_id in range(self.in_splits):
+            new_out = self._tile(out_id, in_id)(inputs[in_id])
+            output = self._reduce_local_output(in_id=in_id, out_id=out_id, current_out=output, new_out=new_out)
         return output
 
-    def _row(self, out_id: int) -> Iterator[torch.nn.Module]:
-        row = self.linears[out_id]
-        assert isinstance(row, torch.nn.ModuleList)
-        return iter(row)
+    def _tile(self, out_id: int, in_id: int) -> Any:
+        row: Any = self.linears[out_id]
+        return row[in_id]
 
-    def _in_sizes(self) -> list[int]:
-        """Input features that each in-tile takes, by its own weight: fewer than ``in_parts`` if the tile is a shard."""
-        return [_weight_shape(tile)[1] for tile in self._row(0)]
-
-    def _out_sizes(self) -> list[int]:
-        return [_weight_shape(next(self._row(out_id)))[0] for out_id in range(self.out_splits)]
+    def _hooks_are_own(self) -> bool:
+        """Whether nobody has overridden, on a class or an instance, what is done with the tiles' outputs."""
+        hooks = (self._reduce_local_output, self._combine_output_splits)
+        return all(getattr(hook, "__func__", None) in _OWN_HOOKS for hook in hooks)
 
     def _split_global_input(self, input: Any, split_sizes: Sequence[int]) -> Sequence[Any]:
         """Split the input ``[..., sum(split_sizes)]`` into one part a tile. Override for other input types."""
@@ -141,14 +139,16 @@ class TiledLinear(torch.nn.Module):
 
     def _reduce_local_output(self, in_id: int, out_id: int, current_out: Any, new_out: Any) -> Any:
         """Add a tile's output to the sum of those before it (``None`` at the first). Override for other types."""
-        if current_out is None:
-            return new_out
-        # The first sum is a new tensor, and nothing but this loop holds it: the others can be added in place.
-        return current_out + new_out if in_id == 1 else current_out.add_(new_out)
+        # A copy: whoever holds the tile's output may change it, and whoever gets ours too.
+        return new_out.clone() if current_out is None else current_out + new_out
 
     def _combine_output_splits(self, outputs: Iterable[Any]) -> Any:
-        """Join the out-tiles along the last dimension. An override is given a list, ours takes any iterable."""
-        return _join(outputs, self._out_sizes())
+        """Join a list of out-tiles along the last dimension. An override is given a list, ours an iterator too."""
+        if isinstance(outputs, Iterator):
+            return _join(outputs, _sizes(self.out_parts))
+        tensors = list(outputs)
+        assert len(tensors) == self.out_splits
+        return torch.cat(tensors, dim=-1)
 
     @torch.no_grad()
     def copy_params_from(self, other: torch.nn.Module) -> None:
@@ -159,23 +159,23 @@ class TiledLinear(torch.nn.Module):
         Raises:
             ValueError: the shapes differ, or only one of the two layers has a bias.
         """
-        out_sizes, in_sizes = self._out_sizes(), self._in_sizes()
+        rows = [whole_shape(self._tile(out_id, 0).weight)[0] for out_id in range(self.out_splits)]
+        columns = [whole_shape(self._tile(0, in_id).weight)[1] for in_id in range(self.in_splits)]
         weight, bias = other.weight, other.bias
         assert isinstance(weight, Tensor)
-        if tuple(weight.shape) != (sum(out_sizes), sum(in_sizes)):
-            raise ValueError(
-                f"cannot copy a weight {tuple(weight.shape)} into tiles of [{sum(out_sizes)}, {sum(in_sizes)}]"
-            )
-        if (bias is not None) != self.use_bias:
+        if tuple(weight.shape) != (sum(rows), sum(columns)):
+            raise ValueError(f"cannot copy a weight {tuple(weight.shape)} into tiles of [{sum(rows)}, {sum(columns)}]")
+        if (bias is not None) != bool(self.use_bias):
             raise ValueError(
                 f"bias={self.use_bias} here, but the layer to copy has {'no' if bias is None else 'a'} bias"
             )
-        for out_id, rows in enumerate(_slices(out_sizes)):
-            for tile, columns in zip(self._row(out_id), _slices(in_sizes), strict=True):
-                copy_param(tile.weight, weight[rows, columns])
-                if tile.bias is not None:
-                    assert isinstance(bias, Tensor)
-                    copy_param(tile.bias, bias[rows])
+        for out_id, row_slice in enumerate(_slices(rows)):
+            for in_id, column_slice in enumerate(_slices(columns)):
+                tile = self._tile(out_id, in_id)
+                copy_param(tile.weight, weight[row_slice, column_slice])
+            if tile.bias is not None:  # the last in-tile's
+                assert isinstance(bias, Tensor)
+                copy_param(tile.bias, bias[row_slice])
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -193,6 +193,7 @@ class TiledLinearReturnBias(TiledLinear):
         return tensor, current_bias if bias is None else bias
 
     def _combine_output_splits(self, outputs: Iterable[Any]) -> Any:
+        """Join the outputs, and the biases, of all out-tiles or of none."""
         biases = []
 
         def tensors() -> Iterator[Tensor]:
@@ -201,8 +202,27 @@ class TiledLinearReturnBias(TiledLinear):
                     biases.append(bias)
                 yield tensor
 
-        tensor = super()._combine_output_splits(tensors())
-        return tensor, torch.cat(biases, dim=-1) if biases else None
+        tensor = super()._combine_output_splits(tensors() if isinstance(outputs, Iterator) else list(tensors()))
+        return tensor, super()._combine_output_splits(biases) if biases else None
+
+
+#: What was shipped, not what somebody may have put in its place.
+_OWN_HOOKS = {
+    TiledLinear._reduce_local_output,
+    TiledLinear._combine_output_splits,
+    TiledLinearReturnBias._reduce_local_output,
+    TiledLinearReturnBias._combine_output_splits,
+}
+
+
+def _is_plain_eager() -> bool:
+    """Whether autograd alone looks at operations: nothing compiles, traces, transforms or intercepts them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 class _WriteColumns(torch.autograd.Function):
@@ -228,34 +248,44 @@ class _WriteColumns(torch.autograd.Function):
         return grad, grad.narrow(-1, *ctx.columns), None
 
 
-def _join(tiles: Iterable[Tensor], sizes: Sequence[int]) -> Tensor:
-    """``torch.cat(tiles, dim=-1)``, each tile being written and dropped before the next one is made."""
-    iterator = iter(tiles)
-    tile: Tensor | None = next(iterator)
-    assert tile is not None
-    if len(sizes) == 1:
-        return tile
-    if tile.shape[-1] != sizes[0]:  # a tile module that gathers its output: its width is its own business
-        return torch.cat((tile, *iterator), dim=-1)
-    output = tile.new_empty(*tile.shape[:-1], sum(sizes))
+def _join(tiles: Iterator[Tensor], widths: Sequence[int]) -> Tensor:
+    """``torch.cat`` of copies of the tiles, each being written and dropped before the next one is made.
+
+    A single tile must be a copy already. From the first tile on that is no plain tensor of the planned width, or unlike
+    those before it, ``torch.cat`` decides what becomes of them.
+    """
+    if len(widths) == 1:
+        return next(tiles)
+    joined: Tensor | None = None
     start = 0
-    while tile is not None:
-        output = _WriteColumns.apply(output, tile, start)
-        start += tile.shape[-1]
-        tile = next(iterator, None)
-    return output
+    for width in widths:
+        tile = next(tiles)
+        plain = (
+            type(tile) is Tensor  # no subclass, which may be sharded or fake, and no proxy
+            and tile.layout is torch.strided
+            and tile.is_floating_point()  # not quantized
+            and tile.shape[-1:] == (width,)
+            and unpack_dual(tile).tangent is None
+        )
+        if joined is None and plain:
+            joined = tile.new_empty(*tile.shape[:-1], sum(widths))
+        if joined is None or not plain or _kind(tile) != _kind(joined):
+            written = () if joined is None else (joined[..., :start],)
+            return torch.cat((*written, *(rest.clone() for rest in chain((tile,), tiles))), dim=-1)
+        joined = _WriteColumns.apply(joined, tile, start)
+        start += width
+        del tile
+    assert joined is not None
+    return joined
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape[:-1]
+
+
+def _sizes(parts: Sequence[int]) -> list[int]:
+    return [stop - start for start, stop in pairwise(parts)]
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
-
-
-def _weight_shape(tile: torch.nn.Module) -> Sequence[int]:
-    """Shape of a tile's weight, also while ZeRO-3 has partitioned it away (``ds_shape``).
-
-    ``tile.weight``, read while another module runs, would have ZeRO-3 gather the tile then and ever after.
-    """
-    weight: Any = dict.get(tile._parameters, "weight")
-    if weight is None:
-        weight = tile.weight
-    return whole_shape(weight)
