@@ -3,11 +3,16 @@
 # compiler. Quick when there is nothing to do, so every command of the project starts with it.
 #
 #   tools/setup.sh            PYTHON=/path/to/python3.12 tools/setup.sh
+#   tools/setup.sh 2.10       .venv-torch-2.10, with that torch in place of the pinned one; or `newest`
+#
+# Exits with 3 where that torch cannot be installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-ready=.venv/.ready-$({ pwd; cat pyproject.toml tools/constraints.txt; } | cksum | tr ' ' -)
-[[ -e $ready && -x .venv/bin/python ]] && exit 0
+torch=${1:-}
+venv=.venv${torch:+-torch-$torch}
+ready=$venv/.ready-$({ pwd; cat pyproject.toml tools/constraints.txt; } | cksum | tr ' ' -)
+[[ -e $ready && -x $venv/bin/python && $torch != newest ]] && exit 0
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
 
@@ -25,13 +30,20 @@ find_python() {
     return 1
 }
 
-if ! new_enough .venv/bin/python; then
+if ! new_enough "$venv/bin/python"; then
     python=$(find_python)
-    echo "setup: making .venv with $("$python" --version)"
-    "$python" -m venv --clear .venv # Debian and Ubuntu keep this in a package python3.12-venv
+    echo "setup: making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" # Debian and Ubuntu keep this in a package python3.12-venv
 fi
-echo "setup: installing megatron-tiling and what it needs into .venv (some minutes the first time)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint tools/constraints.txt --editable '.[dev]'
-rm -f .venv/.ready-*
+echo "setup: installing megatron-tiling and what it needs into $venv (some minutes the first time)"
+install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+constraints=tools/constraints.txt
+if [[ -n $torch ]]; then
+    wanted=torch==$torch
+    timeout 10m "${install[@]}" --upgrade "${wanted%==newest}" || exit 3
+    constraints=$venv/constraints.txt
+    grep -v '^torch==' tools/constraints.txt >"$constraints"
+fi
+"${install[@]}" --constraint "$constraints" --editable '.[dev]'
+rm -f "$venv"/.ready-*
 touch "$ready"

@@ -22,7 +22,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
 from megatron_tiling.tiles.grid import TileGrid
@@ -149,15 +148,19 @@ def sharded_tiles(layer: Any, entries: dict[str, Any], prefix: str, metadata: di
     return tiles | entries
 
 
+def local_tensor(parameter: Tensor) -> Tensor:
+    """The very object that a DTensor shards, by which stock's entries and optimizers tell a parameter."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
 def _rows_here(tile: Parameter) -> tuple[Tensor, int]:
     """The rows of a tile that this rank saves and loads, and the first of them: those of its FSDP2 shard, or all."""
     if is_owned(tile):
         with gathered(tile):
             return tile.detach().to("cpu", copy=True), 0
     if isinstance(tile, DTensor):
-        _, (first, _) = compute_local_shape_and_global_offset(tile.shape, tile.device_mesh, tile.placements)
-        with torch.no_grad():  # with a gradient, the local tensor would be a new view, which no optimizer knows
-            return tile.to_local(), first
+        ranks = tile.device_mesh
+        return local_tensor(tile), ranks.get_local_rank() * -(-tile.shape[0] // ranks.size())  # as torch.chunk has it
     return tile, 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.optimizer as optimizer_checkpoint
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import load_common_state_dict
@@ -16,6 +17,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from megatron_tiling.partitioned.checkpoint import local_tensor
 from megatron_tiling.partitioned.modules import TILE_MODULES, tile_modules
 
 
@@ -33,6 +35,8 @@ def init(
     group = process_group or parallel_state.get_data_parallel_group(with_context_parallel=True)
     shard_tiles(module, group, getattr(ddp_config, "reshard_after_forward", True))
     stock(self, config, ddp_config, module, *args, process_group=group, **kwargs)
+    # Stock's own function calls to_local(), which in newer torch returns a new view of a parameter each time.
+    optimizer_checkpoint.to_local_if_dtensor = local_tensor
 
 
 def shard_tiles(module: torch.nn.Module, group: ProcessGroup, reshard_after_forward: bool = True) -> None:

@@ -154,7 +154,7 @@ def stages(runs: list[Run]) -> list[list[Run]]:
         ordered.append(sorted(ready, key=lambda run: run.source is not None))
         missing = [run for run in missing if run not in ready]
     assert not missing
-    return ordered
+    return [stage for stage in ordered if stage]
 
 
 def arguments(run: Run, folder: Path) -> list[str]:
@@ -187,10 +187,12 @@ def losses(log: Path, world: int) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of the matrix: logs are NAME.log.RANK."""
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of the matrix that the selected tests look at: logs are NAME.log.RANK."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for number, stage in enumerate(stages(RESUMED)):
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    selected = [test.callspec.params["run"] for test in tests if "folder" in test.fixturenames]
+    for number, stage in enumerate(stages(selected)):
         entries = [entry(run.name, arguments(run, folder), folder / f"{run.name}.log") for run in stage]
         run_together(entries, folder / f"{number}.json", stage[0].world)
     return folder
