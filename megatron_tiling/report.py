@@ -71,7 +71,7 @@ def table(reports: list[LayerReport]) -> str:
         grid, mib = str(report.grid or "dense"), f"{report.tile_bytes / MIB:.2f}"
         if report.loss_tiles is not None:
             grid = mib = "-"
-        lines[pattern, shape, grid, mib, _note(report)] += 1
+        lines[pattern, shape, grid, mib, note(report)] += 1
     rows: list[tuple[str, ...]] = [("module", "layers", "features in x out", "tiles in x out", "tile MiB", "")]
     rows += [(pattern, str(count), *cells) for (pattern, *cells), count in lines.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -82,7 +82,8 @@ def table(reports: list[LayerReport]) -> str:
     return text
 
 
-def _note(report: LayerReport) -> str:
+def note(report: LayerReport) -> str:
+    """How the tiles of a layer are used, or why there are none: the last column of the table."""
     if report.grid is None:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []

@@ -190,7 +190,7 @@ def losses(log: Path, world: int) -> dict[int, str]:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of the matrix that the selected tests look at: logs are NAME.log.RANK."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    tests = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     selected = [test.callspec.params["run"] for test in tests if "folder" in test.fixturenames]
     for number, stage in enumerate(stages(selected)):
         entries = [entry(run.name, arguments(run, folder), folder / f"{run.name}.log") for run in stage]
