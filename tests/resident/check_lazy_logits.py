@@ -187,7 +187,7 @@ def check_replacements() -> None:
             assert note.startswith("logits whole: "), f"{name}: {note}"
             compare(f"{name}, then tiled", results(model, losses), dense)
         model = build(case)
-        assert tiled(model) == "loss in tiles of logits"
+        assert tiled(model).startswith("loss in tiles of ")
         with replace(model):
             compare(f"{name}, of a tiled model", results(model, losses), dense)
         compare(f"{name}, and taken away again", results(model, losses), stock)
@@ -364,7 +364,7 @@ def check_uses() -> None:
         if needs_processor and not has_processors():
             continue
         dense, ours = build(CASE), build(CASE)
-        assert tiled(ours) == "loss in tiles of logits"
+        assert tiled(ours).startswith("loss in tiles of ")
         compare(name, results(ours, use), results(dense, use))
 
 
@@ -418,7 +418,7 @@ def check_backward_passes() -> None:
         found = []
         for fuse_wgrad in (False, True):
             model = build(CASE | {"tied": not anomaly})
-            assert tiled(model, fuse_wgrad=fuse_wgrad) == "loss in tiles of logits"
+            assert tiled(model, fuse_wgrad=fuse_wgrad).startswith("loss in tiles of ")
             weight = model.output_layer.weight if anomaly else model.shared_embedding_or_output_weight()
             weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
             with torch.autograd.set_detect_anomaly(anomaly):
