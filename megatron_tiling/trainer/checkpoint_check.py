@@ -127,8 +127,12 @@ def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
     """The folder of the iteration that will be loaded; ``None`` where stock starts from random weights."""
     if load_dir is None or not Path(load_dir).is_dir():
         return None
-    if _deepspeed_files(Path(load_dir)):
-        _refuse_deepspeed(Path(load_dir))
+    models = "mp_rank_*_model_states.pt"
+    if deepspeed := sorted(Path(load_dir).glob(f"*{models}")) + sorted(Path(load_dir).glob(f"*/*{models}")):
+        raise CheckpointError(
+            f"{deepspeed[0]} is a checkpoint of DeepSpeed's; convert it with "
+            f"python -m megatron_tiling.convert_deepspeed to-dense {load_dir} NEW_FOLDER"
+        )
     tracker = Path(load_dir, TRACKER)
     if getattr(args, "ckpt_step", None):
         name = str(args.ckpt_step)
@@ -144,17 +148,6 @@ def _checkpoint_folder(args: Namespace, load_dir: str | None) -> Path | None:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty")
     return folder
-
-
-def _deepspeed_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*mp_rank_*_model_states.pt")) + sorted(folder.glob("*/*mp_rank_*_model_states.pt"))
-
-
-def _refuse_deepspeed(folder: Path) -> None:
-    raise CheckpointError(
-        f"{_deepspeed_files(folder)[0]} is a checkpoint of DeepSpeed's; convert it with "
-        f"python -m megatron_tiling.convert_deepspeed to-dense {folder} NEW_FOLDER"
-    )
 
 
 def _distributed_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -25,9 +25,11 @@ from megatron_tiling.trainer.norm import allow_sequence_parallel
 
 Call = inspect.BoundArguments
 Stock = Callable[..., Any]
+Around = Callable[[Stock, Call], Any]
 
 #: Attribute of a function that ``install`` has put in the place of Megatron's, which it holds.
 MARK = "__megatron_tiling__"
+CHECKPOINT_ARGUMENTS = ("ddp_model", "optimizer", "load_arg", "strict")
 BUILT_ELSEWHERE = (
     "it was built past get_model and past the model configs; to tile it, give it to megatron_tiling.tile before it is "
     "wrapped"
@@ -42,34 +44,46 @@ def install() -> None:
     functions too. Bad settings end the program with one line.
 
     Raises:
-        ImportError: this Megatron lacks a function that is to be wrapped, naming it.
+        ImportError: this Megatron lacks a function that is to be wrapped, or one of its arguments, naming it.
     """
-    targets: list[tuple[str, str, Callable[[Stock, Call], Any]]] = [
-        ("megatron.training.arguments", "add_megatron_arguments", _with_flags),
-        ("megatron.training.arguments", "validate_args", _with_validation),
-        ("megatron.training.arguments", "core_transformer_config_from_args", _without_missing_fusion),
-        ("megatron.training.yaml_arguments", "load_yaml", _with_flags_of_yaml),
-        ("megatron.training.yaml_arguments", "validate_yaml", _with_validation_of_yaml),
-        ("megatron.training.yaml_arguments", "core_transformer_config_from_yaml", _without_missing_fusion),
-        ("megatron.training.training", "get_model", _with_tiled_provider),
-        ("megatron.training.training", "setup_model_and_optimizer", _with_check_of_built_model),
-        ("megatron.training.training", "train_step", _with_check_of_model),
-        ("megatron.training.checkpointing", "load_checkpoint", _with_checked_checkpoint),
-        ("megatron.core.datasets.utils", "compile_helpers", _unless_built),
-        *((module, name, _with_tiling_hook) for module, name in versions.builders_of_configs()),
+    targets: list[tuple[str, str, Around, tuple[str, ...]]] = [
+        ("megatron.training.arguments", "add_megatron_arguments", _with_flags, ()),
+        ("megatron.training.arguments", "validate_args", _with_validation, ("args",)),
+        ("megatron.training.arguments", "core_transformer_config_from_args", _without_missing_fusion, ("args",)),
+        ("megatron.training.yaml_arguments", "load_yaml", _with_flags_of_yaml, ()),
+        ("megatron.training.yaml_arguments", "validate_yaml", _with_validation_of_yaml, ()),
+        ("megatron.training.yaml_arguments", "core_transformer_config_from_yaml", _without_missing_fusion, ("args",)),
+        ("megatron.training.training", "get_model", _with_tiled_provider, ("model_provider_func",)),
+        ("megatron.training.training", "setup_model_and_optimizer", _with_check_of_built_model, ()),
+        ("megatron.training.training", "train_step", _with_check_of_model, ()),
+        ("megatron.training.checkpointing", "load_checkpoint", _with_checked_checkpoint, CHECKPOINT_ARGUMENTS),
+        ("megatron.core.datasets.utils", "compile_helpers", _unless_built, ()),
+        *((module, name, _with_tiling_hook, ("pre_wrap_hook",)) for module, name in versions.builders_of_configs()),
     ]
-    replaced = [wrap(importlib.import_module(module), name, around) for module, name, around in targets]
+    replaced = [wrap(importlib.import_module(module), name, around, reads) for module, name, around, reads in targets]
     replace_in_all_modules({id(getattr(wrapped, MARK)): wrapped for wrapped in replaced})
 
 
-def wrap(module: ModuleType, name: str, around: Callable[[Stock, Call], Any]) -> Any:
-    """Put ``around(stock, call)`` in the place of a module's function, unless it is there already; return it."""
+def wrap(module: ModuleType, name: str, around: Around, reads: tuple[str, ...]) -> Any:
+    """Put ``around(stock, call)`` in the place of a module's function, unless it is there already; return it.
+
+    Args:
+        reads: the arguments that ``around`` looks for.
+
+    Raises:
+        ImportError: there is no such function, or it lacks these arguments.
+    """
     stock = getattr(module, name, None)
     if stock is None:
         raise ImportError(f"{module.__name__} has no {name}: megatron_tiling knows megatron-core 0.16 to 0.19")
     if hasattr(stock, MARK):
         return stock
     signature = inspect.signature(stock)
+    if lacking := [argument for argument in reads if argument not in signature.parameters]:
+        raise ImportError(
+            f"{module.__name__}.{name} is {stock!r}, which takes no {lacking[0]}; if it has been put in the place of "
+            "Megatron's own, call megatron_tiling.install() before that, or use functools.wraps there"
+        )
 
     @functools.wraps(stock)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +251,7 @@ def _with_check_of_built_model(stock: Stock, call: Call) -> Any:
 
 
 def _with_check_of_model(stock: Stock, call: Call) -> Any:
-    _refuse_untiled(call.arguments["model"])
+    _refuse_untiled(call.arguments.get("model", []))  # not named, if somebody has put a function around it
     return _run(stock, call)
 
 
@@ -252,10 +266,11 @@ def _with_checked_checkpoint(stock: Stock, call: Call) -> Any:
         return _run(stock, call)
     from megatron.training.checkpointing import unwrap_model
 
-    model, optimizer = unwrap_model(call.arguments["ddp_model"]), call.arguments["optimizer"]
+    ddp_model, optimizer, load_arg, strict = (call.arguments[name] for name in CHECKPOINT_ARGUMENTS)
+    model = unwrap_model(ddp_model)
     if not all(map(was_tiled, model)):  # a teacher's, perhaps
         log_on_rank_0(f"a model that is not tiled takes a checkpoint: {BUILT_ELSEWHERE}")
-    folder = check_on_all_ranks(args, call.arguments["load_arg"], model, call.arguments["strict"])
+    folder = check_on_all_ranks(args, load_arg, model, strict)
     loaded = _run(stock, call)
     if folder is not None and optimizer is not None and getattr(args, "use_torch_fsdp2", False):
         from megatron_tiling.partitioned.torch_fsdp2 import restore_adam_step

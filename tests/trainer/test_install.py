@@ -29,7 +29,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_callers_may_use_stocks_names(module: ModuleType) -> None:
-    wrapped = wrap(module, "load", around)
+    wrapped = wrap(module, "load", around, ("model", "strict"))
     assert module.load is wrapped and inspect.signature(wrapped) == inspect.signature(load)
     assert wrapped(1) == wrapped(model=1) == (2, True)
     assert wrapped(strict=False, model=1) == (2, False)
@@ -38,8 +38,8 @@ def test_callers_may_use_stocks_names(module: ModuleType) -> None:
 
 
 def test_a_function_is_wrapped_once(module: ModuleType) -> None:
-    wrapped = wrap(module, "load", around)
-    assert wrap(module, "load", around) is wrapped
+    wrapped = wrap(module, "load", around, ("model", "strict"))
+    assert wrap(module, "load", around, ("model", "strict")) is wrapped
 
 
 def test_whoever_has_imported_it_gets_the_new_one(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,11 +48,14 @@ def test_whoever_has_imported_it_gets_the_new_one(module: ModuleType, monkeypatc
     monkeypatch.setitem(sys.modules, "script", script)
     monkeypatch.setitem(sys.modules, "no module", object())  # type: ignore[arg-type]
     monkeypatch.setattr(sys.modules[__name__], "load", load)  # put back afterwards
-    wrapped = wrap(module, "load", around)
+    wrapped = wrap(module, "load", around, ("model", "strict"))
     replace_in_all_modules({id(load): wrapped})
     assert script.by_another_name is wrapped and sys.modules[__name__].load is wrapped
 
 
 def test_what_this_megatron_lacks_is_named(module: ModuleType) -> None:
     with pytest.raises(ImportError, match="module has no load_checkpoint: megatron_tiling knows megatron-core"):
-        wrap(module, "load_checkpoint", around)
+        wrap(module, "load_checkpoint", around, ("model", "strict"))
+    module.load = lambda *args, **kwargs: load(*args, **kwargs)  # type: ignore[attr-defined]
+    with pytest.raises(ImportError, match=r"module\.load is .*<lambda>.*, which takes no model; .* functools\.wraps"):
+        wrap(module, "load", around, ("model", "strict"))
