@@ -40,7 +40,7 @@ install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 constraints=tools/constraints.txt
 if [[ -n $torch ]]; then
     wanted=torch==$torch
-    timeout 10m "${install[@]}" --upgrade "${wanted%==newest}" || exit 3
+    timeout 20m "${install[@]}" --upgrade "${wanted%==newest}" || exit 3
     constraints=$venv/constraints.txt
     grep -v '^torch==' tools/constraints.txt >"$constraints"
 fi

@@ -5,7 +5,6 @@ Pure Python. Tiles subdivide what one rank holds, never the global weight.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 #: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
@@ -72,11 +71,12 @@ class TileGrid:
         """``(o, i)`` of each tile, row by row."""
         return product(range(self.out_splits), range(self.in_splits))
 
-    @cached_property
+    # No cached properties: torch.compile of torch 2.10 cannot trace one in a frozen class.
+    @property
     def in_parts(self) -> list[int]:
         return self._partition(self.in_features, self.in_splits)
 
-    @cached_property
+    @property
     def out_parts(self) -> list[int]:
         return self._partition(self.tiled_out_features, self.out_splits)
 
@@ -87,11 +87,11 @@ class TileGrid:
         return [block * self.alignment for block in partition_uniform(blocks, splits)]
 
     def columns(self, in_tile: int) -> slice:
-        return slice(self.in_parts[in_tile], self.in_parts[in_tile + 1])
+        return slice(*self.in_parts[in_tile : in_tile + 2])
 
     def row_ranges(self, out_tile: int) -> tuple[slice, ...]:
         """The weight rows of an out-tile: one range, or its gate range and its up range."""
-        start, stop = self.out_parts[out_tile], self.out_parts[out_tile + 1]
+        start, stop = self.out_parts[out_tile : out_tile + 2]
         if not self.paired:
             return (slice(start, stop),)
         half = self.tiled_out_features

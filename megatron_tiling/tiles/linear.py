@@ -19,7 +19,7 @@ from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile of torch 2.10 cannot give a frozen one to an autograd function
 class TileLoop:
     """How ``tiled_linear`` runs.
 

@@ -166,6 +166,22 @@ def test_tile_loop_gradcheck(in_splits: int, out_splits: int) -> None:
     assert torch.autograd.gradcheck(lambda *args: tiled_linear(*args, loop), (x, weight, bias))
 
 
+def test_layers_of_several_shapes_can_be_compiled() -> None:
+    def run(x: Tensor, weight: Tensor, grid: TileGrid) -> Tensor | list[Tensor]:
+        return tiled_linear(x, weight, None, TileLoop(grid))
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend="eager")
+    for grid in (TileGrid(5, 4, 3, 2), TileGrid(4, 6, 1, 3)):
+        x = torch.randn(3, grid.in_features, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(grid.out_features, grid.in_features, dtype=torch.float64, requires_grad=True)
+        output = compiled(x, weight, grid)
+        torch.testing.assert_close(output, x @ weight.t())
+        given = torch.autograd.grad(output, (x, weight), torch.ones_like(output))
+        wanted = torch.autograd.grad(x @ weight.t(), (x, weight), torch.ones_like(output))
+        torch.testing.assert_close(given, wanted)
+
+
 def test_frozen_weight_keeps_no_input_and_no_gradient_is_no_dgrad() -> None:
     x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4)
     output = tiled_linear(x, weight, None, TileLoop(TileGrid(4, 8, 2, 2)))
