@@ -21,7 +21,7 @@ MISTAKES = {
     "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",
     "--use-tiled-linear --tiled-linear-splits gate=1x8": "unknown module 'gate'",
     "--use-tiled-linear --tiled-linear-modules fc3": "--tiled-linear-modules fc3: must be some of qkv",
-    "--use-tiled-linear --tiled-mlp-keep 5": "--tiled-mlp-keep 5: decoder.layers.0.mlp.linear_fc2 has 4 tiles",
+    "--use-tiled-linear --tiled-mlp-keep 5": "--tiled-mlp-keep 5: must be within [0, 4]",
     "--use-tiled-linear --tiled-head-tokens 49": "--tiled-head-tokens 49: a micro-batch has 48 tokens",
     "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",
     "--use-tiled-linear --transformer-impl transformer_engine": "use --transformer-impl local",
