@@ -256,8 +256,10 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
             if value is not None and value is not False:  # 0 is given
                 raise ValueError(f"{flag} does nothing without --use-tiled-linear; add that flag or remove this one")
         return None
-    for concern in ("runs", "tiled layers", "tiled layers of TransformerEngine"):
+    for concern in ("runs", "tiled layers"):
         refuse(args, REFUSED[concern])
+    if getattr(args, "transformer_impl", None) != "local":
+        refuse(args, REFUSED["tiled layers of TransformerEngine"])
     if getattr(args, "use_megatron_fsdp", False):
         refuse(args, REFUSED["tiles under Megatron-FSDP"], "--use-tiled-linear --use-megatron-fsdp")
     if getattr(args, "use_torch_fsdp2", False):

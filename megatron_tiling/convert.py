@@ -15,14 +15,19 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
-from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
 from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
 from megatron_tiling.resident import transformer_engine
-from megatron_tiling.resident.layers import RESIDENT_CLASSES, TiledParallelLinear, check_layer, shard_shape
-from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head
+from megatron_tiling.resident.layers import (
+    RESIDENT_CLASSES,
+    WIDER_OUTPUT,
+    TiledParallelLinear,
+    check_layer,
+    shard_shape,
+)
+from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
 from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
@@ -45,7 +50,10 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     """
     plan = _Plan(model, config)
     plan.carry_out()
-    return list(plan.reports.values())
+    reports = list(plan.reports.values())
+    if not hasattr(model, "tiling_reports"):
+        model.tiling_reports = reports  # type: ignore[assignment]
+    return reports
 
 
 class _Plan:
@@ -88,10 +96,8 @@ class _Plan:
         if module is None or reason:
             return replace(report, reason=reason)
         check_layer(layer)
-        refuse(layer.config, REFUSED["tiled layers"])
         self.tiled[layer] = layer
         if type(layer) in transformer_engine.TILED_CLASSES:
-            refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
             if self.config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
@@ -108,8 +114,10 @@ class _Plan:
         if isinstance(layer, TiledOutputLayer) and report is not None:
             self.reports[layer] = replace(report, loss_tiles=layer.head_tiles)
         elif report is not None and report.grid is not None and not report.partitioned:
-            check_head(model, self.config)
-            self.heads.append(model)
+            reason = check_head(model, self.config)
+            self.reports[layer] = replace(report, reason=reason, loss_tiles=None if reason else head_tiles(self.config))
+            if not reason:
+                self.heads.append(model)
 
     def _plan_mlp(self, name: str, mlp: Any) -> None:
         layers: list[Any] = [getattr(mlp, child, None) for child in MLP_LAYERS]
@@ -141,9 +149,7 @@ class _Plan:
         for layer, target in self.tiled.items():
             self._make_tiled(target, self.reports[layer].grid)
         for model in self.heads:
-            reason, head = convert_head(model, self.config), model.output_layer
-            how = {"reason": reason} if reason else {"loss_tiles": head.head_tiles}
-            self.reports[head] = replace(self.reports[head], **how)
+            convert_head(model, self.config)
         for mlp, classes in self.mlps:
             convert_mlp(mlp, self.config.kept_tiles, classes)
 
@@ -181,6 +187,8 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "not one of the modules that are tiled"
     if module not in config.modules:
         return "not in --tiled-linear-modules"
+    if getattr(layer, "output_dtype", None) is not None:
+        return f"--output-logit-dtype: {WIDER_OUTPUT}"
     if type(layer) in transformer_engine.TILED_CLASSES:
         return transformer_engine.reason_to_stay_dense(layer)
     return ""

@@ -1,4 +1,4 @@
-"""A public path of before: see ``resident/layers.py``."""
+"""Kept for old imports; the code is in ``resident/layers.py``."""
 
 from megatron_tiling.resident.layers import TiledColumnParallelLinear as TiledColumnParallelLinear
 from megatron_tiling.resident.layers import TiledRowParallelLinear as TiledRowParallelLinear

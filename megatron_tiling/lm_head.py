@@ -1,4 +1,4 @@
-"""A public path of before: see ``resident/lm_head.py``."""
+"""Kept for old imports; the code is in ``resident/lm_head.py``."""
 
 from megatron_tiling.resident.lm_head import TiledOutputLayer as TiledOutputLayer
 from megatron_tiling.resident.lm_head import convert_head as convert_head

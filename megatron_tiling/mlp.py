@@ -1,4 +1,4 @@
-"""A public path of before: see ``resident/mlp.py``."""
+"""Kept for old imports; the code is in ``resident/mlp.py``."""
 
 from megatron_tiling.resident.mlp import TiledMLP as TiledMLP
 from megatron_tiling.resident.mlp import convert_mlp as convert_mlp

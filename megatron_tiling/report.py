@@ -78,7 +78,8 @@ def table(reports: list[LayerReport]) -> str:
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     text = "\n".join("  ".join(cells).rstrip() for cells in padded)
     if coarser := coarser_splits(reports):
-        text += f"\nFewer tiles gather no more at once, and cost the host less. Add to the grids: {as_flag(coarser)}"
+        text += "\nFewer tiles gather no more at once, and cost the host less. Grids to give for these modules: "
+        text += as_flag(coarser)
     return text
 
 

@@ -91,10 +91,13 @@ class TiledSpecProvider(LocalSpecProvider):
     def _replacements(self, attribute: str = "") -> dict[Any, Any]:
         """For the submodule of that name."""
         module = MODULE_OF_ATTRIBUTE.get(attribute)
+        column = module if module in COLUMN_MODULES else "qkv"
+        row = module if module in ROW_MODULES else "proj"
+        grids = self.config.splits_of(column), self.config.splits_of(row)
         replacements: dict[Any, Any] = {
-            ColumnParallelLinear: self.column_parallel_linear(module if module in COLUMN_MODULES else "qkv"),
-            RowParallelLinear: self.row_parallel_linear(module if module in ROW_MODULES else "proj"),
-            **({} if self.config.partitioned else spec_classes(self.config.factor)),
+            ColumnParallelLinear: self.column_parallel_linear(column),
+            RowParallelLinear: self.row_parallel_linear(row),
+            **({} if self.config.partitioned else spec_classes(*grids)),
         }
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm

@@ -59,12 +59,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] |
     ),
     "more kept tiles than there are": ({"mlp_keep": 5}, {}, None, "--tiled-mlp-keep 5"),
     "kept tiles, partitioned": ({"mlp_keep": 5, "storage": "partitioned"}, {}, None, "--tiled-mlp-keep 5"),
-    "another fused loss": (
-        {},
-        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
-        None,
-        "--cross-entropy-fusion-impl te",
-    ),
     "deferred weight gradients": (
         {},
         {},
@@ -100,6 +94,21 @@ def test_kept_tiles_of_mlps_that_stay_stock_refuse_nothing() -> None:
     reports = tile(gpt(), TilingConfig(mlp_keep=5, splits={"fc1": (2, 2)}))
     (fc2, *_) = (report for report in reports if report.name.endswith("linear_fc2"))
     assert fc2.mlp is None and "do not match" in fc2.reason
+
+
+def test_another_fused_loss_keeps_logits_whole() -> None:
+    model = gpt(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te")
+    (head,) = (report for report in tile(model, TilingConfig()) if report.name == "output_layer")
+    assert head.reason == "--cross-entropy-fusion-impl te" and head.loss_tiles is None
+    assert not isinstance(model.output_layer, TiledOutputLayer)
+
+
+def test_an_output_that_is_wider_than_its_input_stays_dense() -> None:
+    """Megatron's main branch has ``--output-logit-dtype fp32``."""
+    model = gpt()
+    model.output_layer.output_dtype = torch.float32
+    (head,) = (report for report in tile(model, TilingConfig()) if report.name == "output_layer")
+    assert head.grid is None and head.reason.startswith("--output-logit-dtype: ")
 
 
 def test_a_layer_without_a_weight_is_not_partitioned() -> None:

@@ -6,15 +6,14 @@
   rows of it that FSDP2 leaves this rank, in the dense weight: the key, global shape and replica ids are stock's.
   Nothing is merged or copied, and optimizers find the parameter they hold.
 * ``load_state_dict`` takes dense weights as well as tiles.
-* ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time, as ``gather`` does it.
+* ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time.
 
 A layer here is a partitioned layer: it has a ``grid`` and modules ``tiles.linears[o][i]`` with a ``weight`` each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,30 +26,21 @@ from torch.nn import Parameter
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import copy_param, gathered, is_owned
 
-#: A context in which a tile's parameter is whole.
-Gather = Callable[[Parameter], AbstractContextManager[Any]]
-
 
 def tile_parameters(layer: Any) -> Iterator[tuple[int, int, Parameter]]:
     """``(o, i, parameter)`` of a partitioned layer."""
     return ((o, i, layer.tiles.linears[o][i].weight) for o, i in layer.grid.indices())
 
 
-def dense_weight(layer: Any, gather: Gather = gathered, device: torch.device | str | None = None) -> Tensor:
-    """The rank's dense shard ``[out, in]``, stock's order of rows.
-
-    Args:
-        layer: a partitioned layer.
-        gather: makes one tile whole; by default as ZeRO-3 does, where it owns the tile (a collective).
-        device: of the result; by default the tiles'.
-    """
+def dense_weight(layer: Any) -> Tensor:
+    """The rank's dense shard ``[out, in]`` of a partitioned layer, stock's order of rows; under ZeRO-3 a collective."""
     grid: TileGrid = layer.grid
     _, _, some = next(tile_parameters(layer))
-    dense = torch.empty(grid.out_features, grid.in_features, dtype=some.dtype, device=device or some.device)
+    dense = torch.empty(grid.out_features, grid.in_features, dtype=some.dtype, device=some.device)
     for o, i, tile in tile_parameters(layer):
-        with gather(tile):
+        with gathered(tile):
             for rows, own_rows in _row_pieces(grid, o):
-                dense[rows, grid.columns(i)] = tile.detach()[own_rows].to(dense.device)
+                dense[rows, grid.columns(i)] = tile.detach()[own_rows]
     return dense
 
 

@@ -166,7 +166,10 @@ class PartitionedParallelLinear(TiledParallelLinear):
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: torch.distributed.ProcessGroup | None,
-        **unused: Any,
+        grad_output_buffer: list[Tensor] | None = None,
+        wgrad_deferral_limit: int | None = None,
+        gtp_remat_size: int = 1,
+        output_dtype: None = None,
     ) -> Tensor | list[Tensor]:
         if gradient_accumulation_fusion:
             raise ValueError(

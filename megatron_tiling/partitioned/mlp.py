@@ -22,7 +22,7 @@ from megatron_tiling.partitioned.layers import (
     column_input,
 )
 from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
-from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of
+from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of, run_weight_hooks
 from megatron_tiling.tiles.grid import TileGrid
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.
@@ -49,6 +49,8 @@ class PartitionedMLP(TiledMLP):
 
     def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
         fc1, fc2 = self.linear_fc1, self.linear_fc2
+        for child in (fc1, fc2):
+            run_weight_hooks(child)
         activation = activation_of(self, scaled=per_token_scale is not None)
         scale = None if per_token_scale is None else per_token_scale.reshape(-1)
         communicates = not fc1.explicit_expert_comm

@@ -47,10 +47,18 @@ class _Regathered:
 
     def __init__(self, shard: Tensor, group: dist.ProcessGroup | None) -> None:
         self.shard, self.group = shard.contiguous(), group
+        self.version = self.shard._version
         self.uses = self.left = 0
         self.full: Tensor | None = None
 
     def take(self) -> Tensor:
+        """The gathered input.
+
+        Raises:
+            RuntimeError: the shard was changed in place meanwhile, as autograd says of a saved tensor.
+        """
+        if self.shard._version != self.version:
+            raise RuntimeError("the input of a partitioned column layer was modified by an inplace operation")
         if self.full is None:
             self.full = self.shard.new_empty(
                 self.shard.shape[0] * dist.get_world_size(self.group), *self.shard.shape[1:]

@@ -2,7 +2,7 @@
 
 FSDP2 needs inner modules sharded before outer ones, which Megatron's wrapper does the other way round: tiles are
 sharded before it starts. FSDP2 itself prefetches one unit ahead. In a checkpoint, a rank's rows of a tile are a part
-of the dense weight (checkpoint.py).
+of the dense weight (``partitioned/checkpoint.py``).
 """
 
 from collections.abc import Callable

@@ -18,6 +18,7 @@ from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
@@ -132,7 +133,8 @@ class TiledParallelLinear(torch.nn.Module):
         tp_group: torch.distributed.ProcessGroup | None,
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None = None,
-        **unused_without_gtp: Any,
+        gtp_remat_size: int = 1,
+        output_dtype: None = None,
     ) -> Tensor | list[Tensor]:
         comm = None
         if sequence_parallel or allreduce_dgrad:
@@ -278,19 +280,24 @@ RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
 }
 
 
+#: Megatron's main branch (0.20) has layers whose product is float32.
+WIDER_OUTPUT = "tiles write their output in the dtype of their input"
+
+
 def check_layer(layer: Any) -> None:
     """Refuse a layer, stock or tiled, with an option that tiles do not go with.
 
     Raises:
         ValueError: naming the flag.
     """
-    if getattr(layer, "gtp_remat_size", 1) > 1:
+    refuse(layer.config, REFUSED["tiled layers"])
+    if getattr(layer, "gtp_remat_size", 1) > 1:  # by its process groups, whatever the config says
         raise ValueError(
             "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
             "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
         )
-    if isinstance(layer, ColumnParallelLinear) and layer.config.defer_embedding_wgrad_compute:
-        raise ValueError("a tiled layer cannot defer its weight gradient; leave out --defer-embedding-wgrad-compute")
+    if getattr(layer, "output_dtype", None) is not None:
+        raise ValueError(f"--output-logit-dtype: {WIDER_OUTPUT}; leave the flag out, or the layer dense")
 
 
 def shard_shape(layer: Any) -> tuple[int, int]:

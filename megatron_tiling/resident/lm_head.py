@@ -105,18 +105,13 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
         return f"{type(layer).__name__} is not a stock column layer"
     if layer.bias is not None:
         return "the output layer has a bias"
-    if model.config.cross_entropy_loss_fusion and model.config.cross_entropy_fusion_impl == "te":
-        raise ValueError(
-            "--cross-entropy-fusion-impl te: the tiled LM head computes the loss itself, fused already; use native, "
-            "leave out --cross-entropy-loss-fusion, or leave output out of --tiled-linear-modules"
-        )
     in_splits, out_splits = config.splits_of("output")
     if in_splits > 1:
         raise ValueError(
             f"--tiled-linear-splits output={in_splits}x{out_splits}: the LM head is tiled over tokens and vocabulary; "
             f"write output=1x{out_splits}"
         )
-    _head_tiles(config).check(tokens=None, vocabulary=layer.output_size_per_partition)
+    head_tiles(config).check(tokens=None, vocabulary=layer.output_size_per_partition)
     own_loss = vars(model).get("compute_language_model_loss")
     if own_loss is not None and not has_tiled_loss(own_loss):
         return "this model was given a compute_language_model_loss of its own"
@@ -142,11 +137,12 @@ def convert_head(model: LanguageModule, config: TilingConfig) -> str:
         layer: Any = model.output_layer
         assert type(layer) is not ColumnParallelLinear, "convert_head takes an output layer that is tiled"
         layer.__class__ = TiledOutputLayer
-        layer.head_tiles = _head_tiles(config)
+        layer.head_tiles = head_tiles(config)
         model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
     return reason
 
 
-def _head_tiles(config: TilingConfig) -> HeadTiles:
+def head_tiles(config: TilingConfig) -> HeadTiles:
+    """Bound and sizes of the loss's tiles."""
     vocabulary = config.splits_of("output")[1] if "output" in config.splits else None
     return HeadTiles(config.head_memory_mib, config.head_tokens, vocabulary)

@@ -111,7 +111,7 @@ class TiledMLP(MLP):
     def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
         """fc1, activation and fc2, before the reduction over tensor-parallel ranks."""
         for child in (self.linear_fc1, self.linear_fc2):
-            _run_weight_hooks(child)
+            run_weight_hooks(child)
         return _run_loop(self, hidden_states, per_token_scale)
 
     def _reduced(self, output: Tensor) -> Tensor:
@@ -240,7 +240,8 @@ def activation_of(mlp: MLP, scaled: bool) -> Activation:
 def _formula(mlp: MLP, scaled: bool) -> Formula | None:
     config, function, gated = mlp.config, mlp.activation_func, mlp.config.gated_linear_unit
     if config.bias_activation_fusion:
-        if function == F.silu and gated and not (scaled and mlp.linear_fc1.bias is not None):
+        clamped = config.activation_func_clamp_value is not None  # by stock's fused SwiGLU from 0.20 on alone
+        if function == F.silu and gated and not clamped and not (scaled and mlp.linear_fc1.bias is not None):
             return Formula("silu")
         if function == F.gelu and not scaled and (gated or config.add_bias_linear):
             return Formula("gelu_tanh")
@@ -282,6 +283,8 @@ def _reads_no_input(hook: Callable[..., Any]) -> bool:
 
 
 @torch.compiler.disable
-def _run_weight_hooks(child: torch.nn.Module) -> None:
+def run_weight_hooks(child: torch.nn.Module) -> None:
+    """Run the pre-hooks that are there for the weights of a layer whose ``forward`` is not called."""
     for hook in list(child._forward_pre_hooks.values()):
-        hook(child, ())
+        if _reads_no_input(hook):
+            hook(child, ())

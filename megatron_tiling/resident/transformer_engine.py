@@ -143,10 +143,10 @@ def _move_parameters(dense: torch.nn.Module, layer: torch.nn.Module) -> None:
             layer.register_parameter(name, None)
 
 
-def spec_classes(factor: int) -> dict[Any, Any]:
-    """``{TransformerEngine's class: what builds it tiled}`` for model specs, with the grids of one factor."""
+def spec_classes(column: tuple[int, int], row: tuple[int, int]) -> dict[Any, Any]:
+    """``{TransformerEngine's class: what builds it tiled}`` for model specs, by the grids of column and row layers."""
     return {
-        dense_class: _builder(dense_class, (factor, 1) if issubclass(tiled, TiledRowParallelLinear) else (1, factor))
+        dense_class: _builder(dense_class, row if issubclass(tiled, TiledRowParallelLinear) else column)
         for dense_class, tiled in TILED_CLASSES.items()
     }
 

@@ -1,8 +1,8 @@
 """Activations of the tile loop, forward and backward, into buffers that exist.
 
 An ``Activation`` is a function of torch, which is the reference and what runs on a CPU, and where one of the kernels
-of ``activation_kernels`` computes the same, its formula. Depends on torch alone; ``mlp.py`` says which activation a
-Megatron MLP has.
+of ``tiles/kernels/activation.py`` computes the same, its formula. Depends on torch alone; ``resident/mlp.py`` says
+which activation a Megatron MLP has.
 
 Shapes: ``pre [halves, n, f]`` is the pre-activation of ``f`` features for ``n`` tokens, ``halves`` 2 for a gated
 linear unit (gate and up) and 1 otherwise; ``bias [halves, f]``; ``scale [n]`` multiplies a token's activation.

@@ -148,7 +148,8 @@ class _TiledMLP(torch.autograd.Function):
         output = whole.new_empty(*whole.shape[:-1], fc2_weight.shape[0])
         x, y = flat(whole), flat(output)
         kept = None
-        for span in loop.kept:
+        records = grad_enabled and any(ctx.needs_input_grad)
+        for span in loop.kept if records else ():
             kept = span.fc1(x, fc1_weight)
         for step in loop.token_steps(x.shape[0]):
             activated = x.new_empty(step.stop - step.start, fc2_weight.shape[1])
@@ -159,7 +160,7 @@ class _TiledMLP(torch.autograd.Function):
                 del pre, operands
             gemm_into(y[step], activated, fc2_weight.t(), accumulate=False)
             del activated  # before the next one is made, or there would be two
-        if grad_enabled and any(ctx.needs_input_grad):
+        if records:
             needs_input = ctx.needs_input_grad[1] or loop.keep < len(loop.tiles)
             ctx.loop, ctx.kept_is_intact = loop, True
             # Parameters carry main_grad, which saved tensors may lose.

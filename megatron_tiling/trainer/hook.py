@@ -23,7 +23,6 @@ def tiling_hook(config: TilingConfig) -> Hook:
     def hook(chunks: ModelChunks) -> ModelChunks:
         for index, chunk in enumerate(chunks):
             reports = tile(chunk, config)
-            chunk.tiling_reports = reports  # type: ignore[assignment]
             _log_once_a_stage(f"tiled linear layers{_stage_name(index, len(chunks))}:\n{table(reports)}")
         return chunks
 

@@ -186,12 +186,9 @@ def check_refusals() -> None:
         ({"output": (1, 89)}, {}, "--tiled-linear-splits output=1x89: a rank's vocabulary has"),
         ({}, {"head_tokens": 0}, "--tiled-head-tokens 0: must be a whole number"),
         ({}, {"head_memory_mib": 0}, "--tiled-head-memory-mib 0: must be a whole number"),
-        ({}, {}, "--cross-entropy-fusion-impl te"),
     ]
     for splits, sizes, message in refusals:
         model = build(case)
-        if "fusion-impl" in message:
-            model.config.cross_entropy_loss_fusion, model.config.cross_entropy_fusion_impl = True, "te"
         try:
             check_head(model, TilingConfig(splits=splits, **sizes))
         except ValueError as error:
@@ -200,6 +197,9 @@ def check_refusals() -> None:
             raise AssertionError(f"not refused: {message}")
         assert type(model.output_layer) is ColumnParallelLinear
 
+    model = build(case)
+    model.config.cross_entropy_loss_fusion, model.config.cross_entropy_fusion_impl = True, "te"
+    assert check_head(model, TilingConfig()) == "--cross-entropy-fusion-impl te"
     model = build(case)
     model.output_layer = torch.nn.Sequential(model.output_layer)
     assert check_head(model, TilingConfig()) == "Sequential is not a stock column layer"

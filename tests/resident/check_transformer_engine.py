@@ -217,6 +217,8 @@ def check_spec_provider() -> None:
     for changes in settings():
         tiled = te_gpt(rewrite=TiledSpecProvider(factor=2).tiled, **changes)
         assert str(tiled.decoder.layers[0].self_attention.linear_proj.grid) == "2x1"
+        provider = TiledSpecProvider(factor=2, splits={"proj": (4, 1)})
+        assert str(te_gpt(rewrite=provider.tiled, **changes).decoder.layers[0].self_attention.linear_proj.grid) == "4x1"
         assert not {type(module) for module in tiled.modules()} & set(TILED_CLASSES)
         assert_same(step(tiled, **inputs()), step(te_gpt(**changes), **inputs()))
 
