@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
-from megatron_tiling.tiles.gemm import gemm_into
+from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.head_cut import HeadTiles
 from megatron_tiling.tiles.softmax import Statistics
 from megatron_tiling.tiles.wgrad import WeightGrad
@@ -199,7 +199,7 @@ class _LogitsBuffer:
     def __init__(self, x: Tensor, token_parts: list[slice], column_parts: list[slice]) -> None:
         per_line = 128 // x.element_size()
         width = -(-_longest(column_parts) // per_line) * per_line
-        self._memory = x.new_empty(_longest(token_parts), width)
+        self._memory = scratch(x, _longest(token_parts), width)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """``[n_t, h]`` and ``[v_t, h]`` -> ``[n_t, v_t]``, valid until the next call."""

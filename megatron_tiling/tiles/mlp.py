@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm, flat
-from megatron_tiling.tiles.gemm import gemm_into
+from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -230,7 +230,7 @@ class _Backward:
         pre = self.kept.detach().data if span.kept and self.kept is not None else None
         for tile in span.tiles:
             width = tile.stop - tile.start
-            activated = self.dy.new_empty(self.dy.shape[0], _padded(width))[:, :width]  # its gradient at first
+            activated = scratch(self.dy, self.dy.shape[0], _padded(width))[:, :width]  # its gradient at first
             if self.needs_activation_grad:
                 gemm_into(activated, self.dy, self.fc2_weight[:, tile], accumulate=False)
             if pre is None:  # after a product that a gather of the input runs under
@@ -337,7 +337,7 @@ class _Span:
         """``x [n, h]`` -> ``pre``."""
         rows = self._rows(weight)
         width = rows.shape[1]
-        buffer = x.new_empty(x.shape[0], self.halves, width if self.one_matrix else _padded(width))
+        buffer = scratch(x, x.shape[0], self.halves, width if self.one_matrix else _padded(width))
         pre = buffer[:, :, :width].transpose(0, 1)
         if self.one_matrix:
             gemm_into(_side_by_side(pre), x, rows.flatten(0, 1).t(), accumulate=False)
