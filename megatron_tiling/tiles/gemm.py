@@ -30,6 +30,6 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
 def scratch(like: Tensor, *shape: int) -> Tensor:
     """New memory of the dtype and on the device of ``like``, of whose rows a part becomes an operand of ``gemm_into``.
 
-    On a CPU it is zeroed: products of bf16 read such rows beyond their end in torch 2.10, and multiply that by zero.
+    On a CPU it is zeroed: there products of bf16 read such rows beyond their end (torch 2.10, 2.14), times zero.
     """
     return like.new_empty(shape) if like.is_cuda else like.new_zeros(shape)
