@@ -90,7 +90,7 @@ def of_ours(dense: ColumnParallelLinear, labels: Tensor, bounds: list[int]) -> l
         head.head_tiles = HeadTiles(bound)
 
         def losses(hidden: Tensor, head: TiledOutputLayer = head) -> Tensor:
-            return tiled_linear_cross_entropy(hidden, head.weight, labels, head.loss_loop(hidden)).loss
+            return tiled_linear_cross_entropy(hidden, head.weight, labels, head.loss_loop()).loss
 
         candidates.append(Candidate(f"ours, {bound} MiB", losses, [dense.weight], (head,)))
     return candidates

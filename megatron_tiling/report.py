@@ -105,8 +105,8 @@ def note(report: LayerReport) -> str:
 def _loss_note(tiles: HeadTiles, vocabulary: int) -> str:
     tokens = "tokens" if tiles.tokens is None else f"{tiles.tokens} tokens"
     columns, bound = "columns", f" within {tiles.memory_mib} MiB"
-    if tiles.vocabulary is not None:
-        parts = partition_aligned(vocabulary, tiles.vocabulary)
+    if tiles.vocabulary_tiles is not None:
+        parts = partition_aligned(vocabulary, tiles.vocabulary_tiles)
         columns = f"{max(stop - start for start, stop in pairwise(parts))} columns"
         bound = "" if tiles.tokens is not None else bound
     return f"loss in tiles of {tokens} x {columns} of logits{bound}"

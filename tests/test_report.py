@@ -82,7 +82,7 @@ def test_table() -> None:
     "tiles, cells",
     [
         (HeadTiles(100, tokens=512), "loss in tiles of 512 tokens x columns of logits within 100 MiB"),
-        (HeadTiles(100, vocabulary=16), "loss in tiles of tokens x 8192 columns of logits within 100 MiB"),
+        (HeadTiles(100, vocabulary_tiles=16), "loss in tiles of tokens x 8192 columns of logits within 100 MiB"),
         (HeadTiles(100, 512, 16), "loss in tiles of 512 tokens x 8192 columns of logits"),
     ],
 )

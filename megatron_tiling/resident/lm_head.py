@@ -7,9 +7,7 @@ perhaps scales the logits, and hands them to ``compute_language_model_loss``, on
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -36,7 +34,7 @@ class TiledOutputLayer(TiledColumnParallelLinear):
     inference mode.
 
     Args:
-        head_tiles: memory bound and sizes of the loss's tiles. A micro-batch may be smaller than a tile.
+        head_tiles: memory bound and sizes of the loss's tiles.
     """
 
     head_tiles: HeadTiles
@@ -65,23 +63,19 @@ class TiledOutputLayer(TiledColumnParallelLinear):
         caller = "" if whole else stock_caller(sys._getframe(1))
         if not caller:
             return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
-        loop = self.loss_loop(input_, keep_largest=caller == PREDICTION_LOSSES)
+        loop = self.loss_loop(keep_largest=caller == PREDICTION_LOSSES)
         return LazyLogits(input_, self.weight if weight is None else weight, loop), None
 
-    def loss_loop(self, input_: Tensor, *, keep_largest: bool = False) -> CrossEntropyLoop:
-        """How the losses of ``input_``, shaped as for ``forward``, are computed without logits."""
+    def loss_loop(self, *, keep_largest: bool = False) -> CrossEntropyLoop:
+        """How losses are computed without logits."""
         comm = group = None
         sequence_parallel = self.sequence_parallel and not self.explicit_expert_comm
         if self.tp_group is not None and self.tp_group.size() > 1:
             group = self.tp_group
             reduces = not (sequence_parallel or self.explicit_expert_comm or self.disable_grad_reduce)
             comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
-        tiles = self.head_tiles
-        if tiles.tokens is not None:
-            tokens = math.prod(input_.shape[:-1]) * (group.size() if group and sequence_parallel else 1)
-            tiles = replace(tiles, tokens=max(1, min(tiles.tokens, tokens)))
         fuse_wgrad = self.gradient_accumulation_fusion
-        return CrossEntropyLoop(tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
+        return CrossEntropyLoop(self.head_tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:
@@ -111,7 +105,9 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
             f"--tiled-linear-splits output={in_splits}x{out_splits}: the LM head is tiled over tokens and vocabulary; "
             f"write output=1x{out_splits}"
         )
-    head_tiles(config).check(tokens=None, vocabulary=layer.output_size_per_partition)
+    columns = layer.output_size_per_partition
+    if "output" in config.splits and out_splits > columns:
+        raise ValueError(f"--tiled-linear-splits output=1x{out_splits}: a rank's vocabulary has {columns} columns")
     own_loss = vars(model).get("compute_language_model_loss")
     if own_loss is not None and not has_tiled_loss(own_loss):
         return "this model was given a compute_language_model_loss of its own"

@@ -38,7 +38,6 @@ class CrossEntropyLoop:
         comm: collectives of the input and its gradient.
         fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
         scale: multiplies the logits.
-        label_smoothing: as in Megatron, which averages over the columns of each rank alone.
         keep_largest: also return each token's largest logit among this rank's columns, and its column.
     """
 
@@ -47,23 +46,11 @@ class CrossEntropyLoop:
     comm: ColumnComm | None = None
     fuse_wgrad: bool = False
     scale: float = 1.0
-    label_smoothing: float = 0.0
     keep_largest: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is not within [0, 1)")
 
     def first_column(self, vocabulary: int) -> int:
         """Where this rank's ``vocabulary`` columns begin in the whole."""
         return 0 if self.group is None else self.group.rank() * vocabulary
-
-    def target_weights(self, vocabulary: int) -> tuple[float, float]:
-        """Target probability of the label beyond any other column's, and that of any column."""
-        if self.label_smoothing == 0.0:
-            return 1.0, 0.0
-        smoothing = self.label_smoothing * vocabulary / (vocabulary - 1)
-        return 1.0 - smoothing, smoothing / vocabulary
 
 
 @dataclass(frozen=True)
@@ -91,13 +78,12 @@ def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, l
         loop: tiles, collectives and options.
 
     Raises:
-        ValueError: labels of another shape than the hidden states, or tiles larger than what there is.
+        ValueError: labels of another shape than the hidden states.
     """
     shards = loop.group.size() if loop.comm is not None and loop.comm.sequence_parallel and loop.group else 1
     expected = (hidden.shape[0] * shards, *hidden.shape[1:-1])
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels have shape {list(labels.shape)}, the hidden states {list(expected)} tokens")
-    loop.tiles.check(labels.numel(), len(weight))
     return TokenLosses(*_TiledLinearCrossEntropy.apply(hidden, weight, labels, loop))
 
 
@@ -130,16 +116,14 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         x = flat(gathered)
         token_parts, column_parts = _cut(loop, len(x), weight, backward=False)
         local_labels = labels.reshape(-1) - loop.first_column(len(weight))
-        statistics = Statistics.of_no_logits(
-            local_labels, _wide(x.dtype), sum_logits=loop.label_smoothing > 0.0, argmax=loop.keep_largest
-        )
+        statistics = Statistics.of_no_logits(local_labels, _wide(x.dtype), argmax=loop.keep_largest)
         update_statistics = softmax_for(x).update_statistics
         buffer = _LogitsBuffer(x, token_parts, column_parts)
         for tokens in token_parts:
             for columns in column_parts:
                 logits = buffer.logits(x[tokens], weight[columns])
                 update_statistics(logits, columns.start, local_labels[tokens], loop.scale, statistics.of(tokens))
-        loss, log_sum_exp = _loss(statistics, local_labels, len(weight), loop)
+        loss, log_sum_exp = _loss(statistics, local_labels, len(weight), loop.group)
         ctx.save_for_backward(hidden, weight, local_labels, log_sum_exp)
         if statistics.argmax is None:
             return loss.view_as(labels), None, None
@@ -161,7 +145,6 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         token_parts, column_parts = _cut(loop, len(x), weight, backward=True)
         grad_loss = grad_loss.reshape(-1).to(log_sum_exp.dtype)
 
-        target_weights = loop.target_weights(len(weight))
         logits_to_gradient = softmax_for(x).logits_to_gradient
         wgrad = WeightGrad(ctx.param, loop.fuse_wgrad) if needs_wgrad else None
         buffer = _LogitsBuffer(x, token_parts, column_parts)
@@ -171,7 +154,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
             for columns in column_parts:
                 dz = buffer.logits(x[tokens], weight[columns])
                 per_token = local_labels[tokens], log_sum_exp[tokens], grad_loss[tokens]
-                logits_to_gradient(dz, columns.start, *per_token, loop.scale, *target_weights)
+                logits_to_gradient(dz, columns.start, *per_token, loop.scale)
                 if dgrad is not None:
                     dgrad.add(tokens, dz, weight[columns], first=columns is column_parts[0])
                     if columns is column_parts[-1] and tokens is not token_parts[-1]:
@@ -236,28 +219,24 @@ class _InputGrad:
 
 
 def _loss(
-    statistics: Statistics, local_labels: Tensor, vocabulary: int, loop: CrossEntropyLoop
+    statistics: Statistics, local_labels: Tensor, vocabulary: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp ``[n]`` over the whole vocabulary; two collectives, three in Megatron."""
     has_label = (local_labels >= 0) & (local_labels < vocabulary)
     largest = statistics.largest
-    if loop.group is not None:
+    if group is not None:
         largest = largest.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=loop.group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     sums = torch.stack(
         [
             statistics.sum_exp * torch.exp(statistics.largest - largest),
             torch.where(has_label, statistics.label_logit - largest, 0.0),
         ]
     )
-    if loop.group is not None:
-        dist.all_reduce(sums, group=loop.group)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
     log_sum = torch.log(sums[0])
-    loss, log_sum_exp = log_sum - sums[1], log_sum + largest
-    if statistics.sum_logits is not None:
-        label_weight, other_weight = loop.target_weights(vocabulary)
-        loss = label_weight * loss + other_weight * (vocabulary * log_sum_exp - statistics.sum_logits)
-    return loss, log_sum_exp
+    return log_sum - sums[1], log_sum + largest
 
 
 def _cut(loop: CrossEntropyLoop, tokens: int, weight: Tensor, *, backward: bool) -> tuple[list[slice], list[slice]]:

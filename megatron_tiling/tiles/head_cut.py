@@ -21,42 +21,17 @@ LEAST_COLUMNS = 4096
 
 @dataclass(frozen=True)
 class HeadTiles:
-    """What a user asks for: a memory bound, and sizes fixed by hand.
+    """What a user asks for: a memory bound, and sizes fixed by hand; no tile is larger than what there is.
 
     Args:
         memory_mib: bound for one tile of logits and the float32 sum of the input gradient together.
         tokens: tokens of a tile; ``None`` chooses.
-        vocabulary: number of tiles over this rank's vocabulary; ``None`` chooses.
-
-    Raises:
-        ValueError: a number below 1, naming its flag.
+        vocabulary_tiles: how many over this rank's vocabulary; ``None`` chooses.
     """
 
     memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
     tokens: int | None = None
-    vocabulary: int | None = None
-
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("--tiled-head-memory-mib ", self.memory_mib),
-            ("--tiled-head-tokens ", self.tokens),
-            ("--tiled-linear-splits output=1x", self.vocabulary),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{flag}{value}: must be at least 1")
-
-    def check(self, tokens: int | None, vocabulary: int) -> None:
-        """Refuse sizes beyond the ``tokens`` of a micro-batch, if known, and the ``vocabulary`` columns of a rank.
-
-        Raises:
-            ValueError: naming value, limit and flag.
-        """
-        if self.tokens is not None and tokens and self.tokens > tokens:
-            raise ValueError(f"--tiled-head-tokens {self.tokens}: a micro-batch has {tokens} tokens a rank")
-        if self.vocabulary is not None and self.vocabulary > vocabulary:
-            raise ValueError(
-                f"--tiled-linear-splits output=1x{self.vocabulary}: a rank's vocabulary has {vocabulary} columns"
-            )
+    vocabulary_tiles: int | None = None
 
     def cut(
         self, tokens: int, vocabulary: int, *, logit_bytes: int, token_bytes: int, may_tile_tokens: bool
@@ -67,7 +42,7 @@ class HeadTiles:
         the logits; the vocabulary is cut to fill the rest.
 
         Args:
-            tokens, vocabulary: the size of all logits on this rank; no tile is larger.
+            tokens, vocabulary: the size of all logits on this rank.
             logit_bytes: memory of one logit.
             token_bytes: memory a token takes beside its logits during the backward pass.
             may_tile_tokens: tile tokens too where the bound asks for it; else the bound gives way. Each token
@@ -82,7 +57,7 @@ class HeadTiles:
         if self.tokens is not None:
             token_parts = [*range(0, max(tokens, 1), self.tokens), tokens]
         elif may_tile_tokens:
-            columns = 0 if self.vocabulary is None else ceil(vocabulary / self.vocabulary)
+            columns = 0 if self.vocabulary_tiles is None else ceil(vocabulary / self.vocabulary_tiles)
             tile_bytes = token_bytes + columns * logit_bytes
             fits = tokens * max(tile_bytes, token_bytes * 4 // 3) <= bound
             tiles = 1 if fits else ceil(tokens * max(tile_bytes, token_bytes * 2) / bound)
@@ -91,7 +66,7 @@ class HeadTiles:
             token_parts = [0, tokens]
         height = max(1, *(stop - start for start, stop in pairwise(token_parts)))
 
-        vocabulary_tiles = self.vocabulary
+        vocabulary_tiles = self.vocabulary_tiles
         if vocabulary_tiles is None:
             widest = max((bound - height * token_bytes) // (height * logit_bytes), LEAST_COLUMNS)
             vocabulary_tiles = ceil(vocabulary / (widest // ALIGNMENT * ALIGNMENT))

@@ -20,28 +20,20 @@ class Statistics:
     Args:
         largest, sum_exp: the largest logit so far and the sum of ``exp(logit - largest)``.
         label_logit: the label's, if it was among the columns so far.
-        sum_logits, argmax: the sum of the logits, the column of the largest; ``None`` if not wanted.
+        argmax: the column of the largest; ``None`` if not wanted.
     """
 
     largest: Tensor
     sum_exp: Tensor
     label_logit: Tensor
-    sum_logits: Tensor | None = None
     argmax: Tensor | None = None
 
     @classmethod
-    def of_no_logits(
-        cls, labels: Tensor, dtype: torch.dtype, *, sum_logits: bool = False, argmax: bool = False
-    ) -> Statistics:
+    def of_no_logits(cls, labels: Tensor, dtype: torch.dtype, *, argmax: bool = False) -> Statistics:
         """Those of the tokens of ``labels [n]`` to begin with."""
-        zeros = torch.zeros(3, len(labels), dtype=dtype, device=labels.device)
-        return cls(
-            torch.full_like(zeros[0], float("-inf")),
-            zeros[0],
-            zeros[1],
-            zeros[2] if sum_logits else None,
-            torch.zeros_like(labels) if argmax else None,
-        )
+        zeros = torch.zeros(2, len(labels), dtype=dtype, device=labels.device)
+        largest = torch.full_like(zeros[0], float("-inf"))
+        return cls(largest, zeros[0], zeros[1], torch.zeros_like(labels) if argmax else None)
 
     def of(self, tokens: slice) -> Statistics:
         """Views of some tokens' statistics."""
@@ -62,8 +54,6 @@ def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: 
     tile_largest, tile_argmax = scaled.max(dim=-1)
     if statistics.argmax is not None:
         statistics.argmax.copy_(torch.where(tile_largest > largest, first_column + tile_argmax, statistics.argmax))
-    if statistics.sum_logits is not None:
-        statistics.sum_logits.add_(scaled.sum(dim=-1))
     new_largest = torch.maximum(largest, tile_largest)
     shift = torch.where(torch.isneginf(new_largest), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
     sum_exp *= torch.exp(largest - shift)
@@ -74,26 +64,19 @@ def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: 
 
 
 def logits_to_gradient(
-    logits: Tensor,
-    first_column: int,
-    labels: Tensor,
-    log_sum_exp: Tensor,
-    grad_loss: Tensor,
-    scale: float,
-    label_weight: float,
-    other_weight: float,
+    logits: Tensor, first_column: int, labels: Tensor, log_sum_exp: Tensor, grad_loss: Tensor, scale: float
 ) -> None:
     """Overwrite a tile of logits with the gradient of the losses with respect to it.
 
-    ``(exp(scale * logit - log_sum_exp) - label_weight * onehot(label) - other_weight) * grad_loss * scale``
+    ``(exp(scale * logit - log_sum_exp) - onehot(label)) * grad_loss * scale``
 
     Args:
         logits: ``[n_t, v_t]``.
         labels, log_sum_exp, grad_loss: ``[n_t]``.
     """
-    gradient = torch.exp(logits.to(log_sum_exp.dtype) * scale - log_sum_exp[:, None]) - other_weight
+    gradient = torch.exp(logits.to(log_sum_exp.dtype) * scale - log_sum_exp[:, None])
     columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
-    gradient.scatter_add_(1, columns[:, None], here[:, None].to(gradient.dtype) * -label_weight)
+    gradient.scatter_add_(1, columns[:, None], -here[:, None].to(gradient.dtype))
     logits.copy_(gradient * (grad_loss * scale)[:, None])
 
 

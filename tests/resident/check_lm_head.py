@@ -250,7 +250,7 @@ def check_float64() -> None:
         comm = ColumnComm(
             group, sequence_parallel, not sequence_parallel, lambda shape, dtype: torch.empty(*shape, dtype=dtype)
         )
-        tiles = HeadTiles(tokens=1 + seed, vocabulary=1 + 3 * seed % shard)
+        tiles = HeadTiles(tokens=1 + seed, vocabulary_tiles=1 + 3 * seed % shard)
         result = tiled_linear_cross_entropy(x_rank, w_rank, labels, CrossEntropyLoop(tiles, group, comm))
         result.loss.backward(upstream)
         for ours, exact in ((result.loss, expected), (x_rank.grad, x.grad[rows]), (w_rank.grad, w.grad[columns])):

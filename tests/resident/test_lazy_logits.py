@@ -25,7 +25,7 @@ def weight():
 
 
 def lazy(hidden, weight):
-    return LazyLogits(hidden, weight, CrossEntropyLoop(HeadTiles(vocabulary=2), keep_largest=True))
+    return LazyLogits(hidden, weight, CrossEntropyLoop(HeadTiles(vocabulary_tiles=2), keep_largest=True))
 
 
 def test_the_loss_of_scaled_logits_and_their_largest(hidden, weight):

@@ -96,7 +96,7 @@ def test_mlp(layout: Layout, gated: bool, keep: int, with_scale: bool) -> None:
 def test_head(layout: Layout, tokens: int, vocabulary: int) -> None:
     hidden, weight = inputs = leaves((*TOKENS, HIDDEN), (FEATURES, HIDDEN))
     labels = torch.randint(0, FEATURES, TOKENS)
-    loop = CrossEntropyLoop(HeadTiles(tokens=tokens, vocabulary=vocabulary))
+    loop = CrossEntropyLoop(HeadTiles(tokens=tokens, vocabulary_tiles=vocabulary))
     loss = tiled_linear_cross_entropy(hidden, weight, labels, loop).loss
     exact = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="none").view(TOKENS)
     compare([loss], [exact], inputs, [layout])

@@ -21,9 +21,7 @@ def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: 
     tokens, columns = logits.shape
     if tokens == 0:
         return
-    written = (
-        statistics.largest, statistics.sum_exp, statistics.label_logit, statistics.sum_logits, statistics.argmax,
-    )  # fmt: skip
+    written = statistics.largest, statistics.sum_exp, statistics.label_logit, statistics.argmax
     _check_written(logits, *written)
     block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
     with torch.cuda.device_of(logits):
@@ -35,14 +33,7 @@ def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: 
 
 
 def logits_to_gradient(
-    logits: Tensor,
-    first_column: int,
-    labels: Tensor,
-    log_sum_exp: Tensor,
-    grad_loss: Tensor,
-    scale: float,
-    label_weight: float,
-    other_weight: float,
+    logits: Tensor, first_column: int, labels: Tensor, log_sum_exp: Tensor, grad_loss: Tensor, scale: float
 ) -> None:
     """See ``tiles/softmax.py``."""
     tokens, columns = logits.shape
@@ -54,8 +45,7 @@ def logits_to_gradient(
     with torch.cuda.device_of(logits):
         _logits_to_gradient[(tokens, triton.cdiv(columns, block))](
             logits, logits.stride(0), columns, first_column,
-            labels.contiguous(), log_sum_exp.contiguous(), grad_loss.contiguous(),
-            scale, label_weight, other_weight,
+            labels.contiguous(), log_sum_exp.contiguous(), grad_loss.contiguous(), scale,
             BLOCK=block, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
 
@@ -71,7 +61,7 @@ def _check_written(logits: Tensor, *statistics: Tensor | None) -> None:
 @triton.jit
 def _update_statistics(
     logits_ptr, row_stride, columns, first_column, labels_ptr, scale,
-    largest_ptr, sum_exp_ptr, label_logit_ptr, sum_logits_ptr, argmax_ptr,
+    largest_ptr, sum_exp_ptr, label_logit_ptr, argmax_ptr,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -80,8 +70,6 @@ def _update_statistics(
     sum_exp = tl.load(sum_exp_ptr + token)
     if argmax_ptr is not None:
         argmax = tl.load(argmax_ptr + token)
-    if sum_logits_ptr is not None:
-        sum_logits = tl.load(sum_logits_ptr + token)
     for index in range(BLOCKS):  # of a known number: Triton's interpreter takes no other since numpy 2.5
         column = index * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
@@ -91,8 +79,6 @@ def _update_statistics(
         if argmax_ptr is not None:
             first = tl.min(tl.where(logit == block_largest, column, columns), axis=0)
             argmax = tl.where(block_largest > largest, (first_column + first).to(tl.int64), argmax)
-        if sum_logits_ptr is not None:
-            sum_logits += tl.sum(tl.where(inside, logit, 0.0), axis=0)
         new_largest = tl.maximum(largest, block_largest)
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
         sum_exp = sum_exp * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift), axis=0)
@@ -101,8 +87,6 @@ def _update_statistics(
     tl.store(sum_exp_ptr + token, sum_exp)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + token, argmax)
-    if sum_logits_ptr is not None:
-        tl.store(sum_logits_ptr + token, sum_logits)
     label = tl.load(labels_ptr + token) - first_column
     if (label >= 0) & (label < columns):
         tl.store(label_logit_ptr + token, tl.load(row_ptr + label).to(tl.float32) * scale)
@@ -110,8 +94,7 @@ def _update_statistics(
 
 @triton.jit
 def _logits_to_gradient(
-    logits_ptr, row_stride, columns, first_column, labels_ptr, log_sum_exp_ptr, grad_loss_ptr,
-    scale, label_weight, other_weight,
+    logits_ptr, row_stride, columns, first_column, labels_ptr, log_sum_exp_ptr, grad_loss_ptr, scale,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -121,6 +104,6 @@ def _logits_to_gradient(
     logit = tl.load(pointers, mask=inside).to(tl.float32) * scale
     label = tl.load(labels_ptr + token) - first_column
     factor = tl.load(grad_loss_ptr + token) * scale
-    gradient = tl.exp(logit - tl.load(log_sum_exp_ptr + token)) - other_weight
-    gradient = tl.where(column == label, gradient - label_weight, gradient) * factor
+    gradient = tl.exp(logit - tl.load(log_sum_exp_ptr + token))
+    gradient = tl.where(column == label, gradient - 1.0, gradient) * factor
     tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=inside)

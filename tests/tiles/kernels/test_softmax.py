@@ -48,8 +48,8 @@ def test_gradient(labels_as, log_sum_exp_as, grad_as) -> None:
     log_sum_exp = log_sum_exp_as(logits.logsumexp(1))
     grad = grad_as(torch.rand(TOKENS, device=DEVICE))
     expected = logits.double()
-    softmax.logits_to_gradient(expected, 2, labels, log_sum_exp.double(), grad.double(), 0.5, 0.9, 0.01)
-    kernels.logits_to_gradient(logits, 2, labels, log_sum_exp, grad, 0.5, 0.9, 0.01)
+    softmax.logits_to_gradient(expected, 2, labels, log_sum_exp.double(), grad.double(), 0.5)
+    kernels.logits_to_gradient(logits, 2, labels, log_sum_exp, grad, 0.5)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_statistics(labels_as) -> None:
     logits, labels = rows(), labels_as(torch.randint(0, COLUMNS, (TOKENS,), device=DEVICE))
     found = []
     for form, dtype in ((kernels, torch.float32), (softmax, torch.float64)):
-        statistics = Statistics.of_no_logits(labels, dtype, sum_logits=True, argmax=True)
+        statistics = Statistics.of_no_logits(labels, dtype, argmax=True)
         form.update_statistics(logits.to(dtype), 0, labels, 1.0, statistics)
         found.append(vars(statistics).values())
     for ours, exact in zip(*found, strict=True):
@@ -70,7 +70,7 @@ def test_what_is_written_must_be_dense() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         kernels.update_statistics(rows(), 0, labels, 1.0, Statistics(strided(vector), vector, vector))
     with pytest.raises(ValueError, match="dense rows"):
-        kernels.logits_to_gradient(rows(dense=False), 0, labels, vector, vector, 1.0, 1.0, 0.0)
+        kernels.logits_to_gradient(rows(dense=False), 0, labels, vector, vector, 1.0)
 
 
 @pytest.mark.parametrize("form", [kernels, softmax])
