@@ -12,25 +12,21 @@ held between steps: weights, main_grad, inputs. Runs are interleaved in random o
 import argparse
 import collections
 import json
-import logging
-import os
 import random
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpt
 from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
-PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
 DENSE = "dense"
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
@@ -79,80 +75,26 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], di
         yield "tiled: factor 8, keep 0", {}, {"modules": ("fc1", "fc2", "output"), "factor": 8, "mlp_keep": 0}
 
 
-def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnBackend
-
-    for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):  # Megatron sets them once a process
-        os.environ.pop(variable, None)
-    model_parallel_cuda_manual_seed(11)
-    config = TransformerConfig(
-        num_layers=args.layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.hidden_size // 128,
-        num_query_groups=args.query_groups,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=True,
-        apply_rope_fusion=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=True,
-        cross_entropy_loss_fusion=True,
-        attention_backend=AttnBackend[args.attention],
-        **changes,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_with_transformer_engine_spec(),
-        vocab_size=args.vocabulary,
-        max_sequence_length=args.sequence,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    return model.cuda()
-
-
-def share(model: Any, parameters: dict[str, Tensor]) -> None:
-    """Let a model run on other parameters."""
-    for name, parameter in parameters.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, parameter)
-
-
 def candidates(args: argparse.Namespace) -> tuple[list[Candidate], Any]:
     """All of them, and the DDP wrapper that holds main_grad."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.report import table
 
-    tokens = torch.randint(0, args.vocabulary, (args.batch, args.sequence), device="cuda")
-    positions = torch.arange(args.sequence, device="cuda").expand(args.batch, -1)
-    labels = tokens.roll(-1, 1)
+    inputs = gpt.batch(args, args.sequence, args.batch)
     found: list[Candidate] = []
     ddp: Any = None
     for name, changes, tiling in settings(args):
-        model = build(args, changes)
+        model = gpt.build(args, changes)
         if ddp is None:
-            ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+            ddp = gpt.with_main_grad(model)
             parameters = dict(model.named_parameters())
         else:
-            share(model, parameters)
+            gpt.share(model, parameters)
         if tiling is not None:
             print(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}", flush=True)
 
         def step(model: Any = model) -> Tensor:
-            loss: Tensor = model(tokens, positions, None, labels=labels).mean()
+            loss: Tensor = model(**inputs).mean()
             loss.backward()
             return loss.detach()
 
@@ -250,26 +192,16 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (
-        ("layers", 3), ("hidden-size", 4096), ("ffn-hidden-size", 14336), ("query-groups", 8), ("vocabulary", 128256),
-        ("sequence", 2048), ("batch", 4), ("repeats", 20),
-    ):  # fmt: skip
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
+    shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
+    gpt.add_shape(parser, **shape, sequence=2048, batch=4, repeats=20)
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from megatron.core import parallel_state
-
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    torch.manual_seed(1)
+    gpt.initialize()
     found, ddp = candidates(args)
     measure(found, ddp, args.repeats)
-    origin = Origin.now(PACKAGES, machine())
+    origin = Origin.now(gpt.PACKAGES, machine())
     origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
     record = {
         "origin": asdict(origin),

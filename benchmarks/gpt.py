@@ -1,0 +1,100 @@
+"""A GPT of TransformerEngine's layers as a stock user builds it, and many of them on one set of parameters."""
+
+import argparse
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn-4")
+
+
+def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags of a model's shape; heads are 128 wide."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--tied", action="store_true", help="one weight for the embedding and the output layer")
+    parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
+
+
+def initialize() -> None:
+    """A world of one process, as Megatron wants it, without its warnings."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(1)
+
+
+def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
+    """A model of the shape of ``args``, with ``changes`` of Megatron's config."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):  # Megatron sets them once a process
+        os.environ.pop(variable, None)
+    model_parallel_cuda_manual_seed(11)
+    config = TransformerConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.hidden_size // 128,
+        num_query_groups=args.query_groups,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        apply_rope_fusion=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        gradient_accumulation_fusion=True,
+        cross_entropy_loss_fusion=True,
+        attention_backend=AttnBackend[args.attention],
+        **changes,
+    )
+    return GPTModel(
+        config,
+        get_gpt_layer_with_transformer_engine_spec(),
+        vocab_size=args.vocabulary,
+        max_sequence_length=args.sequence,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=args.tied,
+    ).cuda()
+
+
+def with_main_grad(model: Any) -> Any:
+    """Megatron's DDP around a model, which holds its gradients in float32."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+
+
+def share(model: Any, parameters: dict[str, Tensor]) -> None:
+    """Let a model run on other parameters."""
+    for name, parameter in parameters.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, parameter)
+
+
+def batch(args: argparse.Namespace, sequence: int, count: int = 1) -> dict[str, Tensor | None]:
+    """Random tokens, as ``GPTModel.forward`` takes them by name."""
+    tokens = torch.randint(0, args.vocabulary, (count, sequence), device="cuda")
+    return {
+        "input_ids": tokens,
+        "position_ids": torch.arange(sequence, device="cuda").expand(count, -1),
+        "attention_mask": None,
+        "labels": tokens.roll(-1, 1),
+    }
