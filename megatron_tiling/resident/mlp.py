@@ -9,6 +9,7 @@ wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, mpu_buffer
+from megatron_tiling.resident.remade import made_again
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
@@ -51,7 +53,8 @@ class TiledMLP(MLP):
 
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
-            ``None`` is all of them.
+            ``None`` is all of them. With 0, and under Megatron's ``layernorm`` recompute, the output of the norm that
+            TransformerEngine fuses with fc1 is made again too.
     """
 
     child_classes: tuple[type[torch.nn.Module], type[torch.nn.Module]] = (
@@ -217,7 +220,17 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         fp32_accumulate=fc1.fp32_accumulate,
         comm=_comm(fc1),
     )
-    return tiled_mlp(fc1.normalized(hidden_states), fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
+    normalized = fc1.normalized(hidden_states)
+    remake = _remakes_norm(mlp) and normalized is not hidden_states
+    with made_again(normalized, fc1.normalized, hidden_states) if remake else nullcontext():
+        return tiled_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
+
+
+def _remakes_norm(mlp: TiledMLP) -> bool:
+    """Whether the output of fc1's norm is made again: for the least memory, or as Megatron's flag asks."""
+    config = mlp.config
+    selective = config.recompute_granularity == "selective" and config.recompute_modules
+    return mlp.keep == 0 or bool(selective and "layernorm" in config.recompute_modules)
 
 
 def _comm(fc1: Any) -> ColumnComm | None:

@@ -5,6 +5,7 @@ PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.res
 
 import copy
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +119,27 @@ def check_collectives() -> None:
                 step(model, **inputs())
             counts.append(sum(counter.collectives.values()))
         assert counts[0] == counts[1], counts
+
+
+def check_remade_norms() -> None:
+    """With keep 0 or Megatron's recompute, the norm before fc1 runs once more, and nothing keeps its output."""
+    for keep, recompute, again in (("all", None, 0), (1, None, 0), (0, None, 1), ("all", ["layernorm"], 1)):
+        changes = LLAMA | {"recompute_granularity": "selective" if recompute else None, "recompute_modules": recompute}
+        dense, tiled = te_gpt(**changes), te_gpt(**changes)
+        tile(tiled, TilingConfig(factor=3, modules=LINEARS.modules, mlp_keep=keep))
+        layer = tiled.decoder.layers[0].mlp.linear_fc1
+        outputs: list[Any] = []
+        norm = layer._norm[0]
+        norm.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(weakref.ref(output)))
+        unlabelled = inputs() | {"labels": None}  # stock's loss allows one backward pass
+        forward = tiled(**unlabelled)
+        assert len(outputs) == 1 and (outputs[0]() is None) == bool(again)
+        forward.sum().backward(retain_graph=True)
+        assert len(outputs) == 1 + again
+        tiled.zero_grad()
+        forward.sum().backward()
+        dense(**unlabelled).sum().backward()
+        assert_same(*({name: p.grad for name, p in model.named_parameters()} for model in (tiled, dense)))
 
 
 def check_state_dicts() -> None:
