@@ -34,13 +34,16 @@ _DENSE_ONLY = "tiled layers do not do this"
 _WHOLE_WEIGHT = "a tiled layer needs its weight whole"
 _ONE_SIZE = "its buffers are of one size, and tiles are not"
 _TWO_ENGINES = "two engines cannot own the same parameters"
+_OVERLAPS = "the engine overlaps by itself, see its"
+_OFFLOADS = "the engine offloads by itself, see its configuration"
+_PAST_MODULES = "it runs parts of a layer past the modules that tiles are sharded by"
 _OFFLOADING = ("cpu_offloading_num_layers", "cpu_offloading")
+_IMPLEMENTATIONS = (None, "local", "transformer_engine")
+_PARTITIONED = (None, "auto", "partitioned")
 _SHARDED = (
-    Refused("--tiled-linear-storage", "only partitioned tiles are sharded", (None, "auto", "partitioned")),
+    Refused("--tiled-linear-storage", "only partitioned tiles are sharded", _PARTITIONED),
     Refused("--init-model-with-meta-device", "tiles are cut from weights that exist"),
-    Refused(
-        "--overlap-moe-expert-parallel-comm", "it runs parts of a layer past the modules that tiles are sharded by"
-    ),
+    Refused("--overlap-moe-expert-parallel-comm", _PAST_MODULES),
 )
 
 
@@ -58,10 +61,7 @@ def _no_checkpoints(reason: str, or_else: str = "") -> tuple[Refused, ...]:
 REFUSED: dict[str, tuple[Refused, ...]] = {
     "runs": (
         Refused(
-            "--transformer-impl",
-            "its layers cannot be tiled",
-            (None, "local", "transformer_engine"),
-            "use local or transformer_engine",
+            "--transformer-impl", "its layers cannot be tiled", _IMPLEMENTATIONS, "use local or transformer_engine"
         ),
     ),
     "tiled layers": (
@@ -129,18 +129,12 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
         Refused("--use-distributed-optimizer", "ZeRO-3 shards the optimizer itself"),
         Refused("--use-megatron-fsdp", _TWO_ENGINES),
         Refused("--use-torch-fsdp2", _TWO_ENGINES),
-        Refused(
-            "--tiled-linear-storage",
-            "the engine gathers parameters, and tiles must be some",
-            (None, "auto", "partitioned"),
-        ),
-        Refused("--overlap-grad-reduce", "the engine overlaps by itself, see its overlap_comm"),
-        Refused("--overlap-param-gather", "the engine overlaps by itself, see its stage3_prefetch_bucket_size"),
+        Refused("--tiled-linear-storage", "the engine gathers parameters, and tiles must be some", _PARTITIONED),
+        Refused("--overlap-grad-reduce", f"{_OVERLAPS} overlap_comm"),
+        Refused("--overlap-param-gather", f"{_OVERLAPS} stage3_prefetch_bucket_size"),
         Refused("--rampup-batch-size", "the engine's batch size is fixed"),
         Refused("--decoupled-lr", "the engine has one learning rate"),
-        Refused(
-            "--cpu-offloading-num-layers", "the engine offloads by itself, see its configuration", names=_OFFLOADING
-        ),
+        Refused("--cpu-offloading-num-layers", _OFFLOADS, names=_OFFLOADING),
     ),
 }
 

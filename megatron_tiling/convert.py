@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
-from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES, make_partitioned
+from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
 from megatron_tiling.resident import transformer_engine
@@ -30,8 +30,6 @@ from megatron_tiling.resident.layers import (
 from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
 from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
-
-PARTITIONED = tuple(PARTITIONED_CLASSES.values())
 
 
 def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
@@ -89,7 +87,7 @@ class _Plan:
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
-            return replace(report, grid=layer.grid, partitioned=isinstance(layer, PARTITIONED))
+            return replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
         reason = _reason_to_stay_dense(name, layer, module, self.config)
         if not reason and self.config.partitioned:
             reason = _reason_not_to_partition(layer, module, is_tied)
@@ -146,8 +144,8 @@ class _Plan:
             for name, layer in list(parent._modules.items()):
                 if layer is not None and self.tiled.get(layer, layer) is not layer:
                     setattr(parent, name, self.tiled[layer])
-        for layer, target in self.tiled.items():
-            self._make_tiled(target, self.reports[layer].grid)
+        for dense, layer in self.tiled.items():
+            self._make_tiled(layer, self.reports[dense].grid)
         for model in self.heads:
             convert_head(model, self.config)
         for mlp, classes in self.mlps:

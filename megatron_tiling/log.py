@@ -2,22 +2,15 @@
 
 import logging
 import os
-import sys
-from typing import TextIO
 
 import torch
 
 
-class _Stdout(logging.StreamHandler[TextIO]):
+class _Stdout(logging.Handler):
     """Writes to what is standard output at that time."""
 
-    @property
-    def stream(self) -> TextIO:
-        return sys.stdout
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        """Set by the base class."""
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 logger = logging.getLogger("megatron_tiling")

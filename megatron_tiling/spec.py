@@ -31,8 +31,8 @@ from megatron_tiling.config import (
     Storage,
     TilingConfig,
 )
-from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES
+from megatron_tiling.resident.layers import RESIDENT_CLASSES
 from megatron_tiling.resident.transformer_engine import spec_classes
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.norm import SequenceParallelTorchNorm
@@ -62,14 +62,15 @@ class TiledSpecProvider(LocalSpecProvider):
         self.config = TilingConfig(factor, splits=splits, storage=storage)
 
     def column_parallel_linear(self, module: str = "qkv") -> type:
-        partitioned = self.config.partitioned
-        tiled_class = PartitionedColumnParallelLinear if partitioned else TiledColumnParallelLinear
-        return tiled_class.with_splits(*self.config.splits_of(module))
+        return self._linear(ColumnParallelLinear, module)
 
     def row_parallel_linear(self, module: str = "proj") -> type:
-        partitioned = self.config.partitioned
-        tiled_class = PartitionedRowParallelLinear if partitioned else TiledRowParallelLinear
-        return tiled_class.with_splits(*self.config.splits_of(module))
+        return self._linear(RowParallelLinear, module)
+
+    def _linear(self, stock: type, module: str) -> type:
+        classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
+        tiled_class: type = classes[stock].with_splits(*self.config.splits_of(module))
+        return tiled_class
 
     def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().layer_norm(*args, **kwargs)

@@ -32,10 +32,9 @@ from megatron_tiling.resident.layers import (
     TiledRowParallelLinear,
     shard_shape,
 )
+from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import gathered, tags
-
-DrawTile = Callable[[int, int], Parameter]
 
 
 class PartitionedParallelLinear(TiledParallelLinear):
@@ -46,14 +45,16 @@ class PartitionedParallelLinear(TiledParallelLinear):
     tiles_are_elsewhere = False
     #: Whether the model looks for this layer's weight in the sharded state dict.
     is_output_layer: bool
+    #: What makes tile ``(o, i)``, if not the dense weight.
+    draw_tile: Callable[[int, int], Parameter] | None = None
     #: While stock's ``sharded_state_dict`` describes the dense weight: its shape and dtype, without memory.
     dense_stand_in: Tensor | None = None
 
-    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> DrawTile | None:
-        """Build the stock layer, its weight drawn as ever; where that finds no room, return what draws the tiles."""
+    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
+        """Build the stock layer, its weight drawn as ever; where that finds no room, its tiles are to be drawn."""
         try:
             self.stock_class.__init__(self, input_size, output_size, **options)
-            return None
+            return
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "a weight of [out, in] = [%d, %d] finds no room: its tiles are drawn one by one, and differ from what "
@@ -74,16 +75,13 @@ class PartitionedParallelLinear(TiledParallelLinear):
             weight: Parameter = self.stock_class(*sizes, **(options | {"bias": False, "stride": 1})).weight
             return weight
 
-        return draw
+        self.draw_tile = draw
 
-    def set_grid(
-        self, grid: TileGrid, *, draw_tile: DrawTile | None = None, fp32_accumulate: bool = False, **options: Any
-    ) -> None:
+    def set_grid(self, grid: TileGrid, *, fp32_accumulate: bool = False, **options: Any) -> None:
         """Choose the grid, and give the dense weight's place to tiles: copies of its parts, or drawn one by one.
 
         Args:
             grid: over the rank's shard; ``paired`` for fc1 of a gated MLP.
-            draw_tile: makes tile ``(o, i)``, if not the dense weight.
             options: as for the resident layer.
 
         Raises:
@@ -105,24 +103,20 @@ class PartitionedParallelLinear(TiledParallelLinear):
         self.is_output_layer = bool(getattr(weight, "is_embedding_or_output_parameter", False))
         self.gradient_accumulation_fusion = False
         with gathered(weight):
-            self._adopt_tiles(weight, draw_tile or self._tile_cutter(weight))
-        self.weight = None
+            self._adopt_tiles(weight)
+        self.weight = self.draw_tile = None
         self._register_state_dict_hook(put_dense_weight)
         self.register_load_state_dict_pre_hook(take_dense_weight)
 
-    def _tile_cutter(self, weight: Tensor) -> DrawTile:
-        def cut(o: int, i: int) -> Parameter:
-            columns = self.grid.columns(i)
-            tile = torch.cat([weight.detach()[rows, columns] for rows in self.grid.row_ranges(o)])
-            return Parameter(tile, requires_grad=weight.requires_grad)
-
-        return cut
-
-    def _adopt_tiles(self, weight: Parameter, draw_tile: DrawTile) -> None:
+    def _adopt_tiles(self, weight: Parameter) -> None:
         grid = self.grid
 
+        def cut(o: int, i: int) -> Parameter:
+            tile = torch.cat([weight.detach()[rows, grid.columns(i)] for rows in grid.row_ranges(o)])
+            return Parameter(tile, requires_grad=weight.requires_grad)
+
         def tile(o: int, i: int) -> WeightTile:
-            parameter = draw_tile(o, i)
+            parameter = (self.draw_tile or cut)(o, i)
             vars(parameter).update(tags(weight))
             return WeightTile(parameter)
 
@@ -156,42 +150,24 @@ class PartitionedParallelLinear(TiledParallelLinear):
         """The modules that own the tiles, ``tiles.linears[o][i].weight``."""
         return self._modules["tiles"]  # type: ignore[return-value]
 
-    def _forward_impl(  # type: ignore[override]
-        self,
-        input: Tensor | Sequence[Tensor],
-        weight: None,
-        *,
-        bias: Tensor | None,
-        gradient_accumulation_fusion: bool,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        tp_group: torch.distributed.ProcessGroup | None,
-        grad_output_buffer: list[Tensor] | None = None,
-        wgrad_deferral_limit: int | None = None,
-        gtp_remat_size: int = 1,
-        output_dtype: None = None,
+    def _product(  # type: ignore[override]
+        self, input_: Tensor | Sequence[Tensor], weight: None, bias: Tensor | None, comm: ColumnComm | None
     ) -> Tensor | list[Tensor]:
-        if gradient_accumulation_fusion:
-            raise ValueError(
-                "a partitioned layer leaves its weight gradients to the engine; give --no-gradient-accumulation-fusion"
-            )
         saving: AbstractContextManager[None] = nullcontext()
-        if isinstance(input, Tensor):
-            input, saving = column_input(input, sequence_parallel, allreduce_dgrad, tp_group)
-        if self.input_is_already_split and isinstance(input, Tensor):
-            input = [input[..., self.grid.columns(i)] for i in range(self.grid.in_splits)]
+        if isinstance(input_, Tensor):
+            input_, saving = column_input(input_, comm)
+        if self.input_is_already_split and isinstance(input_, Tensor):
+            input_ = [input_[..., self.grid.columns(i)] for i in range(self.grid.in_splits)]
         with saving:
-            result = self.tiles(input)
+            result = self.tiles(input_)
         if self.combine_out_splits:
             output: Tensor = result[0]
             return output if bias is None else output + bias.to(output.dtype)
         outputs = [output for output, _ in result]
         if bias is None:
             return outputs
-        return [output + self._bias_of(o, bias).to(output.dtype) for o, output in enumerate(outputs)]
-
-    def _bias_of(self, o: int, bias: Tensor) -> Tensor:
-        return torch.cat([bias[rows] for rows in self.grid.row_ranges(o)])
+        biases = [torch.cat([bias[rows] for rows in self.grid.row_ranges(o)]) for o in range(self.grid.out_splits)]
+        return [output + bias.to(output.dtype) for output, bias in zip(outputs, biases, strict=True)]
 
 
 class PartitionedColumnParallelLinear(PartitionedParallelLinear, TiledColumnParallelLinear):
@@ -251,17 +227,15 @@ def make_partitioned(layer: torch.nn.Module, grid: TileGrid) -> None:
     layer.set_grid(grid)
 
 
-def column_input(
-    input_: Tensor, sequence_parallel: bool, allreduce_dgrad: bool, group: torch.distributed.ProcessGroup | None
-) -> tuple[Tensor, AbstractContextManager[None]]:
+def column_input(input_: Tensor, comm: ColumnComm | None) -> tuple[Tensor, AbstractContextManager[None]]:
     """A column layer's collectives, once around all of its tiles.
 
     Returns:
         ``[s, b, h]`` of every rank's tokens, whose gradient is reduced, and a context for the tiles to run in.
     """
-    if sequence_parallel:
-        whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
-        return whole, regathered_in_backward(whole, input_, group)
-    if allreduce_dgrad:
-        return copy_to_tensor_model_parallel_region(input_, group=group), nullcontext()
-    return input_, nullcontext()
+    if comm is None:
+        return input_, nullcontext()
+    if not comm.sequence_parallel:
+        return copy_to_tensor_model_parallel_region(input_, group=comm.group), nullcontext()
+    whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=comm.group)
+    return whole, regathered_in_backward(whole, input_, comm.group)

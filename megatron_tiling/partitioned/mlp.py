@@ -22,7 +22,7 @@ from megatron_tiling.partitioned.layers import (
     column_input,
 )
 from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
-from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of, run_weight_hooks
+from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of, comm_of, run_weight_hooks
 from megatron_tiling.tiles.grid import TileGrid
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.
@@ -53,10 +53,7 @@ class PartitionedMLP(TiledMLP):
             run_weight_hooks(child)
         activation = activation_of(self, scaled=per_token_scale is not None)
         scale = None if per_token_scale is None else per_token_scale.reshape(-1)
-        communicates = not fc1.explicit_expert_comm
-        hidden, saving = column_input(
-            hidden_states, communicates and fc1.sequence_parallel, communicates and fc1.allreduce_dgrad, fc1.tp_group
-        )
+        hidden, saving = column_input(hidden_states, comm_of(fc1))
         output: Tensor | None = None
         with saving:
             for index, unit in enumerate(self.tiles):

@@ -3,8 +3,8 @@
 Such an engine gathers a module's parameters around its forward call, and again around the backward pass of what it
 returned. So each tile is one module, called once a forward pass, whose work is one autograd function.
 
-Hazard: an engine swaps a parameter's data or frees its storage between the two passes. These functions keep the
-parameter and read it again in the backward pass; a saved tensor would keep the gathered weight alive, or be empty.
+Hazard: an engine swaps a parameter's data or frees its storage between the two passes. So the parameter is kept, and
+read again in the backward pass; a saved tensor would keep the gathered weight alive, or be empty.
 
 Depends on torch alone.
 """
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
 from megatron_tiling.tiles.ownership import copy_param, whole_shape
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
@@ -165,8 +166,8 @@ class MLPTile(_TileModule):
         if part:
             return tile_product(input_, getattr(self, part))
         assert activation is not None
-        output: Tensor = _MLPTile.apply(input_, self.fc1, self.fc2, bias, scale, activation, keep)
-        return output
+        loop = MLPLoop((0, self.fc2.shape[1]), activation, int(keep), saves_weights=False)
+        return tiled_mlp(input_, self.fc1, None if bias is None else bias.flatten(), self.fc2, scale, loop)
 
 
 class MLPTilePart(_TileModule):
@@ -193,91 +194,3 @@ TILE_MODULES = (WeightTile, MLPTile)
 def tile_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The tiles in a model, those of fc1 and fc2 in a tiled MLP two by two."""
     return [module for module in model.modules() if isinstance(module, TILE_MODULES)]
-
-
-class _MLPTile(torch.autograd.Function):
-    """One tile of an MLP.
-
-    Tokens ``n`` = all dimensions but the last; ``f``: features of the tile, for a gated linear unit twice as many in
-    U, b and p.
-
-    ==========  =========================================  ================================
-    fc1         x ``[n, h]``, U ``[f, h]``                 p ``[n, f]`` = x U^T
-    activation  p, b ``[f]``, s ``[n]``                    a ``[n, f]`` = s * act(p + b)
-    fc2         a, W ``[h_out, f]``                        y ``[n, h_out]`` = a W^T
-    ----------  -----------------------------------------  --------------------------------
-    fc2 dgrad   dy ``[n, h_out]``, W                       da ``[n, f]`` = dy W
-    fc1         x, U                                       p, unless kept
-    activation  da, p, b, s                                p := dp, da := a, both in place
-    fc2 wgrad   dy, a                                      dW ``[h_out, f]`` = dy^T a
-    fc1 dgrad   dp, U                                      dx ``[n, h]`` = dp U
-    fc1 wgrad   dp, x                                      dU ``[f, h]`` = dp^T x
-    ==========  =========================================  ================================
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input_: Tensor,
-        fc1: Parameter,
-        fc2: Parameter,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        activation: Activation,
-        keep: bool,
-    ) -> Tensor:
-        pre = flat(input_) @ fc1.t()
-        activated = pre.new_empty(pre.shape[0], fc2.shape[1])
-        activation.forward(_halves(pre, activation), bias, scale, activated)
-        output = activated @ fc2.t()
-        ctx.activation, ctx.kept_is_intact = activation, keep
-        ctx.fc1, ctx.fc2 = fc1, fc2
-        needs_input = ctx.needs_input_grad[1] or not keep
-        ctx.save_for_backward(input_ if needs_input else None, bias, scale, pre if keep else None)
-        return output.view(*input_.shape[:-1], output.shape[-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input_, bias, scale, kept = ctx.saved_tensors
-        needs_dgrad, needs_fc1, needs_fc2, needs_bias, needs_scale, *_ = ctx.needs_input_grad
-        needs_activation_grad = needs_dgrad or needs_fc1 or needs_bias or needs_scale
-        fc1, fc2, activation = ctx.fc1, ctx.fc2, ctx.activation
-        dy = flat(grad_output).contiguous()
-
-        if ctx.kept_is_intact:  # the gradient will overwrite it
-            pre = kept.detach().data
-            ctx.kept_is_intact = False
-        elif input_ is None:
-            raise RuntimeError(
-                "a second backward pass through an MLP whose fc1 is frozen, after the first one used up the kept "
-                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
-            )
-        else:
-            pre = flat(input_) @ fc1.t()
-        bias_grad = scale_grad = dgrad = fc1_grad = fc2_grad = None
-        if needs_activation_grad:
-            activated = dy @ fc2
-            bias_grad, scale_grad = activation.backward(
-                _halves(pre, activation), bias, scale, activated, bias_grad=needs_bias, scale_grad=needs_scale
-            )
-        else:
-            activated = pre.new_empty(pre.shape[0], fc2.shape[1])
-            activation.forward(_halves(pre, activation), bias, scale, activated)
-        if needs_fc2:
-            fc2_grad = dy.t() @ activated
-        del activated
-        if needs_dgrad:
-            dgrad = (pre @ fc1).view(*grad_output.shape[:-1], fc1.shape[1])
-        if needs_fc1:
-            fc1_grad = pre.t() @ flat(input_)
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(bias.dtype)
-        if scale_grad is not None:
-            scale_grad = scale_grad.to(scale.dtype)
-        return dgrad, fc1_grad, fc2_grad, bias_grad, scale_grad, None, None
-
-
-def _halves(pre: Tensor, activation: Activation) -> Tensor:
-    """``[n, halves * f]`` -> ``[halves, n, f]``, a view."""
-    return pre.unflatten(1, (activation.halves, -1)).transpose(0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partialmethod
 from typing import Any, Self
 
 import torch
@@ -28,9 +28,6 @@ from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 class TiledParallelLinear(torch.nn.Module):
     """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product."""
 
-    #: Grid of layers that are built from a spec, which cannot pass keywords on; see ``with_splits``.
-    default_splits = (1, 1)
-
     config: Any
     weight: Any
     bias: Any
@@ -44,37 +41,33 @@ class TiledParallelLinear(torch.nn.Module):
     @cache
     def with_splits(cls, in_splits: int, out_splits: int) -> type[Self]:
         """A subclass for model specs, which take a class and no keywords, whose layers have this grid."""
-        return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), {"default_splits": (in_splits, out_splits)})
+        init = partialmethod(cls.__init__, in_splits=in_splits, out_splits=out_splits)
+        return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), {"__init__": init})
 
     def __init__(
         self,
         input_size: int,
         output_size: int,
         *,
-        in_splits: int | None = None,
-        out_splits: int | None = None,
+        in_splits: int = 1,
+        out_splits: int = 1,
         combine_out_splits: bool = True,
         fp32_accumulate: bool = False,
         **options: Any,
     ) -> None:
         config = options["config"]
-        wanted, splits = config.gradient_accumulation_fusion, self.default_splits
+        wanted = config.gradient_accumulation_fusion
         config.gradient_accumulation_fusion = False  # it is ours: stock's constructor refuses it where apex is missing
         try:
-            draw_tile = self._init_stock(input_size, output_size, options)
+            self._init_stock(input_size, output_size, options)
             self.gradient_accumulation_fusion = wanted
-            self.set_tiles(
-                splits[0] if in_splits is None else in_splits,
-                splits[1] if out_splits is None else out_splits,
-                combine_out_splits=combine_out_splits,
-                paired=options.get("tp_comm_buffer_name") == "fc1" and getattr(config, "gated_linear_unit", False),
-                fp32_accumulate=fp32_accumulate,
-                **({} if draw_tile is None else {"draw_tile": draw_tile}),
-            )
+            paired = options.get("tp_comm_buffer_name") == "fc1" and getattr(config, "gated_linear_unit", False)
+            tiling: dict[str, Any] = {"combine_out_splits": combine_out_splits, "fp32_accumulate": fp32_accumulate}
+            self.set_tiles(in_splits, out_splits, paired=paired, **tiling)
         finally:
             config.gradient_accumulation_fusion = wanted
 
-    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> Any:
+    def _init_stock(self, input_size: int, output_size: int, options: dict[str, Any]) -> None:
         """Build the stock layer, with its weight."""
         super().__init__(input_size, output_size, **options)
 
@@ -130,18 +123,21 @@ class TiledParallelLinear(torch.nn.Module):
         gradient_accumulation_fusion: bool,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        tp_group: torch.distributed.ProcessGroup | None,
+        tp_group: Any,
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None = None,
         gtp_remat_size: int = 1,
         output_dtype: None = None,
     ) -> Tensor | list[Tensor]:
-        comm = None
-        if sequence_parallel or allreduce_dgrad:
-            assert tp_group is not None
-            comm = ColumnComm(tp_group, sequence_parallel, allreduce_dgrad, mpu_buffer)
-        loop = TileLoop(self.grid, self.combine_out_splits, gradient_accumulation_fusion, self.fp32_accumulate, comm)
-        return tiled_linear(input, weight, bias, loop)
+        """What stock's ``forward`` calls, by these keywords."""
+        return self._product(input, weight, bias, column_comm(tp_group, sequence_parallel, allreduce_dgrad))
+
+    def _product(
+        self, input_: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None, comm: ColumnComm | None
+    ) -> Tensor | list[Tensor]:
+        fuse_wgrad = self.gradient_accumulation_fusion
+        loop = TileLoop(self.grid, self.combine_out_splits, fuse_wgrad, self.fp32_accumulate, comm)
+        return tiled_linear(input_, weight, bias, loop)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiles={self.grid}"
@@ -308,6 +304,13 @@ def shard_shape(layer: Any) -> tuple[int, int]:
         return layer.output_size, layer.input_size_per_partition
     weight = next((weight for weight in layer.parameters(recurse=False) if weight.dim() > 1), None)
     return (weight.shape[0], weight.shape[-1]) if weight is not None else (0, 0)
+
+
+def column_comm(group: Any, sequence_parallel: bool, allreduce_dgrad: bool) -> ColumnComm | None:
+    """The collectives that stock's column layer asks its product for, if any."""
+    if not (sequence_parallel or allreduce_dgrad):
+        return None
+    return ColumnComm(group, sequence_parallel, allreduce_dgrad, mpu_buffer)
 
 
 def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from megatron_tiling.resident.stock_loss import (
+from megatron_tiling.resident.stock_code import (
     CALLERS,
     PREDICTION_LOSSES,
     SCALE_LOGITS,

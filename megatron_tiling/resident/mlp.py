@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, mpu_buffer
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, column_comm
 from megatron_tiling.resident.remade import made_again
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
@@ -218,7 +218,7 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
         fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
         fp32_accumulate=fc1.fp32_accumulate,
-        comm=_comm(fc1),
+        comm=comm_of(fc1),
     )
     normalized = fc1.normalized(hidden_states)
     remake = _remakes_norm(mlp) and normalized is not hidden_states
@@ -233,11 +233,9 @@ def _remakes_norm(mlp: TiledMLP) -> bool:
     return mlp.keep == 0 or bool(selective and "layernorm" in config.recompute_modules)
 
 
-def _comm(fc1: Any) -> ColumnComm | None:
+def comm_of(fc1: Any) -> ColumnComm | None:
     """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
-    if fc1.explicit_expert_comm or not (fc1.sequence_parallel or fc1.allreduce_dgrad):
-        return None
-    return ColumnComm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad, mpu_buffer)
+    return None if fc1.explicit_expert_comm else column_comm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad)
 
 
 def activation_of(mlp: MLP, scaled: bool) -> Activation:

@@ -43,6 +43,8 @@ class MLPLoop:
             none.
         fp32_accumulate: sum the input gradient over tiles in float32.
         comm: collectives of fc1 with tensor parallelism.
+        saves_weights: as autograd does; else the parameters are read again in the backward pass, where an engine that
+            swaps or frees them in between has put them back.
     """
 
     parts: Sequence[int]
@@ -52,6 +54,7 @@ class MLPLoop:
     fuse_fc2_wgrad: bool = False
     fp32_accumulate: bool = False
     comm: ColumnComm | None = None
+    saves_weights: bool = True
 
     @cached_property
     def tiles(self) -> list[slice]:
@@ -163,10 +166,9 @@ class _TiledMLP(torch.autograd.Function):
         if records:
             needs_input = ctx.needs_input_grad[1] or loop.keep < len(loop.tiles)
             ctx.loop, ctx.kept_is_intact = loop, True
-            # Parameters carry main_grad, which saved tensors may lose.
-            ctx.fc1_param = fc1_weight if ctx.needs_input_grad[1] else None
-            ctx.fc2_param = fc2_weight if ctx.needs_input_grad[3] else None
-            ctx.save_for_backward(hidden if needs_input else None, fc1_weight, fc1_bias, fc2_weight, scale, kept)
+            ctx.params = fc1_weight, fc2_weight  # they carry main_grad, which saved tensors may lose
+            weights = ctx.params if loop.saves_weights else (None, None)
+            ctx.save_for_backward(hidden if needs_input else None, fc1_bias, scale, kept, *weights)
         return output
 
     @staticmethod
@@ -183,7 +185,8 @@ class _Backward:
         self.loop: MLPLoop = ctx.loop
         self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
         self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
-        self.hidden, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.scale, self.kept = ctx.saved_tensors
+        self.hidden, self.fc1_bias, self.scale, self.kept, *weights = ctx.saved_tensors
+        self.fc1_weight, self.fc2_weight = weights if self.loop.saves_weights else ctx.params
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = None
         ctx.kept_is_intact = False
@@ -276,11 +279,11 @@ class _Backward:
 
     @cached_property
     def fc1_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.fc1_param, self.loop.fuse_fc1_wgrad)
+        return WeightGrad(self.ctx.params[0], self.loop.fuse_fc1_wgrad)
 
     @cached_property
     def fc2_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.fc2_param, self.loop.fuse_fc2_wgrad)
+        return WeightGrad(self.ctx.params[1], self.loop.fuse_fc2_wgrad)
 
     def _start_gather(self) -> None:
         comm = self.loop.comm

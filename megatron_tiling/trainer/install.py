@@ -144,9 +144,6 @@ def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:
 
 def _with_validation(stock: Stock, call: Call) -> Any:
     args = call.arguments["args"]
-    for name, default in vars(add_tiling_args(ArgumentParser()).parse_args([])).items():
-        if not hasattr(args, name):  # from elsewhere than Megatron's parser: a checkpoint, a converter
-            setattr(args, name, default)
     config = _validated(args)
     validated = _run(stock, call)
     if config is not None:

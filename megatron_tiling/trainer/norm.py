@@ -15,16 +15,6 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 _stock_new: Callable[..., torch.nn.Module] = WrappedTorchNorm.__new__
 
 
-def _marked_norm(config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    """Stock's norm, built from a copy of `config` without sequence parallelism; stock's other checks stay."""
-    unsharded = copy.copy(config)
-    unsharded.sequence_parallel = False
-    norm = _stock_new(WrappedTorchNorm, unsharded, hidden_size, *args, **kwargs)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return norm
-
-
 class SequenceParallelTorchNorm:
     """Drop-in for Megatron's `WrappedTorchNorm`, for model specs: the same torch norm, its parameters marked.
 
@@ -32,10 +22,15 @@ class SequenceParallelTorchNorm:
     """
 
     def __new__(cls, config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]
-        """Takes what `WrappedTorchNorm` takes."""
-        return _marked_norm(config, hidden_size, *args, **kwargs)
+        """Stock's norm, built from a copy of `config` without sequence parallelism; stock's other checks stay."""
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = _stock_new(WrappedTorchNorm, unsharded, hidden_size, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
 
 
 def allow_sequence_parallel() -> None:
     """Make every `WrappedTorchNorm` that Megatron builds from now on a marked one. Idempotent."""
-    WrappedTorchNorm.__new__ = lambda cls, *args, **kwargs: _marked_norm(*args, **kwargs)
+    WrappedTorchNorm.__new__ = SequenceParallelTorchNorm.__new__

@@ -388,13 +388,6 @@ def check_refusals() -> None:
         "fc1=1x21",
     )
 
-    def fused() -> None:
-        layer = column(8, 8, **options)
-        layer.gradient_accumulation_fusion = True
-        layer(x)
-
-    expect_error(fused, "--no-gradient-accumulation-fusion")
-
 
 def main() -> None:
     with megatron(**SIZES):

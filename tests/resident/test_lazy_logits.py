@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tiling.resident.lazy_logits import LazyLogits, stock_caller
-from megatron_tiling.resident.stock_loss import is_stock
+from megatron_tiling.resident.stock_code import is_stock
 from megatron_tiling.tiles.head import CrossEntropyLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
 from tests.support.launch import torchrun

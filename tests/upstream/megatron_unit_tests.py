@@ -162,17 +162,13 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
     from megatron_tiling.resident.mlp import convert_mlp
 
     class Column(TiledColumnParallelLinear):
-        default_splits = (1, factor)
-
         def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-            super().set_tiles(in_splits, min(out_splits, shard_shape(self)[0] // 2 or 1), **options)
+            super().set_tiles(in_splits, min(factor, shard_shape(self)[0] // 2 or 1), **options)
             made[f"ColumnParallelLinear: {self.grid.out_splits} tiles"] += 1
 
     class Row(TiledRowParallelLinear):
-        default_splits = (factor, 1)
-
         def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-            super().set_tiles(min(in_splits, shard_shape(self)[1]), out_splits, **options)
+            super().set_tiles(min(factor, shard_shape(self)[1]), out_splits, **options)
             made[f"RowParallelLinear: {self.grid.in_splits} tiles"] += 1
 
     replacements: dict[Any, Any] = {ColumnParallelLinear: Column, RowParallelLinear: Row}
