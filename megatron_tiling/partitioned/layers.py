@@ -25,7 +25,6 @@ from torch.nn import Parameter
 from megatron_tiling.log import logger
 from megatron_tiling.partitioned.checkpoint import put_dense_weight, sharded_tiles, take_dense_weight
 from megatron_tiling.partitioned.modules import PairedTiles, PartitionedTiles, WeightTile
-from megatron_tiling.partitioned.regather import regathered_in_backward
 from megatron_tiling.resident.layers import (
     TiledColumnParallelLinear,
     TiledParallelLinear,
@@ -35,6 +34,7 @@ from megatron_tiling.resident.layers import (
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.ownership import gathered, tags
+from megatron_tiling.tiles.remade import made_again
 
 
 class PartitionedParallelLinear(TiledParallelLinear):
@@ -238,4 +238,4 @@ def column_input(input_: Tensor, comm: ColumnComm | None) -> tuple[Tensor, Abstr
     if not comm.sequence_parallel:
         return copy_to_tensor_model_parallel_region(input_, group=comm.group), nullcontext()
     whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=comm.group)
-    return whole, regathered_in_backward(whole, input_, comm.group)
+    return whole, made_again(whole, lambda shard: gather_from_sequence_parallel_region(shard, group=comm.group), input_)

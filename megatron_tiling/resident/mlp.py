@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, column_comm
-from megatron_tiling.resident.remade import made_again
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
+from megatron_tiling.tiles.remade import made_again
 
 #: Activation functions that the kernels know, outside Megatron's fused ones.
 FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
