@@ -96,6 +96,9 @@ class _ReadOnlyDict(dict[str, tuple[int, int]]):
         return type(self), (dict(self),)
 
 
+_WHOLE = "a whole number of at least"
+
+
 def _is_whole(value: Any, least: int) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
@@ -150,19 +153,15 @@ class TilingConfig:
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
-            ("factor", _is_whole(self.factor, 1), "a whole number of at least 1"),
+            ("factor", _is_whole(self.factor, 1), f"{_WHOLE} 1"),
             ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once"),
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
             ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),
-            (
-                "mlp_keep",
-                self.mlp_keep in (None, "all") or _is_whole(self.mlp_keep, 0),
-                "a whole number of at least 0, or all",
-            ),
-            ("head_memory_mib", _is_whole(self.head_memory_mib, 1), "a whole number of at least 1"),
-            ("head_tokens", self.head_tokens is None or _is_whole(self.head_tokens, 1), "a whole number of at least 1"),
-            ("storage", self.storage in STORAGES, f"auto, {' or '.join(STORAGES)}"),
+            ("mlp_keep", self.mlp_keep in (None, "all") or _is_whole(self.mlp_keep, 0), f"{_WHOLE} 0, or all"),
+            ("head_memory_mib", _is_whole(self.head_memory_mib, 1), f"{_WHOLE} 1"),
+            ("head_tokens", self.head_tokens is None or _is_whole(self.head_tokens, 1), f"{_WHOLE} 1"),
+            ("storage", self.storage in STORAGES, f"{' or '.join(STORAGES)}; the flag alone can also be auto"),
         ):
             value = getattr(self, name)
             if not fine:

@@ -55,7 +55,7 @@ BAD_VALUES = (
     ("--tiled-mlp-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
     ("--tiled-head-memory-mib", ("0", "-1", "272MiB"), "must be a whole number of at least 1"),
     ("--tiled-head-tokens", ("0", "-1", "all"), "must be a whole number of at least 1"),
-    ("--tiled-linear-storage", ("disk", "0"), "must be auto, resident or partitioned"),
+    ("--tiled-linear-storage", ("disk", "0"), "must be resident or partitioned; the flag alone"),
     ("--tiled-linear-modules", ("fc1 mlp", "fc1 fc1", "0", "fc1 --tiled-linear-modules fc1"), "must be some of qkv"),
     ("--tiled-linear-splits", ("fc1", "fc1=8", "fc1=1x-2", "fc1=0x2", "0"), "write MODULE=INxOUT, both whole numbers"),
     ("--tiled-linear-splits", ("mlp=1x2",), "unknown module 'mlp', choose from qkv, proj"),

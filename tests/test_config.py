@@ -87,7 +87,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("head_memory_mib", (*NO_NUMBERS, 0, None), f"{WHOLE} 1"),
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
-        ("storage", ("auto", "disk", None, ["resident"]), "must be auto, resident or partitioned"),
+        ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),
         ("modules", ("fc1", (), ("fc1", "mlp"), (1,), None, {"fc1"}, ("fc1", "fc1")), "must be some of qkv, proj, fc1"),
         (
             "splits",

@@ -15,7 +15,7 @@ from tests.support.training import COMMON, SCRIPTS, free_port, losses
 MISTAKES = {
     "--use-tiled-linear --tile-factor 0": "--tile-factor 0: must be a whole number of at least 1",
     "--use-tiled-linear --tile-factor 2.5": "--tile-factor '2.5': must be a whole number of at least 1",
-    "--use-tiled-linear --tiled-linear-storage disk": "--tiled-linear-storage 'disk': must be auto, resident or",
+    "--use-tiled-linear --tiled-linear-storage disk": "--tiled-linear-storage 'disk': must be resident or",
     "--use-tiled-linear --tile-factor 49": "--tile-factor 49: decoder.layers.0.self_attention.linear_proj",
     "--use-tiled-linear --tiled-linear-splits fc1=1x81": "fc1=1x81: decoder.layers.0.mlp.linear_fc1",
     "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",

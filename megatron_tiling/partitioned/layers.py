@@ -123,17 +123,7 @@ class PartitionedParallelLinear(TiledParallelLinear):
         # Made one at a time: under zero.Init each is partitioned before the next one is there.
         tiles = (tile(o, i) for o, i in grid.indices())
         container = PairedTiles if grid.paired else PartitionedTiles
-        self.tiles = container(  # type: ignore[misc]
-            grid.in_features,
-            grid.out_features,
-            bias=False,
-            in_splits=grid.in_splits,
-            out_splits=grid.out_splits,
-            input_is_already_split=self.input_is_already_split,
-            combine_out_splits=self.combine_out_splits,
-            linear_cls=lambda *args, **kwargs: next(tiles),
-        )
-        self.tiles.in_parts, self.tiles.out_parts = grid.in_parts, grid.out_parts
+        self.tiles = self._container(container, tiles, bias=False)  # type: ignore[misc]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from megatron_tiling.tiles.activation import Activation
-from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
 from megatron_tiling.tiles.ownership import copy_param, whole_shape
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
@@ -84,48 +84,10 @@ class PairedTiles(PartitionedTiles):
 
 def tile_product(input_: Tensor, weight: Parameter) -> Tensor:
     """``[..., in_i]`` and ``[out_o, in_i]`` -> ``input_ @ weight.T`` in the dtype of input or autocast."""
-    output: Tensor = _TileProduct.apply(autocast(input_), weight)
+    out_features, in_features = weight.shape
+    output = tiled_linear(input_, weight, None, TileLoop(TileGrid(in_features, out_features), saves_weight=False))
+    assert isinstance(output, Tensor)
     return output
-
-
-def autocast(tensor: Tensor) -> Tensor:
-    """In the dtype that autocast asks for, if it is on."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
-class _TileProduct(torch.autograd.Function):
-    """The product of one tile. Tokens ``n`` = all dimensions but the last.
-
-    =======  ==========================================  ===========================
-    forward  x ``[n, in_i]``, W ``[out_o, in_i]``         y ``[n, out_o]`` = x W^T
-    dgrad    dy ``[n, out_o]``, W                         dx ``[n, in_i]`` = dy W
-    wgrad    dy, x                                        dW ``[out_o, in_i]`` = dy^T x
-    =======  ==========================================  ===========================
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input_: Tensor, weight: Parameter) -> Tensor:
-        _, needs_wgrad = ctx.needs_input_grad
-        ctx.weight = weight
-        ctx.save_for_backward(input_ if needs_wgrad else None)
-        output = flat(input_) @ weight.to(input_.dtype).t()
-        return output.view(*input_.shape[:-1], output.shape[-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (input_,) = ctx.saved_tensors
-        weight: Parameter = ctx.weight
-        needs_dgrad, needs_wgrad = ctx.needs_input_grad
-        dy = flat(grad_output)
-        dgrad = wgrad = None
-        if needs_dgrad:
-            dgrad = dy @ weight.to(dy.dtype)
-            dgrad = dgrad.view(*grad_output.shape[:-1], dgrad.shape[-1])
-        if needs_wgrad:
-            wgrad = (dy.t() @ flat(input_)).to(weight.dtype)
-        return dgrad, wgrad
 
 
 class MLPTile(_TileModule):

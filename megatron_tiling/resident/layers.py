@@ -8,7 +8,7 @@ under the weight gradient) is done here, once a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partialmethod
 from typing import Any, Self
@@ -99,20 +99,26 @@ class TiledParallelLinear(torch.nn.Module):
         It describes the tiles and runs standalone on the rank's shard, without communication. The layer's own
         forward pass does not use it.
         """
+        views = (_TileView(self, self.grid, o, i) for o, i in self.grid.indices())
+        return self._container(TiledLinearReturnBias, views, bias=self.bias is not None)
+
+    def _container[T: TiledLinearReturnBias](
+        self, container: type[T], tiles: Iterator[torch.nn.Module], bias: bool
+    ) -> T:
+        """The grid as a module over tiles, which are taken one by one."""
         grid = self.grid
-        views = (_TileView(self, grid, o, i) for o, i in grid.indices())
-        tiles = TiledLinearReturnBias(
+        module = container(
             grid.in_features,
             grid.out_features,
-            bias=self.bias is not None,
+            bias=bias,
             in_splits=grid.in_splits,
             out_splits=grid.out_splits,
             input_is_already_split=self.input_is_already_split,
             combine_out_splits=self.combine_out_splits,
-            linear_cls=lambda *args, **kwargs: next(views),
+            linear_cls=lambda *args, **kwargs: next(tiles),
         )
-        tiles.in_parts, tiles.out_parts = grid.in_parts, grid.out_parts
-        return tiles
+        module.in_parts, module.out_parts = grid.in_parts, grid.out_parts
+        return module
 
     def _forward_impl(
         self,

@@ -11,7 +11,7 @@ Tensors may be strided views whose last dimension is dense.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ class Activation:
 
     def forward(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> None:
         """Write the activation into ``out [n, f]``."""
-        if self.formula is not None and _on_kernels(pre):
+        if formula := self._formula_of_kernels(pre):
             from megatron_tiling.tiles.kernels.activation import activate
 
-            activate(pre, bias, scale, out, **vars(self.formula))
+            activate(pre, bias, scale, out, **formula)
         else:
             out.copy_(self.function(_joined(pre), None if bias is None else _joined(bias), scale))
 
@@ -66,12 +66,10 @@ class Activation:
         Returns:
             The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
         """
-        if self.formula is not None and _on_kernels(pre):
+        if formula := self._formula_of_kernels(pre):
             from megatron_tiling.tiles.kernels.activation import activate_backward
 
-            return activate_backward(
-                pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **vars(self.formula)
-            )
+            return activate_backward(pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **formula)
         leaves = {"pre": _joined(pre).requires_grad_()}
         if bias is not None:
             leaves["bias"] = _joined(bias).requires_grad_(bias_grad)
@@ -85,9 +83,9 @@ class Activation:
         grad.copy_(out.detach())
         return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
 
-
-def _on_kernels(pre: Tensor) -> bool:
-    return pre.is_cuda and pre.dtype in KERNEL_DTYPES
+    def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:
+        """As keywords of the kernels, if there is one for this device and dtype."""
+        return vars(self.formula) if self.formula and pre.is_cuda and pre.dtype in KERNEL_DTYPES else {}
 
 
 def _joined(halves: Tensor) -> Tensor:

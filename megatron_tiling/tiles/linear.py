@@ -29,6 +29,8 @@ class TileLoop:
         fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place, and give autograd none.
         fp32_accumulate: sum over tiles in float32, then round once to the activations' dtype.
         comm: collectives of a column layer with tensor parallelism.
+        saves_weight: as autograd does; else the parameter is read again in the backward pass, where an engine that
+            swaps or frees it in between has put it back.
     """
 
     grid: TileGrid
@@ -36,10 +38,7 @@ class TileLoop:
     fuse_wgrad: bool = False
     fp32_accumulate: bool = False
     comm: ColumnComm | None = None
-
-    def __post_init__(self) -> None:
-        if self.grid.paired and self.combine_out_splits:
-            raise ValueError("paired tiles are for combine_out_splits=False: joined, their rows would be out of order")
+    saves_weight: bool = True
 
 
 def tiled_linear(
@@ -69,7 +68,8 @@ def tiled_linear(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         parts = [part.to(dtype) for part in parts]
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if loop.saves_weight else weight
     outputs = _TiledLinear.apply(weight, bias, loop, *parts)
     return outputs[0] if loop.combine_out_splits else list(outputs)
 
@@ -93,9 +93,13 @@ class _TiledLinear(torch.autograd.Function):
         grid, comm = loop.grid, loop.comm
         needs_wgrad, _, _, *needs_dgrad = ctx.needs_input_grad
         ctx.loop = loop
-        ctx.param = weight if needs_wgrad else None  # carries main_grad, which saved tensors may lose
+        saves_weight = loop.saves_weight and any(needs_dgrad)
+        # It carries main_grad, which saved tensors may lose.
+        ctx.param = weight if needs_wgrad or not loop.saves_weight else None
         # A frozen weight needs no input, an input without gradient needs no weight.
-        ctx.save_for_backward(weight if any(needs_dgrad) else None, *(parts if needs_wgrad else ()))
+        ctx.save_for_backward(weight if saves_weight else None, *(parts if needs_wgrad else ()))
+        if not loop.saves_weight:
+            weight = weight.to(parts[0].dtype)  # autocast's: a copy, which is not kept
         if comm is not None and comm.sequence_parallel:
             parts = (comm.gather(parts[0])[0],)
         inputs = in_tiles(grid, parts)
@@ -113,6 +117,8 @@ class _TiledLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         loop: TileLoop = ctx.loop
+        if not loop.saves_weight:
+            weight = ctx.param.to(grad_outputs[0].dtype)
         grid, comm = loop.grid, loop.comm
         needs_wgrad, needs_bias_grad, _, *needs_dgrad = ctx.needs_input_grad
         grads = list(row_slices(grid, grad_outputs))
