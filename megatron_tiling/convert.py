@@ -145,14 +145,14 @@ class _Plan:
                 if layer is not None and self.tiled.get(layer, layer) is not layer:
                     setattr(parent, name, self.tiled[layer])
         for dense, layer in self.tiled.items():
-            self._make_tiled(layer, self.reports[dense].grid)
+            self._set_grid(layer, self.reports[dense].grid)
         for model in self.heads:
             convert_head(model, self.config)
         for mlp, classes in self.mlps:
             convert_mlp(mlp, self.config.kept_tiles, classes)
 
-    def _make_tiled(self, layer: Any, grid: Any) -> None:
-        """Turn a local stock layer into a tiled one, in place; of one that is rebuilt, choose the grid."""
+    def _set_grid(self, layer: Any, grid: Any) -> None:
+        """Of a layer that is rebuilt, or of a stock one, which becomes a tiled one in place."""
         if self.config.partitioned:
             make_partitioned(layer, grid)
             return

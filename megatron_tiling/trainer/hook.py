@@ -11,7 +11,7 @@ from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import tile
 from megatron_tiling.log import logger
 from megatron_tiling.report import table
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.layers import TiledParallelLinear
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
@@ -48,8 +48,8 @@ def hooked(model_provider: Callable[..., Any], hook: Hook) -> Callable[..., Any]
 
 def was_tiled(chunk: torch.nn.Module) -> bool:
     """Whether a model chunk, wrapped or not, has been through ``tile``. One without linear layers may show no tiles."""
-    tiled = (TiledColumnParallelLinear, TiledRowParallelLinear)
-    return any(hasattr(module, "tiling_reports") or isinstance(module, tiled) for module in chunk.modules())
+    modules = chunk.modules()
+    return any(hasattr(module, "tiling_reports") or isinstance(module, TiledParallelLinear) for module in modules)
 
 
 def _stage_name(chunk: int, chunks: int) -> str:

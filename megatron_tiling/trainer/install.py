@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
-from megatron_tiling.config import TilingConfig, storage_of
+from megatron_tiling.config import TilingConfig, argument_of, storage_of
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.checkpoint_check import check_on_all_ranks
@@ -131,7 +131,7 @@ def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:
     argv: list[str] = []
     for action in parser._actions:
         for option in action.option_strings:
-            value = getattr(args, option[2:].replace("-", "_"), None)
+            value = getattr(args, argument_of(option), None)
             if action.nargs == 0:
                 argv += [option] if value else []
             elif value is not None:
@@ -181,8 +181,8 @@ def _prepare(args: Namespace) -> None:
     if args.gradient_accumulation_fusion and not versions.exists(FUSION_KERNELS):
         log_on_rank_0(
             "gradient accumulation fusion without apex: "
-            + ("" if partitioned else "tiled layers add weight gradients to main_grad themselves, ")
-            + f"layers {'partitioned or ' if partitioned else ''}left dense use plain weight gradients"
+            + ("layers partitioned or" if partitioned else "tiled layers add weight gradients to main_grad, layers")
+            + " left dense use plain weight gradients"
         )
     if args.sequence_parallel and not versions.exists("apex") and not versions.exists("transformer_engine"):
         allow_sequence_parallel()
@@ -266,9 +266,7 @@ def _with_checked_checkpoint(stock: Stock, call: Call) -> Any:
     ddp_model, optimizer, load_arg, strict = (call.arguments[name] for name in CHECKPOINT_ARGUMENTS)
     model = unwrap_model(ddp_model)
     if not all(map(was_tiled, model)):
-        if any(
-            True for chunk in model for _ in chunk.parameters()
-        ):  # a teacher's; zero3.load_dense's stand-in has none
+        if any(next(chunk.parameters(), None) is not None for chunk in model):  # zero3.load_dense's stand-in has none
             log_on_rank_0(f"a model that is not tiled takes a checkpoint: {BUILT_ELSEWHERE}")
         return _run(stock, call)
     folder = check_on_all_ranks(args, load_arg, model, strict)
