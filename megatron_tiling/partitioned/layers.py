@@ -56,13 +56,8 @@ class PartitionedParallelLinear(TiledParallelLinear):
             self.stock_class.__init__(self, input_size, output_size, **options)
             return
         except torch.OutOfMemoryError as error:
-            logger.warning(
-                "a weight of [out, in] = [%d, %d] finds no room: its tiles are drawn one by one, and differ from what "
-                "a dense run draws (%s)",
-                output_size,
-                input_size,
-                error,
-            )
+            room = f"a weight of [out, in] = {[output_size, input_size]} finds no room ({error})"
+            logger.warning(f"{room}: its tiles are drawn one by one, and differ from what a dense run draws")
         # One column a rank stands for the weight's attributes.
         group = get_tensor_model_parallel_group_if_none(options.get("tp_group"), options.get("is_expert", False))
         in_ranks, out_ranks = (1, group.size()) if self.stock_class is ColumnParallelLinear else (group.size(), 1)
@@ -79,10 +74,6 @@ class PartitionedParallelLinear(TiledParallelLinear):
 
     def set_grid(self, grid: TileGrid, *, fp32_accumulate: bool = False, **options: Any) -> None:
         """Choose the grid, and give the dense weight's place to tiles: copies of its parts, or drawn one by one.
-
-        Args:
-            grid: over the rank's shard; ``paired`` for fc1 of a gated MLP.
-            options: as for the resident layer.
 
         Raises:
             ValueError: as for the resident layer; there is no weight; ``fp32_accumulate``.
@@ -102,14 +93,6 @@ class PartitionedParallelLinear(TiledParallelLinear):
         self.grid = grid  # paired ones, too, come out in order
         self.is_output_layer = bool(getattr(weight, "is_embedding_or_output_parameter", False))
         self.gradient_accumulation_fusion = False
-        with gathered(weight):
-            self._adopt_tiles(weight)
-        self.weight = self.draw_tile = None
-        self._register_state_dict_hook(put_dense_weight)
-        self.register_load_state_dict_pre_hook(take_dense_weight)
-
-    def _adopt_tiles(self, weight: Parameter) -> None:
-        grid = self.grid
 
         def cut(o: int, i: int) -> Parameter:
             tile = torch.cat([weight.detach()[rows, grid.columns(i)] for rows in grid.row_ranges(o)])
@@ -123,7 +106,11 @@ class PartitionedParallelLinear(TiledParallelLinear):
         # Made one at a time: under zero.Init each is partitioned before the next one is there.
         tiles = (tile(o, i) for o, i in grid.indices())
         container = PairedTiles if grid.paired else PartitionedTiles
-        self.tiles = self._container(container, tiles, bias=False)  # type: ignore[misc]
+        with gathered(weight):
+            self.tiles = self._container(container, tiles, bias=False)  # type: ignore[misc]
+        self.weight = self.draw_tile = None
+        self._register_state_dict_hook(put_dense_weight)
+        self.register_load_state_dict_pre_hook(take_dense_weight)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries, with one a tile in place of the dense weight's."""
@@ -179,11 +166,7 @@ class PartitionedColumnParallelLinear(PartitionedParallelLinear, TiledColumnPara
     def forward(
         self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Any, Tensor | None]:
-        """As ``TiledColumnParallelLinear.forward``.
-
-        Raises:
-            ValueError: as there; a weight is given.
-        """
+        """As ``TiledColumnParallelLinear.forward``; it takes no weight."""
         if weight is not None:
             raise ValueError("a partitioned layer owns its tiles and takes no weight=; leave this layer dense")
         # Stock's forward asks for a weight and checks its shape: this one has no memory.

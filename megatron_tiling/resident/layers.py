@@ -72,11 +72,7 @@ class TiledParallelLinear(torch.nn.Module):
         super().__init__(input_size, output_size, **options)
 
     def set_tiles(self, in_splits: int, out_splits: int, *, paired: bool = False, **options: Any) -> None:
-        """Choose the grid by its numbers; ``options`` as for ``set_grid``.
-
-        Raises:
-            ValueError: the grid does not fit the rank's shard; as ``set_grid``.
-        """
+        """Choose the grid by its numbers, which must fit the rank's shard; ``options`` as for ``set_grid``."""
         rows, columns = shard_shape(self)
         self.set_grid(TileGrid(columns, rows, in_splits, out_splits, paired, FEATURE_ALIGNMENT), **options)
 
@@ -94,11 +90,7 @@ class TiledParallelLinear(torch.nn.Module):
 
     @property
     def tiles(self) -> TiledLinearReturnBias:
-        """The grid as modules over views of this layer's weight, made anew at each call; it holds no parameters.
-
-        It describes the tiles and runs standalone on the rank's shard, without communication. The layer's own
-        forward pass does not use it.
-        """
+        """Modules over views of this layer's weight, made anew at each call, which run without communication."""
         views = (_TileView(self, self.grid, o, i) for o, i in self.grid.indices())
         return self._container(TiledLinearReturnBias, views, bias=self.bias is not None)
 
@@ -222,7 +214,6 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
 
     @property
     def input_is_already_split(self) -> bool:  # type: ignore[override]
-        """Whether ``forward`` takes the in-tiles as a list: where the input is the rank's shard already."""
         return self.input_is_parallel
 
     def set_grid(self, grid: TileGrid, *, combine_out_splits: bool = True, **options: Any) -> None:
@@ -280,8 +271,6 @@ RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
     ColumnParallelLinear: TiledColumnParallelLinear,
     RowParallelLinear: TiledRowParallelLinear,
 }
-
-
 #: Megatron's main branch (0.20) has layers whose product is float32.
 WIDER_OUTPUT = "tiles write their output in the dtype of their input"
 

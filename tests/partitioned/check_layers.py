@@ -20,9 +20,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch.nn import Parameter
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.convert import PARTITIONED
 from megatron_tiling.partitioned.checkpoint import dense_weight
-from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
+from megatron_tiling.partitioned.layers import (
+    PartitionedColumnParallelLinear,
+    PartitionedParallelLinear,
+    PartitionedRowParallelLinear,
+)
 from megatron_tiling.partitioned.mlp import PartitionedMLP
 from megatron_tiling.partitioned.modules import MLPTile, WeightTile
 from megatron_tiling.resident.mlp import TiledMLP
@@ -67,7 +70,7 @@ def dense_gradients(built: Any) -> dict[str, Any]:
         if parameter.grad is not None and ".tiles." not in name
     }
     for name, layer in built.named_modules():
-        if isinstance(layer, PARTITIONED) and (grad := weight_grad(layer, None)) is not None:
+        if isinstance(layer, PartitionedParallelLinear) and (grad := weight_grad(layer, None)) is not None:
             grads[f"{name}.weight"] = grad
     return grads
 
