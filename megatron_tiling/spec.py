@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,13 +36,10 @@ from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.norm import SequenceParallelTorchNorm
 
 
-class TiledSpecProvider(LocalSpecProvider):
-    """Megatron's local backend with tiled linear layers, ``1 x factor`` column and ``factor x 1`` row layers.
-
-    ``tiled`` also takes specs of TransformerEngine's backend.
+class TiledSpecProvider:
+    """Layer specs, of Megatron's local backend or TransformerEngine's, with tiled linear layers.
 
     Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
-    Experts are sequential MLPs, as in the local backend: grouped GEMMs cannot be tiled.
 
     Args:
         factor: tiles of a layer.
@@ -61,30 +56,6 @@ class TiledSpecProvider(LocalSpecProvider):
     ) -> None:
         self.config = TilingConfig(factor, splits=splits, storage=storage)
 
-    def column_parallel_linear(self, module: str = "qkv") -> type:
-        return self._linear(ColumnParallelLinear, module)
-
-    def row_parallel_linear(self, module: str = "proj") -> type:
-        return self._linear(RowParallelLinear, module)
-
-    def _linear(self, stock: type, module: str) -> type:
-        classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
-        tiled_class: type = classes[stock].with_splits(*self.config.splits_of(module))
-        return tiled_class
-
-    def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().layer_norm(*args, **kwargs)
-        return self._replacements().get(stock, stock)
-
-    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
-        return versions.sequential_experts(
-            MLPSubmodules(
-                linear_fc1=self.column_parallel_linear("fc1"),
-                linear_fc2=self.row_parallel_linear("fc2"),
-                activation_func=self.activation_func(),
-            )
-        )
-
     def tiled(self, spec: Any) -> Any:
         """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""
         return _replaced(spec, self._replacements)
@@ -92,13 +63,13 @@ class TiledSpecProvider(LocalSpecProvider):
     def _replacements(self, attribute: str = "") -> dict[Any, Any]:
         """For the submodule of that name."""
         module = MODULE_OF_ATTRIBUTE.get(attribute)
-        column = module if module in COLUMN_MODULES else "qkv"
-        row = module if module in ROW_MODULES else "proj"
-        grids = self.config.splits_of(column), self.config.splits_of(row)
+        column = self.config.splits_of(module if module in COLUMN_MODULES else "qkv")
+        row = self.config.splits_of(module if module in ROW_MODULES else "proj")
+        classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
         replacements: dict[Any, Any] = {
-            ColumnParallelLinear: self.column_parallel_linear(column),
-            RowParallelLinear: self.row_parallel_linear(row),
-            **({} if self.config.partitioned else spec_classes(*grids)),
+            ColumnParallelLinear: classes[ColumnParallelLinear].with_splits(*column),
+            RowParallelLinear: classes[RowParallelLinear].with_splits(*row),
+            **({} if self.config.partitioned else spec_classes(column, row)),
         }
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm

@@ -1,15 +1,11 @@
 """The one place that knows Megatron versions apart: megatron-core 0.16 to 0.19, told by what they have."""
 
-import functools
 import importlib.util
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core.distributed import TorchFullyShardedDataParallel
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -35,13 +31,6 @@ def drop_cuda_kernel_builds() -> None:
     except ImportError:
         return
     fused_kernels.load = lambda args: None
-
-
-def sequential_experts(submodules: Any) -> Any:
-    """What a backend's ``grouped_mlp_modules`` returns for these sequential MLPs; 0.16: class and submodules."""
-    if "moe_use_legacy_grouped_gemm" in inspect.signature(LocalSpecProvider.grouped_mlp_modules).parameters:
-        return SequentialMLP, submodules
-    return functools.partial(SequentialMLP, submodules=submodules)
 
 
 def uses_transformer_engine(config: Any) -> bool:
