@@ -38,15 +38,13 @@ def init(
     **kwargs: Any,
 ) -> None:
     """In place of the wrapper's ``__init__``, which is ``stock``: where a model has tiles, they are the units."""
-    tiles = tile_modules(module)
-    by_tiles = fsdp_unit_modules is None and bool(tiles)
-    units = [Unit] if by_tiles else fsdp_unit_modules
-    largest = max((sum(p.numel() for p in tile.parameters()) for tile in tiles), default=0)
-    stock(self, config, ddp_config, module, units, *args, **kwargs)
+    sizes = [sum(parameter.numel() for parameter in tile.parameters()) for tile in tile_modules(module)]
+    by_tiles = fsdp_unit_modules is None and bool(sizes)
+    stock(self, config, ddp_config, module, [Unit] if by_tiles else fsdp_unit_modules, *args, **kwargs)
     if by_tiles:
         gather_in_order_of_use(self.module)
         if ddp_config.suggested_communication_unit_size is None:
-            self.module.suggested_RS_queue_capacity = largest  # elements of gradients on their way to be reduced
+            self.module.suggested_RS_queue_capacity = max(sizes)  # elements of gradients on their way to be reduced
 
 
 def gather_in_order_of_use(fsdp: Any) -> None:

@@ -30,14 +30,7 @@ ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "me
 
 
 class PartitionedMLP(TiledMLP):
-    """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each. Made by ``convert_mlp``.
-
-    The output is a sum over tiles, one after another; the collectives are the dense MLP's.
-
-    Attributes:
-        keep: the first so many tiles keep their pre-activations for the backward pass, the others recompute their
-            fc1 product; ``None`` is all of them.
-    """
+    """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each; the output is their sum."""
 
     child_classes = (PartitionedColumnParallelLinear, PartitionedRowParallelLinear)
     tiles: Any
@@ -52,7 +45,6 @@ class PartitionedMLP(TiledMLP):
         for child in (fc1, fc2):
             run_weight_hooks(child)
         activation = activation_of(self, scaled=per_token_scale is not None)
-        scale = None if per_token_scale is None else per_token_scale.reshape(-1)
         hidden, saving = column_input(hidden_states, comm_of(fc1))
         output: Tensor | None = None
         with saving:
@@ -60,7 +52,7 @@ class PartitionedMLP(TiledMLP):
                 keep = self.keep is None or index < self.keep
                 columns = fc2.grid.columns(index)
                 bias = None if fc1.bias is None else fc1.bias.unflatten(0, (activation.halves, -1))[:, columns]
-                part = unit(hidden, activation=activation, bias=bias, scale=scale, keep=keep)
+                part = unit(hidden, activation=activation, bias=bias, scale=per_token_scale, keep=keep)
                 # The first sum is a new tensor, which nothing else holds: the others are added in place.
                 output = part if output is None else output + part if index == 1 else output.add_(part)
         assert output is not None
@@ -107,11 +99,9 @@ def _note_missing_weights(
 ) -> None:
     """A hook before loading: says which weights are missing; the layers and the units load what is there."""
     for name, part in zip(MLP_LAYERS, MLPTile.weight_names, strict=True):
-        layer, places = f"{prefix}{name}.", getattr(mlp, name).grid.indices()
-        keys = [
-            (f"{prefix}tiles.{index}.{part}", f"{layer}tiles.linears.{o}.{i}.weight")
-            for index, (o, i) in enumerate(places)
-        ]
+        own, layer = f"{prefix}tiles", f"{prefix}{name}."
+        places = enumerate(getattr(mlp, name).grid.indices())
+        keys = [(f"{own}.{index}.{part}", f"{layer}tiles.linears.{o}.{i}.weight") for index, (o, i) in places]
         missing += missing_weights(state_dict, layer, keys) if strict else []
 
 

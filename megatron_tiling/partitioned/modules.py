@@ -33,18 +33,18 @@ class _TileModule(torch.nn.Module):
         self,
         state_dict: Any,
         prefix: str,
-        local_metadata: Any,
+        metadata: Any,
         strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
     ) -> None:
         for name in self.weight_names:
             value, tile = state_dict.get(prefix + name), getattr(self, name)
             if value is None or value.numel() == 0:  # ZeRO-3 saves nothing for what it has partitioned
                 continue
             if tuple(value.shape) != tuple(whole_shape(tile)):
-                error_msgs.append(f"{prefix}{name}: cannot load {list(value.shape)} into {list(whole_shape(tile))}")
+                errors.append(f"{prefix}{name}: cannot load {list(value.shape)} into {list(whole_shape(tile))}")
             else:
                 with torch.no_grad():
                     copy_param(tile, value)
@@ -102,8 +102,7 @@ class MLPTile(_TileModule):
 
     def __init__(self, fc1: Parameter, fc2: Parameter) -> None:
         super().__init__()
-        self.fc1 = fc1
-        self.fc2 = fc2
+        self.fc1, self.fc2 = fc1, fc2
 
     def forward(
         self,

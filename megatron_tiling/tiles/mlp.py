@@ -87,12 +87,7 @@ class MLPLoop:
 
 
 def tiled_mlp(
-    hidden: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    scale: Tensor | None,
-    loop: MLPLoop,
+    hidden: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, scale: Tensor | None, loop: MLPLoop
 ) -> Tensor:
     """``(scale * activation(hidden @ fc1_weight.T + fc1_bias)) @ fc2_weight.T``, tile after tile.
 
