@@ -1,5 +1,7 @@
 """What is made again in the backward pass is made once, and its source is checked as autograd checks saved tensors."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,16 @@ def test_views_of_it_are_made_again_once() -> None:
         (gradient,) = torch.autograd.grad(sum(output.sum() for output in outputs), weight, retain_graph=True)
         torch.testing.assert_close(gradient, twice(source).sum(0) * torch.tensor([2, 2, 1]) + source.sum(0))
         assert calls.pop() is not None and len(calls) == passes
+
+
+def test_nothing_else_keeps_it() -> None:
+    source, weight = torch.randn(2, 3), torch.ones(3, requires_grad=True)
+    made = source * 2
+    with made_again(made, lambda source: source * 2, source):
+        output = made * weight
+    left = weakref.ref(made)
+    del made
+    assert left() is None and output.requires_grad
 
 
 def test_a_source_that_was_changed_in_place_is_refused() -> None:
