@@ -3,141 +3,43 @@
     python -m benchmarks.lm_head [--tokens 8192 --hidden-size 4096 --vocabulary 128256]
     torchrun --standalone --nproc-per-node TP -m benchmarks.lm_head [--sequence-parallel]
 
-All candidates share one weight, take the hidden states ``[s, 1, h]`` and return a loss per token. Times are medians
-of interleaved runs in random order, errors relative to float64. Writes a dated Markdown table into
-benchmarks/results/; peers that are not installed are left out, and named. Under torchrun the vocabulary is divided
-among the processes, Megatron and ours are compared, and collectives are counted.
+All candidates share one weight and its float32 ``main_grad``, take the hidden states ``[s, 1, h]`` and return a loss
+per token. Times are medians of interleaved runs in random order, errors relative to float64. Writes a dated Markdown
+table into benchmarks/results/; peers that are not installed are left out, and named. Under torchrun the vocabulary is
+divided among the processes, Megatron and ours are compared, and collectives are counted.
 """
 
 import argparse
 import collections
-import os
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.lm_head_candidates import (
+    FUSED,
+    LIMIT,
+    initialize,
+    of_cut_cross_entropy,
+    of_four_gemms,
+    of_liger,
+    of_megatron,
+    of_ours,
+    of_transformer_engine,
+    output_layer,
+)
 from benchmarks.mlp_candidates import Candidate
-from benchmarks.mlp_measure import Measurement, measure, step
+from benchmarks.mlp_measure import Measurement, measure_held, step
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
-from megatron_tiling.resident.lm_head import TiledOutputLayer
-from megatron_tiling.tiles.head import tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
 
-DENSE, OURS, LIMIT = "dense Megatron-core", f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB", "four GEMMs, nothing else"
-PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy")
+OURS = f"ours, {DEFAULT_HEAD_MEMORY_MIB} MiB"
+PACKAGES = ("torch", "triton", "megatron-core", "transformer_engine", "liger-kernel", "cut-cross-entropy")
 GEMM_KERNELS = ("nvjet", "gemm", "cutlass", "xmma")
-
-
-def initialize() -> int:
-    """Process groups for the tensor-parallel size that torchrun says, or one process; returns the size."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", store=dist.HashStore() if size == 1 else None, rank=rank, world_size=size)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    random.seed(1234)  # every process runs the candidates in the same order
-    torch.manual_seed(1234)
-    return size
-
-
-def output_layer(hidden_size: int, vocabulary: int, sequence_parallel: bool = False) -> ColumnParallelLinear:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=hidden_size, num_attention_heads=32, params_dtype=torch.bfloat16, bf16=True,
-        gradient_accumulation_fusion=False, sequence_parallel=sequence_parallel,
-        tensor_model_parallel_size=dist.get_world_size(),
-    )  # fmt: skip
-    return ColumnParallelLinear(
-        hidden_size, vocabulary, config=config, init_method=config.init_method, bias=False, gather_output=False
-    )
-
-
-def of_megatron(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
-    def losses(hidden: Tensor, labels: Tensor = labels) -> Tensor:
-        return vocab_parallel_cross_entropy(dense(hidden)[0], labels, tp_group=dense.tp_group)
-
-    def fused(hidden: Tensor) -> Tensor:
-        return fused_vocab_parallel_cross_entropy(dense(hidden)[0], labels, dense.tp_group)
-
-    def chunks(hidden: Tensor) -> Tensor:
-        parts = zip(hidden.chunk(16), labels.chunk(16), strict=True)
-        return torch.cat([tensor_parallel.checkpoint(losses, False, *part) for part in parts])
-
-    named = {DENSE: losses, "Megatron-core, fused loss": fused}
-    if dist.get_world_size() == 1:
-        named["Megatron-core, 16 token chunks, checkpoint"] = chunks
-    return [Candidate(name, run, [dense.weight]) for name, run in named.items()]
-
-
-def of_ours(dense: ColumnParallelLinear, labels: Tensor, bounds: list[int]) -> list[Candidate]:
-    candidates = []
-    for bound in bounds:
-        head = output_layer(dense.input_size, dense.output_size, dense.sequence_parallel)
-        head.weight = dense.weight
-        head.__class__ = TiledOutputLayer
-        head.set_tiles(1, 1)
-        head.head_tiles = HeadTiles(bound)
-
-        def losses(hidden: Tensor, head: TiledOutputLayer = head) -> Tensor:
-            return tiled_linear_cross_entropy(hidden, head.weight, labels, head.loss_loop()).loss
-
-        candidates.append(Candidate(f"ours, {bound} MiB", losses, [dense.weight], (head,)))
-    return candidates
-
-
-def of_liger(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-
-    def mean_loss(hidden: Tensor) -> Tensor:
-        return loss(dense.weight, hidden.flatten(0, 1), labels.flatten())
-
-    return [Candidate("Liger fused linear cross entropy", spread_over(labels, mean_loss), [dense.weight])]
-
-
-def of_cut_cross_entropy(dense: ColumnParallelLinear, labels: Tensor) -> list[Candidate]:
-    from cut_cross_entropy import linear_cross_entropy
-
-    candidates = []
-    for impl in ("cce", "torch_compile"):
-
-        def mean_loss(hidden: Tensor, impl: str = impl) -> Tensor:
-            return linear_cross_entropy(hidden.flatten(0, 1), dense.weight, labels.flatten(), impl=impl)
-
-        candidates.append(Candidate(f"cut-cross-entropy {impl}", spread_over(labels, mean_loss), [dense.weight]))
-    return candidates
-
-
-def spread_over(labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A mean loss, which peers compute, in the place of each token's; with equal upstream gradients the same."""
-    return lambda hidden: run(hidden).float().expand(labels.shape)
-
-
-class _FourGemms(torch.autograd.Function):
-    """The products of a head that makes its logits twice, at their full size, and no softmax."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return (hidden.flatten(0, 1) @ weight.t())[:, :1].float()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, weight = ctx.saved_tensors
-        logits = hidden.flatten(0, 1) @ weight.t()
-        return (logits @ weight).view_as(hidden), logits.t() @ hidden.flatten(0, 1)
 
 
 def float64_reference(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -164,8 +66,10 @@ def float64_reference(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: 
 
 def errors(candidate: Candidate, hidden: Tensor, upstream: Tensor, expected: dict[str, Tensor]) -> dict[str, float]:
     """RMS of the difference to float64, over the RMS of the expected values."""
+    (weight,) = candidate.parameters
+    weight.main_grad.zero_()
     losses = step(candidate, hidden, upstream).detach()
-    found = {"loss": losses, "hidden": hidden.grad, "weight": candidate.parameters[0].grad}
+    found = {"loss": losses, "hidden": hidden.grad, "weight": weight.main_grad}
     if losses.stride() == (0, 0):  # a mean loss, spread
         expected = expected | {"loss": expected["loss"].mean().expand(losses.numel())}
     return {
@@ -200,22 +104,21 @@ def report(
     args: argparse.Namespace,
 ) -> str:
     by_name = {result.name: result for result in results}
-    dense = by_name[DENSE]
+    fused = by_name[FUSED]
     lines = [
         *origin.head("LM head and loss, forward + backward", f"TP={dist.get_world_size()}"),
         f"{args.tokens} tokens, h={args.hidden_size}, vocabulary {args.vocabulary}, bf16, random data; medians of "
-        f"{args.repeats} interleaved runs. Memory: the peak beyond weight, input and upstream gradient, less the bytes "
-        "of the weight gradient (too little where the peak comes before that: dense, and ours at 1024 MiB); 'with "
-        "main_grad': the same where it is held all the time and added to (ours: in place, peers: by a hook). "
+        f"{args.repeats} interleaved runs. The float32 main_grad is held all the time and added to: by Megatron's and "
+        "our wgrad GEMMs, for others by a hook. Memory: the peak beyond it, weight, input and upstream gradient. "
         "Errors: relative RMS against float64, of losses (Liger's and Apple's: of their mean) and of the gradients "
         "of input and weight.", "",
-        "| | ms | time | MiB | with main_grad | error: loss, dx, dW |", "|---|---|---|---|---|---|",
+        "| | ms | time | MiB | error: loss, dx, dW |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for result in results:
         error = ", ".join(f"{value:.2e}" for value in result.errors.values())
-        memory = "" if result.name == LIMIT else f"{result.memory_mib:.0f} | {result.memory_with_main_grad_mib:.0f}"
-        ratio = result.median / dense.median
-        lines.append(f"| {result.name} | {result.median:.2f} | {ratio:.3f} | {memory or ' | '} | {error} |")
+        memory = "" if result.name == LIMIT else f"{result.memory_with_main_grad_mib:.0f}"
+        ratio = result.median / fused.median
+        lines.append(f"| {result.name} | {result.median:.2f} | {ratio:.3f} | {memory} | {error} |")
     lines += ["", *(f"Left out: {name} ({reason})." for name, reason in missing.items())]
     if dist.get_world_size() > 1:
         lines += [
@@ -223,7 +126,7 @@ def report(
             "|---|---|",
             *(f"| {name} | {count} |" for name, count in counts.items()),
         ]
-    if LIMIT in by_name:
+    if LIMIT in by_name and OURS in by_name:
         ours, limit = by_name[OURS], by_name[LIMIT]
         gemms, limit_gemms = gemm_time(ours), gemm_time(limit)
         others = sum(time for _, _, time in ours.kernels) - gemms
@@ -249,7 +152,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--memory-mib", type=int, nargs="+", default=[160, DEFAULT_HEAD_MEMORY_MIB, 1024])
+    bounds = [160, DEFAULT_HEAD_MEMORY_MIB, 320, 650, 1024]
+    parser.add_argument("--memory-mib", type=int, nargs="+", default=bounds)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -268,15 +172,16 @@ def main() -> None:
     hidden = hidden.clone().requires_grad_()
 
     candidates, missing = of_megatron(dense, labels), {}
-    for peers in (of_liger, of_cut_cross_entropy) if tensor_parallel_size == 1 else ():
+    for peers in (of_transformer_engine, *((of_liger, of_cut_cross_entropy) if tensor_parallel_size == 1 else ())):
         try:
             candidates += peers(dense, labels)
         except ImportError as error:
             missing[peers.__name__.removeprefix("of_")] = str(error)
-    candidates += of_ours(dense, labels, args.memory_mib)
+    bounds = {f"ours, {bound} MiB": HeadTiles(bound) for bound in args.memory_mib}
+    candidates += of_ours(dense, labels, bounds | {f"{OURS}, keep 0": HeadTiles(keep=0)})
     if tensor_parallel_size == 1:
-        candidates.append(Candidate(LIMIT, lambda hidden: _FourGemms.apply(hidden, dense.weight), [dense.weight]))
-    results = measure(candidates, hidden, upstream, args.repeats, {DENSE, OURS, LIMIT})
+        candidates.append(of_four_gemms(dense))
+    results = measure_held(candidates, hidden, upstream, args.repeats, {FUSED, OURS, LIMIT})
     counts = {candidate.name: collectives(candidate, hidden, upstream) for candidate in candidates}
     expected = {name: exact.cuda() for name, exact in expected.items()}
     for candidate, result in zip(candidates, results, strict=True):

@@ -65,6 +65,26 @@ def measure(
     return list(results.values())
 
 
+def measure_held(
+    candidates: list[Candidate], hidden: Tensor, grad_output: Tensor, repeats: int, profiled: set[str]
+) -> list[Measurement]:
+    """As ``measure``, where weight gradients are held all the time, and so not counted."""
+    results = {candidate.name: Measurement(candidate.name) for candidate in candidates}
+    for candidate in candidates:
+        for _ in range(3):
+            step(candidate, hidden, grad_output)
+        results[candidate.name].memory_with_main_grad_mib = peak_memory(candidate, hidden, grad_output, held=True)
+    order = list(candidates)
+    for _ in range(repeats):
+        random.shuffle(order)
+        for candidate in order:
+            results[candidate.name].milliseconds.append(time_once(candidate, hidden, grad_output))
+    for candidate in candidates:
+        if candidate.name in profiled:
+            results[candidate.name].kernels = kernel_table(candidate, hidden, grad_output)
+    return list(results.values())
+
+
 def time_once(candidate: Candidate, hidden: Tensor, grad_output: Tensor) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from megatron_tiling.config import FLAGS, MODULES, STORAGES, TilingConfig, argument_of
+from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB, FLAGS, MODULES, STORAGES, TilingConfig, argument_of
 
 
 class Refused(NamedTuple):
@@ -209,8 +209,15 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "--tiled-head-memory-mib",
         type=_number_or_text,
         metavar="MIB",
-        help="Bound for what the loss of a tiled output layer holds at once: one tile of logits, and the input "
-        f"gradient in float32. Default {TilingConfig.head_memory_mib}.",
+        help="Bound for what the loss of a tiled output layer holds at once: tiles of logits, and the input gradient "
+        f"in float32. Default {DEFAULT_HEAD_MEMORY_MIB}.",
+    )
+    group.add_argument(
+        "--tiled-head-keep",
+        type=_number_or_text,
+        metavar="N|all",
+        help="Tiles of logits that stay from the loss's forward pass for its backward pass, which makes the others "
+        "again; within --tiled-head-memory-mib where that is given. Default: what the bound has room for.",
     )
     group.add_argument(
         "--tiled-head-tokens",

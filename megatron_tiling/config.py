@@ -36,6 +36,7 @@ FLAGS = {
     "fp32_accumulate": "--tiled-linear-fp32-accumulate",
     "mlp_keep": "--tiled-mlp-keep",
     "head_memory_mib": "--tiled-head-memory-mib",
+    "head_keep": "--tiled-head-keep",
     "head_tokens": "--tiled-head-tokens",
     "storage": "--tiled-linear-storage",
 }
@@ -99,8 +100,14 @@ class _ReadOnlyDict(dict[str, tuple[int, int]]):
 _WHOLE = "a whole number of at least"
 
 
-def _is_whole(value: Any, least: int) -> bool:
+def _is_whole(value: Any, least: int, or_none: bool = False) -> bool:
+    if value is None:
+        return or_none
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def _is_number_to_keep(value: Any) -> bool:
+    return value in (None, "all") or _is_whole(value, 0)
 
 
 def _are_modules(value: Any) -> bool:
@@ -129,8 +136,10 @@ class TilingConfig:
         fp32_accumulate: sum over tiles in float32 where activations are narrower.
         mlp_keep: tiles of an MLP that keep their pre-activations for the backward pass, the others recompute their
             fc1 product; ``"all"``. ``None`` keeps all of them where weights are resident, none where partitioned.
-        head_memory_mib: bound for what the LM head's loss holds at once: a tile of logits and the float32 sum of the
-            input gradient.
+        head_memory_mib: bound for what the LM head's loss holds at once: tiles of logits and the input gradient.
+            ``None`` is the default, ``DEFAULT_HEAD_MEMORY_MIB``.
+        head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
+            ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
         head_tokens: tokens of one tile of logits; ``None`` lets the bound choose.
         storage: ``"partitioned"`` makes each tile a parameter of its own, for an engine (ZeRO-3, FSDP) that gathers
             it around its use.
@@ -147,7 +156,8 @@ class TilingConfig:
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
     mlp_keep: int | Literal["all"] | None = None
-    head_memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
+    head_memory_mib: int | None = None
+    head_keep: int | Literal["all"] | None = None
     head_tokens: int | None = None
     storage: Storage = "resident"
 
@@ -158,9 +168,10 @@ class TilingConfig:
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
             ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),
-            ("mlp_keep", self.mlp_keep in (None, "all") or _is_whole(self.mlp_keep, 0), f"{_WHOLE} 0, or all"),
-            ("head_memory_mib", _is_whole(self.head_memory_mib, 1), f"{_WHOLE} 1"),
-            ("head_tokens", self.head_tokens is None or _is_whole(self.head_tokens, 1), f"{_WHOLE} 1"),
+            ("mlp_keep", _is_number_to_keep(self.mlp_keep), f"{_WHOLE} 0, or all"),
+            ("head_memory_mib", _is_whole(self.head_memory_mib, 1, True), f"{_WHOLE} 1"),
+            ("head_keep", _is_number_to_keep(self.head_keep), f"{_WHOLE} 0, or all"),
+            ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
             ("storage", self.storage in STORAGES, f"{' or '.join(STORAGES)}; the flag alone can also be auto"),
         ):
             value = getattr(self, name)
@@ -192,7 +203,8 @@ class TilingConfig:
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
             (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled_mlp),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
-            (FLAGS["head_memory_mib"], self.head_memory_mib != DEFAULT_HEAD_MEMORY_MIB, head),
+            (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),
+            (FLAGS["head_keep"], self.head_keep is not None, head),
         ):
             if given and reason:
                 raise ValueError(f"{setting}: {reason}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
 
-from megatron_tiling.config import MODULE_OF_ATTRIBUTE, ROW_MODULES, TilingConfig
+from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB, MODULE_OF_ATTRIBUTE, ROW_MODULES, TilingConfig
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.head_cut import HeadTiles, partition_aligned
 
@@ -104,12 +104,13 @@ def note(report: LayerReport) -> str:
 
 def _loss_note(tiles: HeadTiles, vocabulary: int) -> str:
     tokens = "tokens" if tiles.tokens is None else f"{tiles.tokens} tokens"
-    columns, bound = "columns", f" within {tiles.memory_mib} MiB"
+    columns, bound = "columns", f" within {tiles.memory_mib or DEFAULT_HEAD_MEMORY_MIB} MiB"
     if tiles.vocabulary_tiles is not None:
         parts = partition_aligned(vocabulary, tiles.vocabulary_tiles)
         columns = f"{max(stop - start for start, stop in pairwise(parts))} columns"
         bound = "" if tiles.tokens is not None else bound
-    return f"loss in tiles of {tokens} x {columns} of logits{bound}"
+    keep = "what fits" if tiles.keep is None else tiles.keep
+    return f"loss in tiles of {tokens} x {columns} of logits{bound}, keep {keep}"
 
 
 def coarser_splits(reports: list[LayerReport]) -> dict[str, tuple[int, int]]:

@@ -84,7 +84,8 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
     [
         ("factor", (*NO_NUMBERS, 0, None, np.int64(0)), f"{WHOLE} 1"),
         ("mlp_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
-        ("head_memory_mib", (*NO_NUMBERS, 0, None), f"{WHOLE} 1"),
+        ("head_memory_mib", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
+        ("head_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
         ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),
@@ -119,6 +120,7 @@ def test_fuse_wgrad_has_no_flag() -> None:
         ({"modules": ("fc1",), "head_memory_mib": 5}, "--tiled-head-memory-mib: the output layer is not tiled"),
         ({"storage": "partitioned", "head_tokens": 5}, "--tiled-head-tokens: a partitioned output layer makes whole"),
         ({"storage": "partitioned", "head_memory_mib": 5}, "--tiled-head-memory-mib: a partitioned output layer makes"),
+        ({"modules": ("fc1",), "head_keep": 0}, "--tiled-head-keep: the output layer is not tiled"),
         ({"storage": "partitioned", "fp32_accumulate": True}, "--tiled-linear-fp32-accumulate: autograd and the"),
         ({"storage": "partitioned", "fuse_wgrad": True}, "fuse_wgrad=True: autograd and the engine"),
     ],

@@ -73,7 +73,7 @@ def test_table() -> None:
         "1 14336 x 4096 4x1 28.00 TiledMLP, keep 1, at most 4 token steps".split(),
         "1 14336 x 4096 4x1 28.00 partitioned".split(),
         "1 16 x 8 dense 0.00 not one of the modules that are tiled".split(),
-        "1 4096 x 128256 - - loss in tiles of tokens x columns of logits within 272 MiB".split(),
+        "1 4096 x 128256 - - loss in tiles of tokens x columns of logits within 272 MiB, keep what fits".split(),
     ]
     assert table(layers[:1] * 3).splitlines()[1].split()[:2] == ["decoder.layers.*.self_attention.linear_qkv", "3"]
 
@@ -81,9 +81,12 @@ def test_table() -> None:
 @pytest.mark.parametrize(
     "tiles, cells",
     [
-        (HeadTiles(100, tokens=512), "loss in tiles of 512 tokens x columns of logits within 100 MiB"),
-        (HeadTiles(100, vocabulary_tiles=16), "loss in tiles of tokens x 8192 columns of logits within 100 MiB"),
-        (HeadTiles(100, 512, 16), "loss in tiles of 512 tokens x 8192 columns of logits"),
+        (HeadTiles(100, tokens=512), "loss in tiles of 512 tokens x columns of logits within 100 MiB, keep what fits"),
+        (
+            HeadTiles(100, vocabulary_tiles=16),
+            "loss in tiles of tokens x 8192 columns of logits within 100 MiB, keep what fits",
+        ),
+        (HeadTiles(None, 512, 16, "all"), "loss in tiles of 512 tokens x 8192 columns of logits, keep all"),
     ],
 )
 def test_tiles_of_the_loss_fixed_by_flags(tiles: HeadTiles, cells: str) -> None:

@@ -8,6 +8,7 @@ perhaps scales the logits, and hands them to ``compute_language_model_loss``, on
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -74,8 +75,11 @@ class TiledOutputLayer(TiledColumnParallelLinear):
             group = self.tp_group
             reduces = not (sequence_parallel or self.explicit_expert_comm or self.disable_grad_reduce)
             comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
+        tiles = self.head_tiles
+        if keep_largest and tiles.keep is None:  # prediction heads: all their losses come before any backward pass
+            tiles = replace(tiles, keep=0)
         fuse_wgrad = self.gradient_accumulation_fusion
-        return CrossEntropyLoop(self.head_tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
+        return CrossEntropyLoop(tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:
@@ -84,7 +88,7 @@ def check_head(model: LanguageModule, config: TilingConfig) -> str:
     Args:
         model: a built model or pipeline stage, not yet wrapped; its output layer may be stock still.
         config: ``splits["output"]`` fixes the number of vocabulary tiles and ``head_tokens`` the tokens of a tile;
-            otherwise ``head_memory_mib`` chooses them.
+            otherwise ``head_memory_mib`` chooses them. ``head_keep`` says how many stay for the backward pass.
 
     Returns:
         Why the logits stay whole, or ``""``.
@@ -141,4 +145,4 @@ def convert_head(model: LanguageModule, config: TilingConfig) -> str:
 def head_tiles(config: TilingConfig) -> HeadTiles:
     """Bound and sizes of the loss's tiles."""
     vocabulary = config.splits_of("output")[1] if "output" in config.splits else None
-    return HeadTiles(config.head_memory_mib, config.head_tokens, vocabulary)
+    return HeadTiles(config.head_memory_mib, config.head_tokens, vocabulary, config.head_keep)

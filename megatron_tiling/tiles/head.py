@@ -1,9 +1,9 @@
 """Linear layer and vocabulary-parallel cross entropy in one: logits never exist whole.
 
 One autograd function makes the logits tile by tile, consumes each tile and drops it. The forward pass keeps a
-log-sum-exp per token; the backward pass makes each tile again, turns it into its gradient in place and
-multiplies it into both gradients. That is four GEMMs in all; the dense form has three, but moves every logit
-through memory many times.
+log-sum-exp per token, and the last tile, or more of them; the backward pass makes each other tile again, turns it
+into its gradient in place and multiplies it into both gradients. That is four GEMMs in all, less the kept tiles' share
+of one; the dense form has three, but moves every logit through memory many times.
 
 Depends on torch alone; ``softmax.py`` has what is done to a tile of logits.
 Semantics are those of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.softmax import Statistics
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -33,7 +33,7 @@ class CrossEntropyLoop:
     """How ``tiled_linear_cross_entropy`` runs.
 
     Args:
-        tiles: memory bound and tile sizes.
+        tiles: memory bound, tile sizes, and how many tiles of logits stay for the backward pass.
         group: ranks that share the vocabulary, as many columns each; ``None`` if this rank has all.
         comm: collectives of the input and its gradient.
         fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
@@ -114,15 +114,15 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         if loop.comm is not None and loop.comm.sequence_parallel:
             gathered, _ = loop.comm.gather(hidden)
         x = flat(gathered)
-        token_parts, column_parts = _cut(loop, len(x), weight, backward=False)
+        cut = ctx.cut = loop.tiles.cut(_sizes(loop, x, weight, ctx.needs_input_grad))
         local_labels = labels.reshape(-1) - loop.first_column(len(weight))
         statistics = Statistics.of_no_logits(local_labels, _wide(x.dtype), argmax=loop.keep_largest)
         update_statistics = softmax_for(x).update_statistics
-        buffer = _LogitsBuffer(x, token_parts, column_parts)
-        for tokens in token_parts:
-            for columns in column_parts:
-                logits = buffer.logits(x[tokens], weight[columns])
-                update_statistics(logits, columns.start, local_labels[tokens], loop.scale, statistics.of(tokens))
+        buffers = _LogitsBuffers(x, cut, max(cut.kept, 1))
+        for index, (tokens, columns) in enumerate(cut.tiles):
+            logits = buffers.make(index, x[tokens], weight[columns])
+            update_statistics(logits, columns.start, local_labels[tokens], loop.scale, statistics.of(tokens))
+        ctx.kept = buffers if cut.kept else None
         loss, log_sum_exp = _loss(statistics, local_labels, len(weight), loop.group)
         ctx.save_for_backward(hidden, weight, local_labels, log_sum_exp)
         if statistics.argmax is None:
@@ -138,68 +138,84 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         hidden, weight, local_labels, log_sum_exp = ctx.saved_tensors
         loop: CrossEntropyLoop = ctx.loop
         needs_dgrad, needs_wgrad, *_ = ctx.needs_input_grad
-        gathered = hidden
+        gathered, gathering = hidden, None
         if loop.comm is not None and loop.comm.sequence_parallel:
-            gathered, _ = loop.comm.gather(hidden)
+            gathered, gathering = loop.comm.gather(hidden, async_op=True)
         x = flat(gathered)
-        token_parts, column_parts = _cut(loop, len(x), weight, backward=True)
+        cut: HeadCut = ctx.cut
         grad_loss = grad_loss.reshape(-1).to(log_sum_exp.dtype)
 
+        # A second pass over a retained graph finds gradients where the first found logits: it makes them all.
+        buffers, ctx.kept = ctx.kept, None
+        remade = len(cut.tiles) - (cut.kept if buffers is not None else 0)
+        buffers = buffers or _LogitsBuffers(x, cut, 1)
         logits_to_gradient = softmax_for(x).logits_to_gradient
         wgrad = WeightGrad(ctx.param, loop.fuse_wgrad) if needs_wgrad else None
-        buffer = _LogitsBuffer(x, token_parts, column_parts)
-        dgrad = _InputGrad(x, token_parts, column_parts) if needs_dgrad else None
+        dgrad = _InputGrad(x, cut) if needs_dgrad else None
         reduction = None
-        for tokens in token_parts:
-            for columns in column_parts:
-                dz = buffer.logits(x[tokens], weight[columns])
-                per_token = local_labels[tokens], log_sum_exp[tokens], grad_loss[tokens]
-                logits_to_gradient(dz, columns.start, *per_token, loop.scale)
-                if dgrad is not None:
-                    dgrad.add(tokens, dz, weight[columns], first=columns is column_parts[0])
-                    if columns is column_parts[-1] and tokens is not token_parts[-1]:
-                        dgrad.round(tokens)
-                    elif columns is column_parts[-1] and loop.comm is not None:
-                        dgrad.round(tokens)
-                        reduction = loop.comm.reduce(dgrad.result().view(gathered.shape))
-                if wgrad is not None:
-                    wgrad.add(columns, slice(None), dz, x[tokens], accumulate=tokens is not token_parts[0])
-        del dz, buffer  # before the result of an input gradient that nothing waits for
+        for index, (tokens, columns) in reversed(list(enumerate(cut.tiles))):
+            if index < remade:
+                _wait(gathering)
+                dz = buffers.make(index, x[tokens], weight[columns])
+            else:
+                dz = buffers.take(index, tokens, columns)
+            per_token = local_labels[tokens], log_sum_exp[tokens], grad_loss[tokens]
+            logits_to_gradient(dz, columns.start, *per_token, loop.scale)
+            if dgrad is not None:
+                dgrad.add(tokens, dz, weight[columns], first=columns is cut.columns[-1])
+                if index > 0 and columns is cut.columns[0]:
+                    dgrad.round(tokens)
+                elif index == 0 and loop.comm is not None:
+                    dgrad.round(tokens)
+                    reduction = loop.comm.reduce(dgrad.result().view(gathered.shape))
+            _wait(gathering)
+            if wgrad is not None:
+                wgrad.add(columns, slice(None), dz, x[tokens], accumulate=tokens is not cut.tokens[-1])
+        del dz, buffers  # before the result of an input gradient that nothing waits for
         grad_hidden = None
         if reduction is not None:
             grad_hidden, work = reduction
-            if work is not None:
-                work.wait()
+            _wait(work)
         elif dgrad is not None:
-            dgrad.round(token_parts[-1])
+            dgrad.round(cut.tokens[0])
             grad_hidden = dgrad.result().view(gathered.shape)
         return grad_hidden, None if wgrad is None else wgrad.result(), None, None
 
 
-class _LogitsBuffer:
-    """Memory for one tile of logits, used by all of them. Rows begin at multiples of 128 bytes."""
+class _LogitsBuffers:
+    """Memory for tiles of logits: the last ones have one each, all before share the first of these.
 
-    def __init__(self, x: Tensor, token_parts: list[slice], column_parts: list[slice]) -> None:
+    Rows begin at multiples of 128 bytes. The backward pass goes from the last tile to the first, and drops what it
+    needs no more.
+    """
+
+    def __init__(self, x: Tensor, cut: HeadCut, buffers: int) -> None:
         per_line = 128 // x.element_size()
-        width = -(-_longest(column_parts) // per_line) * per_line
-        self._memory = scratch(x, _longest(token_parts), width)
+        width = -(-cut.width // per_line) * per_line
+        self._memory = [scratch(x, cut.height, width) for _ in range(buffers)]
+        self._shared = len(cut.tiles) - buffers
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``[n_t, h]`` and ``[v_t, h]`` -> ``[n_t, v_t]``, valid until the next call."""
-        logits = self._memory[: len(x), : len(weight)]
+    def make(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
+        """``[n_t, h]`` and ``[v_t, h]`` -> the logits ``[n_t, v_t]`` of a tile."""
+        logits = self._memory[max(index - self._shared, 0)][: len(x), : len(weight)]
         gemm_into(logits, x, weight.t(), accumulate=False)
         return logits
+
+    def take(self, index: int, tokens: slice, columns: slice) -> Tensor:
+        """The logits that ``make`` has left of a tile, before those of earlier ones are taken or made."""
+        del self._memory[index - self._shared + 1 :]
+        return self._memory[-1][: tokens.stop - tokens.start, : columns.stop - columns.start]
 
 
 class _InputGrad:
     """The input gradient ``[n, h]``; a narrow one is summed in float32 and rounded once a token tile."""
 
-    def __init__(self, x: Tensor, token_parts: list[slice], column_parts: list[slice]) -> None:
+    def __init__(self, x: Tensor, cut: HeadCut) -> None:
         self._x = x
         self._result: Tensor | None = None
         self._sum: Tensor | None = None
-        if x.element_size() < 4 and len(column_parts) > 1:
-            self._sum = x.new_empty(_longest(token_parts), x.shape[1], dtype=torch.float32)
+        if x.element_size() < 4 and len(cut.columns) > 1:
+            self._sum = x.new_empty(cut.height, x.shape[1], dtype=torch.float32)
 
     def add(self, tokens: slice, dz: Tensor, weight: Tensor, *, first: bool) -> None:
         """dgrad GEMM of one tile: ``[n_t, v_t]`` and ``[v_t, h]`` -> ``[n_t, h]``; all but the first add."""
@@ -239,22 +255,22 @@ def _loss(
     return log_sum - sums[1], log_sum + largest
 
 
-def _cut(loop: CrossEntropyLoop, tokens: int, weight: Tensor, *, backward: bool) -> tuple[list[slice], list[slice]]:
-    """The tiles of one pass: the forward pass has no input gradient, and its tiles can be larger."""
-    vocabulary, hidden = weight.shape
-    token_bytes = 0
-    if backward and weight.element_size() < 4:
-        token_bytes = 4 * hidden
-        if loop.comm is not None:  # the reduction of the result begins while there are logits still
-            token_bytes += weight.element_size() * hidden
+def _sizes(loop: CrossEntropyLoop, x: Tensor, weight: Tensor, needs_grad: tuple[bool, ...]) -> HeadSizes:
+    reduced_by = 0
+    if loop.comm is not None:
+        reduced_by = loop.comm.group.size() if loop.comm.sequence_parallel else 1
     grad = getattr(weight, "main_grad", weight) if loop.fuse_wgrad else weight
-    return loop.tiles.cut(
-        tokens,
-        vocabulary,
-        logit_bytes=weight.element_size(),
-        token_bytes=token_bytes,
-        may_tile_tokens=grad.element_size() >= 4,
+    element_bytes = weight.element_size()
+    sums_wgrad = grad.element_size() >= 4
+    return HeadSizes(
+        len(x), len(weight), x.shape[1], element_bytes, element_bytes, reduced_by, sums_wgrad, *needs_grad[:2]
     )
+
+
+def _wait(work: dist.Work | None) -> None:
+    """May be called again."""
+    if work is not None:
+        work.wait()
 
 
 def softmax_for(logits: Tensor) -> ModuleType:
@@ -268,7 +284,3 @@ def softmax_for(logits: Tensor) -> ModuleType:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _longest(parts: list[slice]) -> int:
-    return max(part.stop - part.start for part in parts)

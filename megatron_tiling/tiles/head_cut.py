@@ -1,90 +1,197 @@
-"""How the LM head is cut: which tokens and which vocabulary columns make one tile of logits.
+"""How the LM head is cut: which tokens and which vocabulary columns make one tile of logits, and which tiles stay.
 
-Pure Python. A tile ``[tokens, columns]`` of logits is the largest tensor of the head's loop; beside it, the
-backward pass sums the input gradient ``[tokens, hidden]`` over vocabulary tiles in float32. Both together
-keep within a memory bound.
+Pure Python. A tile ``[tokens, columns]`` of logits is the largest tensor of the head's loop. The last tile of the
+forward pass stays in that memory, and the backward pass begins with it: its logits are not made again. Beside it, the
+backward pass sums the input gradient ``[tokens, hidden]`` over vocabulary tiles in float32. All of it keeps within a
+memory bound; of the cuts that do, the one of least time is taken.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import pairwise, product
 from math import ceil
+from typing import Literal, NamedTuple
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
 from megatron_tiling.tiles.grid import partition_uniform
 
 MIB = 2**20
-#: Long tiles begin at multiples of the widest tile of cuBLAS's kernels; short ones are divided evenly.
-ALIGNMENT, ALIGN_FROM = 256, 2048
-#: Narrower tiles spend their time reading and writing the sum of the input gradient.
+#: Long tiles begin at multiples of the widest tile of cuBLAS's kernels, shorter ones where its fast kernels can.
+ALIGNMENT, ALIGNMENT_OF_SHORT = 256, 16
 LEAST_COLUMNS = 4096
+TOKEN_TILES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+#: What the parts of a loop cost, in operations of its GEMMs: a tile (four of them end, each with a part of the GPU
+#: idle), and a byte of the weight gradient that is read or written once more. Sums of the input gradient cost nothing.
+#: Fitted to the times of benchmarks/head_cuts.py on an H100, which they give to 4 % or so.
+OPERATIONS_PER_TILE, OPERATIONS_PER_BYTE = 80e9, 130
+
+
+class HeadSizes(NamedTuple):
+    """What is to be cut.
+
+    Attributes:
+        tokens, vocabulary, hidden: of this rank's logits, and of the input's features.
+        element_bytes, logit_bytes: of weight and input, and of a logit.
+        reduced_by: among how many ranks the input gradient is reduced while there are logits still; 0 if it is not,
+            1 if each rank gets all of it.
+        sums_wgrad: whether the weight gradient can be summed over token tiles; one narrower than float32 loses
+            precision.
+        dgrad, wgrad: which gradients there are.
+    """
+
+    tokens: int
+    vocabulary: int
+    hidden: int
+    element_bytes: int = 2
+    logit_bytes: int = 2
+    reduced_by: int = 0
+    sums_wgrad: bool = True
+    dgrad: bool = True
+    wgrad: bool = True
+
+
+class HeadCut(NamedTuple):
+    """Ranges of tokens and of vocabulary columns, each pair of them a tile; the last ``kept`` stay."""
+
+    tokens: list[slice]
+    columns: list[slice]
+    kept: int
+
+    @property
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """In the order of the forward pass; the backward pass takes them from the end."""
+        return list(product(self.tokens, self.columns))
+
+    @property
+    def height(self) -> int:
+        return max(part.stop - part.start for part in self.tokens)
+
+    @property
+    def width(self) -> int:
+        return max(part.stop - part.start for part in self.columns)
 
 
 @dataclass(frozen=True)
 class HeadTiles:
-    """What a user asks for: a memory bound, and sizes fixed by hand; no tile is larger than what there is.
+    """What a user asks for: a memory bound, and what is fixed by hand; no tile is larger than what there is.
 
     Args:
-        memory_mib: bound for one tile of logits and the float32 sum of the input gradient together.
+        memory_mib: bound for all that the backward pass holds at once; ``None`` is the default, beyond which there
+            may be tiles that stay because ``keep`` says so.
         tokens: tokens of a tile; ``None`` chooses.
         vocabulary_tiles: how many over this rank's vocabulary; ``None`` chooses.
+        keep: how many tiles stay from the forward to the backward pass, within ``memory_mib`` where that is given;
+            ``None``: as many as the bound has room for.
     """
 
-    memory_mib: int = DEFAULT_HEAD_MEMORY_MIB
+    memory_mib: int | None = None
     tokens: int | None = None
     vocabulary_tiles: int | None = None
+    keep: int | Literal["all"] | None = None
 
-    def cut(
-        self, tokens: int, vocabulary: int, *, logit_bytes: int, token_bytes: int, may_tile_tokens: bool
-    ) -> tuple[list[slice], list[slice]]:
-        """Ranges of tokens and of vocabulary columns; each pair of them is a tile.
+    def cut(self, sizes: HeadSizes) -> HeadCut:
+        """The tiles of both passes.
 
-        Without sizes fixed by hand, all tokens make one tile while their sum leaves a quarter of the bound to
-        the logits; the vocabulary is cut to fill the rest.
-
-        Args:
-            tokens, vocabulary: the size of all logits on this rank.
-            logit_bytes: memory of one logit.
-            token_bytes: memory a token takes beside its logits during the backward pass.
-            may_tile_tokens: tile tokens too where the bound asks for it; else the bound gives way. Each token
-                tile adds to the whole weight gradient, which loses precision where that is not float32.
-
-        >>> sizes = {"logit_bytes": 2, "token_bytes": 4 * 4096}
-        >>> tokens, columns = HeadTiles().cut(8192, 128256, **sizes, may_tile_tokens=True)
-        >>> len(tokens), len(columns), columns[0]
-        (1, 14, slice(0, 9216, None))
+        >>> cut = HeadTiles().cut(HeadSizes(8192, 128256, 4096))
+        >>> len(cut.tokens), len(cut.columns), cut.columns[-1], cut.kept
+        (1, 14, slice(119040, 128256, None), 1)
         """
-        bound = self.memory_mib * MIB
-        if self.tokens is not None:
-            token_parts = [*range(0, max(tokens, 1), self.tokens), tokens]
-        elif may_tile_tokens:
-            columns = 0 if self.vocabulary_tiles is None else ceil(vocabulary / self.vocabulary_tiles)
-            tile_bytes = token_bytes + columns * logit_bytes
-            fits = tokens * max(tile_bytes, token_bytes * 4 // 3) <= bound
-            tiles = 1 if fits else ceil(tokens * max(tile_bytes, token_bytes * 2) / bound)
-            token_parts = partition_aligned(tokens, min(tiles, tokens))
-        else:
-            token_parts = [0, tokens]
-        height = max(1, *(stop - start for start, stop in pairwise(token_parts)))
+        return _cut(self, sizes)
 
-        vocabulary_tiles = self.vocabulary_tiles
-        if vocabulary_tiles is None:
-            widest = max((bound - height * token_bytes) // (height * logit_bytes), LEAST_COLUMNS)
-            vocabulary_tiles = ceil(vocabulary / (widest // ALIGNMENT * ALIGNMENT))
-        return _ranges(token_parts), _ranges(partition_aligned(vocabulary, min(vocabulary_tiles, vocabulary)))
+
+@lru_cache
+def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
+    bound = (tiles.memory_mib or DEFAULT_HEAD_MEMORY_MIB) * MIB
+    if tiles.keep == "all" and tiles.memory_mib is None:
+        bound = 2**62
+    if tiles.tokens is not None:
+        heights = [tiles.tokens]
+    elif sizes.sums_wgrad or not sizes.wgrad:
+        heights = [_aligned(ceil(sizes.tokens / parts)) for parts in TOKEN_TILES]
+        whole_rows = (bound - _beside_logits(sizes, 1, several=False)) // (sizes.vocabulary * sizes.logit_bytes)
+        heights.append(max(whole_rows // ALIGNMENT * ALIGNMENT, 1))
+    else:
+        heights = [sizes.tokens]
+    cuts = []
+    for height in heights:
+        height = max(1, min(height, sizes.tokens))
+        token_parts = _ranges(sizes.tokens, height)
+        if tiles.vocabulary_tiles is not None:
+            column_parts = _even_ranges(sizes.vocabulary, tiles.vocabulary_tiles)
+        else:
+            column_parts = _ranges(sizes.vocabulary, _widest(sizes, height, bound))
+        cut = HeadCut(token_parts, column_parts, 0)
+        beside = _beside_logits(sizes, cut.height, several=len(column_parts) > 1)
+        tile = cut.height * cut.width * sizes.logit_bytes
+        cuts.append((cut._replace(kept=_kept(tiles, cut, bound - beside, tile)), beside + tile))
+    fitting = [(_time(cut, sizes), index) for index, (cut, memory) in enumerate(cuts) if memory <= bound]
+    least = min(fitting or [(memory, index) for index, (_, memory) in enumerate(cuts)])
+    return cuts[least[1]][0]
+
+
+def _kept(tiles: HeadTiles, cut: HeadCut, room: int, tile_bytes: int) -> int:
+    """One tile always can stay: its memory is there anyway."""
+    asked = len(cut.tiles) if tiles.keep in (None, "all") else min(int(tiles.keep), len(cut.tiles))
+    if tiles.keep is not None and tiles.memory_mib is None:
+        return asked
+    return min(asked, max(1, room // max(tile_bytes, 1)))
+
+
+def _beside_logits(sizes: HeadSizes, height: int, *, several: bool) -> int:
+    """Bytes of the input gradient while there are logits: its float32 sum over several vocabulary tiles, the result."""
+    if not sizes.dgrad:
+        return 0
+    features = sizes.tokens * sizes.hidden * sizes.element_bytes
+    summed = several and sizes.element_bytes < 4
+    result = 0 if summed and height == sizes.tokens and not sizes.reduced_by else features
+    if sizes.reduced_by > 1:
+        result += features // sizes.reduced_by
+    return result + (4 * height * sizes.hidden if summed else 0)
+
+
+def _widest(sizes: HeadSizes, height: int, bound: int) -> int:
+    """Columns of the widest tile within the bound."""
+    row_bytes = height * sizes.logit_bytes
+    if sizes.vocabulary * row_bytes + _beside_logits(sizes, height, several=False) <= bound:
+        return sizes.vocabulary
+    columns = (bound - _beside_logits(sizes, height, several=True)) // row_bytes
+    return min(max(columns, LEAST_COLUMNS) // ALIGNMENT * ALIGNMENT, sizes.vocabulary)
+
+
+def _time(cut: HeadCut, sizes: HeadSizes) -> float:
+    """What depends on the cut, in operations: logits made again, tiles, the float32 weight gradient read and written."""
+    remade = 2 * sizes.hidden * (sizes.tokens * sizes.vocabulary - cut.kept * cut.height * cut.width)
+    summed = 8 * sizes.hidden * sizes.vocabulary * (len(cut.tokens) - 1) if sizes.wgrad else 0
+    return remade + OPERATIONS_PER_BYTE * summed + OPERATIONS_PER_TILE * len(cut.tiles)
+
+
+def _aligned(size: int) -> int:
+    return ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+def _ranges(size: int, longest: int) -> list[slice]:
+    """Ranges of this length, what is left over first: the last, which stays, is a whole one."""
+    stops = list(range(size, 0, -longest))[::-1] or [0]
+    return _slices([0, *stops])
+
+
+def _even_ranges(size: int, parts: int) -> list[slice]:
+    return _slices(partition_aligned(size, min(parts, size)))
+
+
+def _slices(bounds: list[int]) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def partition_aligned(num_items: int, num_parts: int) -> list[int]:
-    """Boundaries of ``num_parts`` ranges (at least one), those of long ranges at multiples of ``ALIGNMENT``.
+    """Boundaries of ``num_parts`` ranges (at least one), at multiples of what so long ranges allow.
 
-    >>> partition_aligned(128256, 16)[:4], partition_aligned(10, 4)
-    ([0, 8192, 16384, 24576], [0, 3, 6, 8, 10])
+    >>> partition_aligned(128256, 16)[:4], partition_aligned(128256, 63)[:3], partition_aligned(10, 4)
+    ([0, 8192, 16384, 24576], [0, 2048, 4096], [0, 3, 6, 8, 10])
     """
     num_parts = max(1, num_parts)
-    if num_items // num_parts < ALIGN_FROM:
-        return partition_uniform(num_items, num_parts)
-    blocks = partition_uniform(ceil(num_items / ALIGNMENT), num_parts)
-    return [min(block * ALIGNMENT, num_items) for block in blocks]
-
-
-def _ranges(parts: list[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in pairwise(parts)]
+    for alignment in (ALIGNMENT, ALIGNMENT_OF_SHORT):
+        if num_items // num_parts >= 4 * alignment:
+            blocks = partition_uniform(ceil(num_items / alignment), num_parts)
+            return [min(block * alignment, num_items) for block in blocks]
+    return partition_uniform(num_items, num_parts)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_tiling.tiles import head
+from megatron_tiling.tiles.gemm import gemm_into
 from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
 
@@ -46,14 +48,17 @@ def problem(
     token_tile=st.integers(1, 21),
     vocabulary_tiles=st.integers(1, 40),
     scale=st.sampled_from([1.0, 0.37, -2.0]),
+    keep=st.sampled_from([None, 0, 2, "all"]),
     seed=st.integers(0, 2**16),
 )
-def test_losses_and_gradients_equal_dense(tokens, vocabulary, hidden_size, token_tile, vocabulary_tiles, scale, seed):
+def test_losses_and_gradients_equal_dense(
+    tokens, vocabulary, hidden_size, token_tile, vocabulary_tiles, scale, keep, seed
+):
     hidden, weight, labels, upstream = problem(tokens, vocabulary, hidden_size, seed)
     expected = dense_losses(hidden, weight, labels, scale)
     gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
 
-    tiles = HeadTiles(tokens=token_tile, vocabulary_tiles=vocabulary_tiles)
+    tiles = HeadTiles(tokens=token_tile, vocabulary_tiles=vocabulary_tiles, keep=keep)
     loop = CrossEntropyLoop(tiles, scale=scale, keep_largest=True)
     result = tiled_linear_cross_entropy(hidden, weight, labels, loop)
 
@@ -65,6 +70,30 @@ def test_losses_and_gradients_equal_dense(tokens, vocabulary, hidden_size, token
     logits = (hidden @ weight.t() * scale).detach()
     for largest in (result.largest, logits.gather(-1, result.argmax.unsqueeze(-1)).squeeze(-1)):
         torch.testing.assert_close(largest, logits.amax(dim=-1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("keep", [None, 0, 1, 5, "all"])
+def test_a_retained_graph_gives_the_same_gradients_again(keep):
+    """The first backward pass leaves gradients where the kept logits were."""
+    hidden, weight, labels, upstream = problem((5, 3), 23, 4, seed=8)
+    loss = tiled_linear_cross_entropy(
+        hidden, weight, labels, CrossEntropyLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
+    ).loss
+    expected = torch.autograd.grad(dense_losses(hidden, weight, labels), (hidden, weight), upstream)
+    for _ in range(3):
+        again = torch.autograd.grad(loss, (hidden, weight), upstream, retain_graph=True)
+        torch.testing.assert_close(again, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("keep", "made"), [(0, 24), (None, 12), (1, 23), (5, 19), ("all", 12), (99, 12)])
+def test_kept_tiles_are_not_made_again(keep, made, monkeypatch):
+    calls = []
+    monkeypatch.setattr(head, "gemm_into", lambda *args, **kwargs: calls.append(gemm_into(*args, **kwargs)))
+    hidden, weight, labels, upstream = problem((5, 3), 23, 4, seed=8)
+    weight.requires_grad_(False)
+    loop = CrossEntropyLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
+    tiled_linear_cross_entropy(hidden, weight, labels, loop).loss.backward(upstream)
+    assert len(calls) == made + 12  # tiles made, input gradients
 
 
 def test_gradcheck():

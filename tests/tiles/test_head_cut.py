@@ -1,35 +1,87 @@
-"""Tiles of logits cover all of them once, within the bound."""
+"""Tiles of logits cover all of them once, within the bound; and what stays from the forward pass."""
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.head_cut import HeadSizes, HeadTiles
+
+MIB = 2**20
+LLAMA = HeadSizes(8192, 128256, 4096)
 
 
 @given(
     tokens=st.integers(1, 40000),
     vocabulary=st.integers(1, 200000),
     hidden_size=st.integers(64, 8192),
-    memory_mib=st.integers(16, 1024),
-    may_tile_tokens=st.booleans(),
+    memory_mib=st.integers(16, 1024) | st.none(),
+    sums_wgrad=st.booleans(),
     token_tile=st.none() | st.integers(1, 5000),
     vocabulary_tiles=st.none() | st.integers(1, 64),
+    keep=st.none() | st.integers(0, 9) | st.just("all"),
+    reduced_by=st.sampled_from([0, 1, 4]),
 )
 def test_tiles_cover_all_logits_once_within_the_bound(
-    tokens, vocabulary, hidden_size, memory_mib, may_tile_tokens, token_tile, vocabulary_tiles
+    tokens, vocabulary, hidden_size, memory_mib, sums_wgrad, token_tile, vocabulary_tiles, keep, reduced_by
 ):
-    token_bytes = 4 * hidden_size
-    parts = HeadTiles(memory_mib, token_tile, vocabulary_tiles).cut(
-        tokens, vocabulary, logit_bytes=2, token_bytes=token_bytes, may_tile_tokens=may_tile_tokens
-    )
-    for ranges, size in zip(parts, (tokens, vocabulary), strict=True):
+    sizes = HeadSizes(tokens, vocabulary, hidden_size, reduced_by=reduced_by, sums_wgrad=sums_wgrad)
+    cut = HeadTiles(memory_mib, token_tile, vocabulary_tiles, keep).cut(sizes)
+    for ranges, size in ((cut.tokens, tokens), (cut.columns, vocabulary)):
         assert ranges[0].start == 0 and ranges[-1].stop == size
         assert all(one.stop == following.start for one, following in pairwise(ranges))
         assert all(part.start < part.stop for part in ranges)
-    height, width = (max(part.stop - part.start for part in ranges) for ranges in parts)
-    if token_tile is None and vocabulary_tiles is None and may_tile_tokens:
-        slack = 256 * (2 * width + token_bytes) + 256 * 2 * height  # boundaries are rounded to blocks of 256
-        least = 4096 * 2 * height if width <= 4352 else 0
-        assert height * (2 * width + token_bytes) <= memory_mib * 2**20 + slack + least
+    assert len(cut.tiles) == len(cut.tokens) * len(cut.columns)
+    assert 0 <= cut.kept <= len(cut.tiles)
+    if token_tile is None and not sums_wgrad:
+        assert len(cut.tokens) == 1
+    if keep in (None, "all") or memory_mib is not None:
+        assert (cut.kept > 0) == (keep != 0)
+    else:
+        assert cut.kept == min(keep, len(cut.tiles))
+
+
+@pytest.mark.parametrize("memory_mib", [160, 272, 320, 650, 1024])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("sums_wgrad", [False, True])
+def test_all_that_the_backward_pass_holds_is_within_the_bound(memory_mib, ranks, sums_wgrad):
+    sizes = LLAMA._replace(vocabulary=128256 // ranks, reduced_by=ranks if ranks > 1 else 0, sums_wgrad=sums_wgrad)
+    cut = HeadTiles(memory_mib).cut(sizes)
+    features = sizes.tokens * sizes.hidden * 2
+    held = max(cut.kept, 1) * cut.height * cut.width * 2
+    several = len(cut.columns) > 1
+    held += 4 * cut.height * sizes.hidden if several else 0
+    if len(cut.tokens) > 1 or not several or ranks > 1:
+        held += features + (features // ranks if ranks > 1 else 0)
+    if held > memory_mib * MIB:  # there is no such cut
+        assert not sums_wgrad and cut.width == 4096
+    else:
+        assert cut.kept > 0
+
+
+def test_keep() -> None:
+    assert HeadTiles().cut(LLAMA).kept == 1
+    assert HeadTiles(keep=0).cut(LLAMA).kept == 0
+    assert HeadTiles(keep=5).cut(LLAMA).kept == 5
+    everything = HeadTiles(keep="all").cut(LLAMA)
+    assert len(everything.tiles) == everything.kept == 1
+    by_hand = HeadTiles(vocabulary_tiles=32, keep="all")
+    assert by_hand.cut(LLAMA).kept == 32
+    half_a_gigabyte = HeadTiles(512, vocabulary_tiles=32, keep="all").cut(LLAMA._replace(sums_wgrad=False))
+    assert half_a_gigabyte.kept == (512 - 128) * MIB // (8192 * 4096 * 2)
+    assert HeadTiles(1, vocabulary_tiles=32, keep="all").cut(LLAMA).kept == 1
+    quarter = LLAMA._replace(vocabulary=32064, reduced_by=4)
+    assert HeadTiles(650).cut(quarter).kept == len(HeadTiles(650).cut(quarter).tiles) == 1
+
+
+def test_frozen_sides_need_less() -> None:
+    frozen_weight = HeadTiles().cut(LLAMA._replace(wgrad=False, sums_wgrad=False))
+    assert len(frozen_weight.columns) == 1  # token tiles cost nothing, and the input gradient needs no sum
+    assert HeadTiles().cut(LLAMA._replace(dgrad=False)).width > HeadTiles().cut(LLAMA).width
+
+
+def test_the_last_tile_is_a_whole_one() -> None:
+    cut = HeadTiles(320).cut(LLAMA)
+    assert cut.columns[-1].stop - cut.columns[-1].start == cut.width == 12288
+    assert cut.columns[0].stop == 128256 % 12288
