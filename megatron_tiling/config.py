@@ -138,11 +138,11 @@ class TilingConfig:
             fc1 product; ``"all"``. ``None`` keeps all of them where weights are resident, none where partitioned.
         head_memory_mib: bound for what the LM head's loss holds at once: tiles of logits and the input gradient.
             ``None`` is the default, ``DEFAULT_HEAD_MEMORY_MIB``.
-        head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
-            ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
         head_tokens: tokens of one tile of logits; ``None`` lets the bound choose.
         storage: ``"partitioned"`` makes each tile a parameter of its own, for an engine (ZeRO-3, FSDP) that gathers
             it around its use.
+        head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
+            ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -157,9 +157,9 @@ class TilingConfig:
     fp32_accumulate: bool = False
     mlp_keep: int | Literal["all"] | None = None
     head_memory_mib: int | None = None
-    head_keep: int | Literal["all"] | None = None
     head_tokens: int | None = None
     storage: Storage = "resident"
+    head_keep: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (

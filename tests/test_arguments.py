@@ -31,8 +31,8 @@ def test_each_flag_sets_its_field() -> None:
     assert parse(
         f"{ON} --tile-factor 3 --tiled-linear-modules fc1 fc2 output --tiled-linear-splits fc1=2x8 fc2=8x2 "
         "--tiled-linear-fp32-accumulate --tiled-mlp-keep 2 --tiled-head-memory-mib 5 --tiled-head-tokens 7 "
-        "--tiled-linear-storage resident"
-    ) == TilingConfig(3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident")
+        "--tiled-linear-storage resident --tiled-head-keep 9"
+    ) == TilingConfig(3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9)
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
     assert parse(f"{ON} --tiled-linear-storage auto", use_torch_fsdp2=True) == TilingConfig(storage="partitioned")

@@ -159,7 +159,7 @@ def _widest(sizes: HeadSizes, height: int, bound: int) -> int:
 
 
 def _time(cut: HeadCut, sizes: HeadSizes) -> float:
-    """What depends on the cut, in operations: logits made again, tiles, the float32 weight gradient read and written."""
+    """What depends on the cut, in operations: logits made again, tiles, sums of the weight gradient."""
     remade = 2 * sizes.hidden * (sizes.tokens * sizes.vocabulary - cut.kept * cut.height * cut.width)
     summed = 8 * sizes.hidden * sizes.vocabulary * (len(cut.tokens) - 1) if sizes.wgrad else 0
     return remade + OPERATIONS_PER_BYTE * summed + OPERATIONS_PER_TILE * len(cut.tiles)
