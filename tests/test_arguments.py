@@ -53,6 +53,7 @@ def test_lists_that_are_given_twice_add_up() -> None:
 BAD_VALUES = (
     ("--tile-factor", ("0", "-2", "2.5", "many", "1e3"), "must be a whole number of at least 1"),
     ("--tiled-mlp-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
+    ("--tiled-head-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
     ("--tiled-head-memory-mib", ("0", "-1", "272MiB"), "must be a whole number of at least 1"),
     ("--tiled-head-tokens", ("0", "-1", "all"), "must be a whole number of at least 1"),
     ("--tiled-linear-storage", ("disk", "0"), "must be resident or partitioned; the flag alone"),
