@@ -2,9 +2,9 @@
 
 First all of it is planned, and whatever cannot be is refused; then it is done, and nothing is refused any more.
 
-Nothing is drawn, copied or moved: the class and the grid of a module are set. Only TransformerEngine's layers are
-replaced by new ones, which take over their parameters; and with partitioned storage a weight is copied into its tiles
-and freed, one layer after another. To be called before the model is wrapped by Float16Module, DDP, FSDP or an engine.
+Nothing is drawn, copied or moved: the class and the grid of a module are set; only with partitioned storage a weight
+is copied into its tiles and freed, one layer after another. To be called before the model is wrapped by Float16Module,
+DDP, FSDP or an engine. Adapters around layers stay where they are.
 """
 
 from dataclasses import replace
@@ -15,11 +15,13 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
+from megatron_tiling.log import logger
 from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
-from megatron_tiling.resident import transformer_engine
+from megatron_tiling.resident.adapters import name_without_adapters, unwrapped
 from megatron_tiling.resident.layers import (
     RESIDENT_CLASSES,
     WIDER_OUTPUT,
@@ -29,7 +31,10 @@ from megatron_tiling.resident.layers import (
 )
 from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
 from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
+from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
+
+TILED_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {**RESIDENT_CLASSES, **TILED_TE_CLASSES}
 
 
 def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
@@ -49,6 +54,10 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     plan = _Plan(model, config)
     plan.carry_out()
     reports = list(plan.reports.values())
+    asked = [report for report in reports if report.module in config.modules and report.module != "output"]
+    if asked and all(report.grid is None for report in asked):
+        reasons = ", ".join(dict.fromkeys(report.reason for report in asked))
+        logger.warning("none of the %d linear layers of %s is tiled: %s", len(asked), type(model).__name__, reasons)
     if not hasattr(model, "tiling_reports"):
         model.tiling_reports = reports  # type: ignore[assignment]
     return reports
@@ -59,7 +68,7 @@ class _Plan:
 
     Attributes:
         reports: what each layer of the model will be.
-        tiled: layers to be tiled, and what takes their place: themselves, or new ones around the same parameters.
+        tiled: layers to be tiled.
         heads: language models whose loss is to be computed in tiles.
         mlps: MLPs to become tiled ones, and the table of their classes.
     """
@@ -67,13 +76,16 @@ class _Plan:
     def __init__(self, model: torch.nn.Module, config: TilingConfig) -> None:
         self.model, self.config = model, config
         self.reports: dict[torch.nn.Module, LayerReport] = {}
-        self.tiled: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.tiled: list[torch.nn.Module] = []
         self.heads: list[LanguageModule] = []
         self.mlps: list[tuple[MLP, Any]] = []
         models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
         ties = "share_embeddings_and_output_weights"
-        tied = [getattr(one, "output_layer", None) for one in models if getattr(one, ties, False)]
-        for name, layer in model.named_modules():
+        tied = [unwrapped(getattr(one, "output_layer", None)) for one in models if getattr(one, ties, False)]
+        for path, layer in model.named_modules():
+            if unwrapped(layer) is not layer:  # an adapter
+                continue
+            name = name_without_adapters(path)
             looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
                 self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
@@ -94,20 +106,20 @@ class _Plan:
         if module is None or reason:
             return replace(report, reason=reason)
         check_layer(layer)
-        self.tiled[layer] = layer
-        if type(layer) in transformer_engine.TILED_CLASSES:
+        self.tiled.append(layer)
+        if type(layer) in TILED_TE_CLASSES:
+            refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
             if self.config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
                     "be parameters; use --transformer-impl local"
                 )
-            self.tiled[layer] = transformer_engine.rebuilt(layer)
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
         return replace(report, grid=grid, partitioned=self.config.partitioned)
 
     def _plan_head(self, model: LanguageModule) -> None:
-        layer: Any = getattr(model, "output_layer", None)
+        layer: Any = unwrapped(getattr(model, "output_layer", None))
         report = self.reports.get(layer)
         if isinstance(layer, TiledOutputLayer) and report is not None:
             self.reports[layer] = replace(report, loss_tiles=layer.head_tiles)
@@ -118,7 +130,7 @@ class _Plan:
                 self.heads.append(model)
 
     def _plan_mlp(self, name: str, mlp: Any) -> None:
-        layers: list[Any] = [getattr(mlp, child, None) for child in MLP_LAYERS]
+        layers: list[Any] = [unwrapped(getattr(mlp, child, None)) for child in MLP_LAYERS]
         reports = [self.reports.get(layer) for layer in layers]
         grids = [None if report is None else report.grid for report in reports]
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
@@ -129,8 +141,7 @@ class _Plan:
             reason = "the tiles of one of its layers alone are partitioned"
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
-            becoming = [self.tiled.get(layer, layer) for layer in layers]
-            reason = reason_to_stay_stock(mlp, keep, classes, becoming, grids)
+            reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
             if not reason:
                 self.mlps.append((mlp, classes))
         for layer, report, grid in zip(layers, reports, grids, strict=True):
@@ -140,23 +151,20 @@ class _Plan:
                 self.reports[layer] = replace(report, **how)
 
     def carry_out(self) -> None:
-        for parent in list(self.model.modules()):
-            for name, layer in list(parent._modules.items()):
-                if layer is not None and self.tiled.get(layer, layer) is not layer:
-                    setattr(parent, name, self.tiled[layer])
-        for dense, layer in self.tiled.items():
-            self._set_grid(layer, self.reports[dense].grid)
+        for layer in self.tiled:
+            self._make_tiled(layer, self.reports[layer].grid)
         for model in self.heads:
             convert_head(model, self.config)
         for mlp, classes in self.mlps:
             convert_mlp(mlp, self.config.kept_tiles, classes)
 
-    def _set_grid(self, layer: Any, grid: Any) -> None:
-        """Of a layer that is rebuilt, or of a stock one, which becomes a tiled one in place."""
+    def _make_tiled(self, layer: Any, grid: Any) -> None:
+        """Turn a stock layer into a tiled one, in place."""
         if self.config.partitioned:
             make_partitioned(layer, grid)
             return
-        layer.__class__ = RESIDENT_CLASSES.get(type(layer), type(layer))
+        layer.__class__ = TILED_CLASSES[type(layer)]
+        layer.adopt()
         layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
         if self.config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = self.config.fuse_wgrad
@@ -179,7 +187,7 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
     attribute = name.rpartition(".")[2]
     if attribute in MLA_DOWN_PROJECTIONS:
         return "multi-latent attention needs the stock class here"
-    if type(layer) not in (*RESIDENT_CLASSES, *transformer_engine.TILED_CLASSES):
+    if type(layer) not in TILED_CLASSES:
         return f"{type(layer).__name__} is not a stock column or row layer"
     if module is None:
         return "not one of the modules that are tiled"
@@ -187,8 +195,6 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "not in --tiled-linear-modules"
     if getattr(layer, "output_dtype", None) is not None:
         return f"--output-logit-dtype: {WIDER_OUTPUT}"
-    if type(layer) in transformer_engine.TILED_CLASSES:
-        return transformer_engine.reason_to_stay_dense(layer)
     return ""
 
 

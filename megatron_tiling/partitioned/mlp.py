@@ -32,7 +32,7 @@ ENGINES = ("deepspeed.", "torch.distributed.", "megatron.core.distributed.", "me
 class PartitionedMLP(TiledMLP):
     """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each; the output is their sum."""
 
-    child_classes = (PartitionedColumnParallelLinear, PartitionedRowParallelLinear)
+    child_classes = ((PartitionedColumnParallelLinear,), (PartitionedRowParallelLinear,))
     tiles: Any
 
     def _reason_in_hooks(self, child: torch.nn.Module) -> str:

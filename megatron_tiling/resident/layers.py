@@ -16,6 +16,10 @@ from typing import Any, Self
 import torch
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
@@ -27,6 +31,10 @@ from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
 class TiledParallelLinear(torch.nn.Module):
     """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product."""
+
+    #: What Megatron-Bridge reads of a class that it does not know, to split and join a weight.
+    tensor_model_parallel = True
+    partition_dim: int
 
     config: Any
     weight: Any
@@ -71,6 +79,9 @@ class TiledParallelLinear(torch.nn.Module):
         """Build the stock layer, with its weight."""
         super().__init__(input_size, output_size, **options)
 
+    def adopt(self) -> None:
+        """Make a built stock layer, whose class was set, ready for ``set_grid``."""
+
     def set_tiles(self, in_splits: int, out_splits: int, *, paired: bool = False, **options: Any) -> None:
         """Choose the grid by its numbers, which must fit the rank's shard; ``options`` as for ``set_grid``."""
         rows, columns = shard_shape(self)
@@ -87,6 +98,14 @@ class TiledParallelLinear(torch.nn.Module):
         self.grid = replace(grid, paired=False) if combine_out_splits else grid
         self.combine_out_splits = combine_out_splits
         self.fp32_accumulate = fp32_accumulate
+
+    def normalized(self, input_: Tensor) -> Tensor:
+        """The input of the tiles, ``[s, b, h]``: of the layer itself, unless it has a norm of its own."""
+        return input_
+
+    def reason_to_be_called(self) -> str:
+        """Why a ``TiledMLP`` must call this layer's ``forward`` now, or nothing."""
+        return ""
 
     @property
     def tiles(self) -> TiledLinearReturnBias:
@@ -156,6 +175,7 @@ class TiledColumnParallelLinear(TiledParallelLinear, ColumnParallelLinear):
             ``defer_embedding_wgrad_compute`` or sharded weights (GTP).
     """
 
+    partition_dim = 0
     input_is_already_split = False
     gather_output: bool
     input_size: int
@@ -177,19 +197,11 @@ class TiledColumnParallelLinear(TiledParallelLinear, ColumnParallelLinear):
         Raises:
             ValueError: a list is given, or the output is to be gathered with ``combine_out_splits=False``.
         """
-        if isinstance(input_, (list, tuple)):
-            raise ValueError(
-                f"a column layer takes one tensor, every rank the same features; it was given {len(input_)} parts"
-            )
         self._check_gather(bool(runtime_gather_output))
         result: tuple[Any, Tensor | None] = super().forward(
-            self.normalized(input_), weight=weight, runtime_gather_output=runtime_gather_output
+            one_tensor(input_), weight=weight, runtime_gather_output=runtime_gather_output
         )
         return result
-
-    def normalized(self, input_: Tensor) -> Tensor:
-        """The input of the tiles, ``[s, b, h]``: of the layer itself, unless it has a norm of its own."""
-        return input_
 
 
 class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
@@ -208,6 +220,7 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
             tensor-parallel ranks leaves no room for; sharded weights (GTP).
     """
 
+    partition_dim = 1
     input_is_parallel: bool
     output_size: int
     input_size_per_partition: int
@@ -228,14 +241,7 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
             ValueError: a list is given where the input is not parallel, of another length than ``in_splits``, with
                 tiles of other widths, or with activation offloading to the CPU.
         """
-        if not isinstance(input_, Tensor):
-            if not self.input_is_parallel:
-                raise ValueError(
-                    f"a list of {len(input_)} parts is this rank's shard already split: it needs input_is_parallel=True"
-                )
-            self.grid.check_parts([part.shape[-1] for part in input_])
-            if getattr(self.config, "cpu_offloading", False):
-                raise ValueError("an already split input cannot be offloaded to the CPU; leave out --cpu-offloading")
+        check_parts(self, input_)
         result: tuple[Tensor, Tensor | None] = super().forward(input_)
         return result
 
@@ -266,6 +272,49 @@ class _TileView(torch.nn.Module):
         return torch.nn.functional.linear(input_, self.weight), self.bias
 
 
+def one_tensor(input_: Any) -> Tensor:
+    """The input of a column layer.
+
+    Raises:
+        ValueError: a list is given.
+    """
+    if isinstance(input_, (list, tuple)):
+        raise ValueError(
+            f"a column layer takes one tensor, every rank the same features; it was given {len(input_)} parts"
+        )
+    return input_  # type: ignore[no-any-return]
+
+
+def check_parts(layer: Any, input_: Tensor | Sequence[Tensor]) -> None:
+    """Check the input of a row layer, where that is the list of its in-tiles.
+
+    Raises:
+        ValueError: the input is not parallel, the parts are not the grid's, or activations go to the CPU.
+    """
+    if isinstance(input_, Tensor):
+        return
+    if not layer.input_is_parallel:
+        raise ValueError(
+            f"a list of {len(input_)} parts is this rank's shard already split: it needs input_is_parallel=True"
+        )
+    layer.grid.check_parts([part.shape[-1] for part in input_])
+    if getattr(layer.config, "cpu_offloading", False):
+        raise ValueError("an already split input cannot be offloaded to the CPU; leave out --cpu-offloading")
+
+
+def reduced(row_layer: Any, output: Tensor) -> Tensor:
+    """What ``RowParallelLinear.forward`` does with its product, as the layer is set now."""
+    if row_layer.explicit_expert_comm:
+        return output
+    reduce = (
+        reduce_scatter_to_sequence_parallel_region
+        if row_layer.sequence_parallel
+        else reduce_from_tensor_model_parallel_region
+    )
+    result: Tensor = reduce(output, group=row_layer.tp_group)
+    return result
+
+
 #: What a stock layer becomes.
 RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
     ColumnParallelLinear: TiledColumnParallelLinear,
@@ -282,7 +331,8 @@ def check_layer(layer: Any) -> None:
         ValueError: naming the flag.
     """
     refuse(layer.config, REFUSED["tiled layers"])
-    if getattr(layer, "gtp_remat_size", 1) > 1:  # by its process groups, whatever the config says
+    sharded = (getattr(owner, "gtp_remat_size", None) or 1 for owner in (layer, getattr(layer, "weight", None)))
+    if max(sharded) > 1:  # by its process groups, whatever the config says
         raise ValueError(
             "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
             "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"

@@ -17,16 +17,14 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu as unfused_quick_gelu
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, column_comm
+from megatron_tiling.resident.adapters import unwrapped
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, column_comm, reduced
+from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
@@ -43,6 +41,7 @@ FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
     squared_relu: "squared_relu",
 }
 MLP_LAYERS = ("linear_fc1", "linear_fc2")
+_TE_CLASSES = {dim: tuple(tiled for tiled in TILED_TE_CLASSES.values() if tiled.partition_dim == dim) for dim in (0, 1)}
 
 
 class TiledMLP(MLP):
@@ -57,9 +56,9 @@ class TiledMLP(MLP):
             TransformerEngine fuses with fc1 is made again too.
     """
 
-    child_classes: tuple[type[torch.nn.Module], type[torch.nn.Module]] = (
-        TiledColumnParallelLinear,
-        TiledRowParallelLinear,
+    child_classes: tuple[tuple[type, ...], tuple[type, ...]] = (
+        (TiledColumnParallelLinear, *_TE_CLASSES[0]),
+        (TiledRowParallelLinear, *_TE_CLASSES[1]),
     )
     keep: int | None
 
@@ -69,7 +68,7 @@ class TiledMLP(MLP):
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> output and bias, as stock's MLP."""
         if self.reason_for_stock_forward():
             return super().forward(hidden_states, per_token_scale, **kwargs)
-        output = self._reduced(self._product(hidden_states, per_token_scale))
+        output = reduced(self.linear_fc2, self._product(hidden_states, per_token_scale))
         bias = self.linear_fc2.bias
         if bias is None:
             return output, None
@@ -86,9 +85,10 @@ class TiledMLP(MLP):
             return "autocast is on"
         if _has_any_global_hook():
             return "there are hooks for all modules"
-        for name, tiled_class in zip(MLP_LAYERS, self.child_classes, strict=True):
+        for name, tiled_classes in zip(MLP_LAYERS, self.child_classes, strict=True):
             child = getattr(self, name)
-            if reason := _reason_in_class(child, tiled_class) or self._reason_in_hooks(child):
+            reason = _reason_in_class(child, tiled_classes) or self._reason_in_hooks(child)
+            if reason := reason or child.reason_to_be_called():
                 return f"{name} {reason}"
         return ""
 
@@ -117,15 +117,6 @@ class TiledMLP(MLP):
             run_weight_hooks(child)
         return _run_loop(self, hidden_states, per_token_scale)
 
-    def _reduced(self, output: Tensor) -> Tensor:
-        """What ``RowParallelLinear.forward`` does with its product."""
-        fc2 = self.linear_fc2
-        if fc2.explicit_expert_comm:
-            return output
-        if fc2.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(output, group=fc2.tp_group)
-        return reduce_from_tensor_model_parallel_region(output, group=fc2.tp_group)
-
 
 class TiledSharedExpertMLP(SharedExpertMLP, TiledMLP):
     """``SharedExpertMLP`` on top of ``TiledMLP``."""
@@ -151,9 +142,9 @@ def convert_mlp(
         ValueError: there are fewer tiles than ``keep``.
     """
     tiled_class = classes.get(type(mlp), TiledMLP)
-    layers: list[Any] = [getattr(mlp, name, None) for name in MLP_LAYERS]
+    layers: list[Any] = [unwrapped(getattr(mlp, name, None)) for name in MLP_LAYERS]
     pairs = zip(layers, tiled_class.child_classes, strict=True)
-    grids: Any = [layer.grid if isinstance(layer, child_class) else None for layer, child_class in pairs]
+    grids: Any = [layer.grid if isinstance(layer, child_classes) else None for layer, child_classes in pairs]
     if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
     mlp.__class__ = tiled_class
@@ -195,9 +186,9 @@ def reason_to_stay_stock(
         "--moe-shared-expert-overlap runs fc1 and fc2 apart": (
             isinstance(mlp, SharedExpertMLP) and config.moe_shared_expert_overlap
         ),
-        "linear_fc1 gathers its output": fc1.gather_output,
-        "linear_fc1 adds its bias itself": fc1.bias is not None and not fc1.skip_bias_add,
-        "linear_fc2 splits its input itself": not fc2.input_is_parallel,
+        "linear_fc1 gathers its output": getattr(fc1, "gather_output", False),  # TransformerEngine's never do
+        "linear_fc1 adds its bias itself": _adds_bias(fc1),
+        "linear_fc2 splits its input itself": not getattr(fc2, "input_is_parallel", True),
     }
     if reason := next((reason for reason, applies in refusals.items() if applies), ""):
         return reason
@@ -205,6 +196,12 @@ def reason_to_stay_stock(
     if keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
     return ""
+
+
+def _adds_bias(layer: Any) -> bool:
+    if hasattr(layer, "te_return_bias"):
+        return bool(layer.use_bias and not layer.te_return_bias)
+    return layer.bias is not None and not layer.skip_bias_add
 
 
 @torch.compiler.disable
@@ -280,8 +277,9 @@ class _PassOn(torch.nn.Module):
         return input_, self._output_bias[0]
 
 
-def _reason_in_class(child: torch.nn.Module, tiled_class: type[torch.nn.Module]) -> str:
+def _reason_in_class(child: torch.nn.Module, tiled_classes: tuple[type, ...]) -> str:
     """Why a child's own ``forward`` must be called, or nothing."""
+    tiled_class = next((base for base in type(child).__mro__ if base in tiled_classes), None)
     for method in ("forward", "_forward_impl"):
         if method in vars(child) or getattr(type(child), method) is not getattr(tiled_class, method, None):
             return "is not a tiled layer any more"

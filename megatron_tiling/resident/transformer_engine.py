@@ -1,63 +1,135 @@
-"""TransformerEngine's linear layers as tiled ones, for models of ``--transformer-impl transformer_engine``.
+"""TransformerEngine's linear layers, computed tile by tile, for models of ``--transformer-impl transformer_engine``.
 
-A local layer becomes tiled in place. A TransformerEngine layer cannot: its class brings kernels, quantisation and
-communication of its own. So a new layer is built around the same parameter objects, which are neither drawn nor
-copied, and takes the old one's place. Its state dict has TransformerEngine's keys, in its order.
+A tiled layer *is* the stock layer, as for local ones: a built layer's class is set, and of TransformerEngine's only
+``forward`` is replaced. Parameters, state dict, ``isinstance`` and every attribute that others read or set
+(``parallel_mode``, ``return_layernorm_output``, ...) are the stock layer's; its options are read at call time.
 
-TELayerNormColumnParallelLinear becomes a tiled column layer with a TENorm before it, which normalizes with the
-``layer_norm_weight`` (and ``layer_norm_bias``) that stay this layer's own parameters. TENorm and
-TEDotProductAttention stay; TELinear and the grouped GEMMs of experts stay dense.
+TENorm and TEDotProductAttention stay; TELinear and the grouped GEMMs of experts stay dense.
 """
 
-import copy
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor, reduced
+from megatron_tiling.tiles.grid import TileGrid
 
 
-class _KeepsExtraState:
-    """``_extra_state`` as TransformerEngine saves it.
+class TiledTELinear(TiledParallelLinear):
+    """What the tiled layers share, put before the stock class; and its options under the names of local layers.
 
-    Without FP8 that is an empty tensor. What a checkpoint of an FP8 run holds there means nothing to a tiled layer,
-    and is saved again as it was loaded.
+    Attributes:
+        bias: ``None`` where TransformerEngine has an empty tensor.
     """
 
-    _te_state: Any = None
+    gather_output = False
+    input_is_parallel = True
+    parallel_mode: str | None
+    sequence_parallel: bool
+    tp_group: Any
+    tp_size: int
+    use_bias: bool
+    te_return_bias: bool
+    fuse_wgrad_accumulation: bool
 
-    def get_extra_state(self) -> Any:
-        return torch.empty(0, dtype=torch.uint8) if self._te_state is None else self._te_state
+    def __init__(self, *args: Any, in_splits: int = 1, out_splits: int = 1, **kwargs: Any) -> None:
+        super(TiledParallelLinear, self).__init__(*args, **kwargs)
+        self.adopt()
+        self.set_tiles(in_splits, out_splits)
 
-    def set_extra_state(self, state: Any) -> None:
-        self._te_state = state
+    def adopt(self) -> None:
+        if not self.use_bias:
+            del self.bias
+            self.register_parameter("bias", None)
+
+    def set_grid(self, grid: TileGrid, **options: Any) -> None:
+        """As for local layers.
+
+        Raises:
+            ValueError: the model's config asks for what a tiled layer cannot do, naming the flag.
+        """
+        refuse(self.config, REFUSED["tiled layers of TransformerEngine"])
+        super().set_grid(grid, **options)
+
+    @property
+    def skip_bias_add(self) -> bool:
+        return self.te_return_bias or not self.use_bias
+
+    @property
+    def explicit_expert_comm(self) -> bool:
+        """Whether others communicate: around an expert's layer, or a shared expert's."""
+        return self.parallel_mode is None
+
+    @property
+    def allreduce_dgrad(self) -> bool:
+        return self.parallel_mode == "column" and self.tp_size > 1 and not self.sequence_parallel
+
+    @property
+    def gradient_accumulation_fusion(self) -> bool:  # type: ignore[override]
+        return self.fuse_wgrad_accumulation
+
+    @gradient_accumulation_fusion.setter
+    def gradient_accumulation_fusion(self, fuse: bool) -> None:
+        self.fuse_wgrad_accumulation = fuse
+
+    def reason_to_be_called(self) -> str:
+        return "is in a region of FP8, which it refuses" if te.FP8GlobalStateManager.is_fp8_enabled() else ""
+
+    def _product(self, input_: Any, bias: Tensor | None, *, communicates: bool) -> Any:
+        """The tile loop, around it the collectives of a column layer if asked.
+
+        Raises:
+            RuntimeError: FP8 is on, by a context manager, for it is off in the config.
+        """
+        if te.FP8GlobalStateManager.is_fp8_enabled():
+            raise RuntimeError("a tiled layer does not compute in FP8; leave out fp8_autocast, or the layer dense")
+        return self._forward_impl(
+            input_,
+            self.weight,
+            bias=bias,
+            gradient_accumulation_fusion=self.fuse_wgrad_accumulation,
+            allreduce_dgrad=communicates and self.allreduce_dgrad,
+            sequence_parallel=communicates and self.sequence_parallel and not self.explicit_expert_comm,
+            tp_group=self.tp_group,
+            grad_output_buffer=None,
+        )
 
 
-class TiledTEColumnParallelLinear(_KeepsExtraState, TiledColumnParallelLinear):
-    """What a ``TEColumnParallelLinear`` becomes; see ``rebuilt``."""
+class TiledTEColumn(TiledTELinear):
+    """Column layers of TransformerEngine."""
+
+    partition_dim = 0
+    input_is_already_split = False
+
+    def forward(self, input_: Tensor) -> tuple[Any, Tensor | None]:
+        """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> stock's output, or a list of tiles, and bias.
+
+        Raises:
+            ValueError: a list is given.
+        """
+        return self._column(self.normalized(one_tensor(input_)), communicates=True)
+
+    def _column(self, input_: Tensor, *, communicates: bool) -> tuple[Any, Tensor | None]:
+        output = self._product(input_, None if self.te_return_bias else self.bias, communicates=communicates)
+        return output, self.bias if self.te_return_bias else None
 
 
-class TiledTERowParallelLinear(_KeepsExtraState, TiledRowParallelLinear):
-    """What a ``TERowParallelLinear`` becomes; see ``rebuilt``."""
-
-
-class TiledTELayerNormColumnParallelLinear(_KeepsExtraState, TiledColumnParallelLinear):
-    """What a ``TELayerNormColumnParallelLinear`` becomes; see ``rebuilt``.
-
-    The norm is no submodule: this layer owns its parameters, under TransformerEngine's names.
-    """
+class TiledTELayerNormColumn(TiledTEColumn):
+    """Column layers of TransformerEngine with a norm before them, whose parameters the layer owns."""
 
     layer_norm_weight: torch.nn.Parameter
     layer_norm_bias: torch.nn.Parameter | None
+    eps: float
+    return_layernorm_output: bool
+    return_layernorm_output_gathered: bool
 
-    def set_norm(self, norm: torch.nn.Module) -> None:
-        """The norm to put before the tiles; its parameters are replaced by this layer's at each use."""
-        self._norm = (norm,)  # in a tuple: not a submodule
+    def adopt(self) -> None:
+        super().adopt()
+        self._norm = (te.TENorm(self.config, self.weight.shape[1], eps=self.eps),)  # in a tuple: not a submodule
 
     def normalized(self, input_: Tensor) -> Tensor:
         norm: Any = self._norm[0]
@@ -68,96 +140,68 @@ class TiledTELayerNormColumnParallelLinear(_KeepsExtraState, TiledColumnParallel
         output: Tensor = norm(input_)
         return output
 
+    def reason_to_be_called(self) -> str:
+        if self.return_layernorm_output:
+            return "returns its norm's output too"
+        return super().reason_to_be_called()
 
-#: The layers that are rebuilt; none where TransformerEngine is not installed.
-TILED_CLASSES: dict[type, type[TiledColumnParallelLinear] | type[TiledRowParallelLinear]] = (
-    {
+    def forward(self, input_: Tensor) -> tuple[Any, ...]:
+        """As without a norm; with ``return_layernorm_output`` the norm's output too, where stock has it.
+
+        That of all ranks' tokens with ``return_layernorm_output_gathered``, gathered once for the caller and the tiles.
+        """
+        if not self.return_layernorm_output:
+            return super().forward(input_)
+        normed = self.normalized(one_tensor(input_))
+        gathers = self.return_layernorm_output_gathered and self.sequence_parallel
+        if gathers:  # in the backward pass the gradients of both are reduced as one
+            normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
+        output, bias = self._column(normed, communicates=not gathers)
+        return (output, bias, normed) if self.te_return_bias else ((output, normed), None)
+
+
+class TiledTERow(TiledTELinear):
+    """Row layers of TransformerEngine."""
+
+    partition_dim = 1
+    input_is_already_split = True
+
+    def forward(self, input_: Any) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h/tp]``, or its list of in-tiles -> stock's output and bias.
+
+        Raises:
+            ValueError: the list's tiles are not the grid's.
+        """
+        check_parts(self, input_)
+        output = reduced(self, self._product(input_, None, communicates=False))
+        if self.te_return_bias:
+            return output, self.bias
+        return output if self.bias is None else output + self.bias, None
+
+
+#: What a built layer becomes; nothing where TransformerEngine is not installed.
+TILED_CLASSES: dict[type, type[TiledTELinear]] = {}
+
+if te.HAVE_TE:
+
+    class TiledTEColumnParallelLinear(TiledTEColumn, te.TEColumnParallelLinear):
+        """``TEColumnParallelLinear`` in tiles."""
+
+    class TiledTERowParallelLinear(TiledTERow, te.TERowParallelLinear):
+        """``TERowParallelLinear`` in tiles."""
+
+    class TiledTELayerNormColumnParallelLinear(TiledTELayerNormColumn, te.TELayerNormColumnParallelLinear):
+        """``TELayerNormColumnParallelLinear`` in tiles. Megatron-Bridge looks for that name within this one."""
+
+    TILED_CLASSES |= {
         te.TEColumnParallelLinear: TiledTEColumnParallelLinear,
         te.TERowParallelLinear: TiledTERowParallelLinear,
         te.TELayerNormColumnParallelLinear: TiledTELayerNormColumnParallelLinear,
     }
-    if te.HAVE_TE
-    else {}
-)
-
-
-def reason_to_stay_dense(layer: Any) -> str:
-    """Why one of these layers cannot be rebuilt though its model can be tiled, or nothing."""
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return "has hooks, which a new layer would lose"
-    return ""
-
-
-def rebuilt(dense: Any) -> TiledColumnParallelLinear | TiledRowParallelLinear:
-    """A tiled layer around a TransformerEngine layer's parameters, as one tile yet; ``set_tiles`` chooses the grid.
-
-    Args:
-        dense: one of ``TILED_CLASSES``, on any device. Not to be used any more.
-
-    Returns:
-        A layer with the same parameter objects in the same order, and the same state dict.
-
-    Raises:
-        ValueError: the model's config asks for what a tiled layer cannot do, naming the flag.
-    """
-    refuse(dense.config, REFUSED["tiled layers of TransformerEngine"])
-    tiled_class = TILED_CLASSES[type(dense)]
-    ranks = dense._tp_group.size()
-    rows, columns = dense.weight.shape
-    options = {
-        "config": _undrawn(dense.config),
-        "init_method": None,
-        "bias": dense.use_bias,
-        "skip_bias_add": dense.te_return_bias or not dense.use_bias,
-        "tp_group": dense._tp_group,
-    }
-    layer: Any
-    if issubclass(tiled_class, TiledRowParallelLinear):
-        layer = tiled_class(columns * ranks, rows, input_is_parallel=True, **options)
-    else:
-        layer = tiled_class(columns, rows * ranks, gather_output=False, **options)
-    layer.config = dense.config
-    # An expert's layer, or a shared expert's whose communication runs elsewhere.
-    layer.explicit_expert_comm = dense.parallel_mode is None
-    _move_parameters(dense, layer)
-    if isinstance(layer, TiledTELayerNormColumnParallelLinear):
-        layer.set_norm(te.TENorm(dense.config, columns, eps=dense.eps))
-    return layer.train(dense.training)
-
-
-def _undrawn(config: Any) -> Any:
-    """For a layer whose parameters are replaced at once: on the CPU, where untouched memory is not taken."""
-    config = copy.copy(config)
-    config.perform_initialization = False
-    config.use_cpu_initialization = True
-    return config
-
-
-def _move_parameters(dense: torch.nn.Module, layer: torch.nn.Module) -> None:
-    for name in list(layer._parameters):
-        delattr(layer, name)
-    for name, parameter in dense.named_parameters(recurse=False):
-        layer.register_parameter(name, parameter)
-    for name in ("bias", "layer_norm_bias"):
-        if name not in layer._parameters:
-            layer.register_parameter(name, None)
 
 
 def spec_classes(column: tuple[int, int], row: tuple[int, int]) -> dict[Any, Any]:
-    """``{TransformerEngine's class: what builds it tiled}`` for model specs, by the grids of column and row layers."""
+    """``{TransformerEngine's class: the tiled one}`` for model specs, by the grids of column and row layers."""
     return {
-        dense_class: _builder(dense_class, row if issubclass(tiled, TiledRowParallelLinear) else column)
-        for dense_class, tiled in TILED_CLASSES.items()
+        stock: tiled.with_splits(*(row, column)[tiled.partition_dim == 0]) for stock, tiled in TILED_CLASSES.items()
     }
-
-
-@functools.cache
-def _builder(dense_class: Callable[..., Any], splits: tuple[int, int]) -> type:
-    """A class, though it never has instances: Megatron's ``build_module`` does not call plain functions."""
-
-    def build(cls: type, *args: Any, **kwargs: Any) -> Any:
-        layer = rebuilt(dense_class(*args, **kwargs))
-        layer.set_tiles(*splits)
-        return layer
-
-    return type(f"Tiled{dense_class.__name__}_{splits[0]}x{splits[1]}", (), {"__new__": build})

@@ -14,6 +14,7 @@ import transformer_engine
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.resident.mlp import TiledMLP
@@ -164,6 +165,88 @@ def check_state_dicts() -> None:
         assert_same(step(fresh, **inputs()), step(dense, **inputs()))
 
 
+def check_what_layers_say() -> None:
+    """Every attribute that a stock layer has, and its classes; TransformerEngine's shapes and nobody else's."""
+    dense, tiled = te_gpt(**LLAMA), te_gpt(**LLAMA)
+    tile(tiled, LINEARS)
+    for (name, layer), other in zip(tiled.named_modules(), dense.modules(), strict=True):
+        if type(other) not in TILED_CLASSES:
+            continue
+        assert isinstance(layer, type(other)), name
+        missing = vars(other).keys() - vars(layer).keys() - {"bias"}
+        assert not missing, missing
+        for attribute, value in vars(other).items():
+            if isinstance(value, (bool, int, str, float, type(None))):
+                assert getattr(layer, attribute) == value, attribute
+        assert type(other).__name__.removeprefix("TE") in type(layer).__name__
+        assert layer.tensor_model_parallel and layer.partition_dim == layer.weight.partition_dim
+        assert not hasattr(layer, "input_size") and not isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
+
+
+def check_norm_output() -> None:
+    """Returned when asked after construction, in each of stock's four forms, with its gradient; gathered once."""
+    for bias, sequence_parallel, gathered in itertools.product((False, True), (False, tp() > 1), (False, True)):
+        changes = LLAMA | {"add_bias_linear": bias, "sequence_parallel": sequence_parallel}
+        results, collectives = [], []
+        for tiled in (False, True):
+            model = te_gpt(**changes)
+            if tiled:
+                tile(model, LINEARS)
+            for layer in (model.decoder.layers[0].self_attention.linear_qkv, model.decoder.layers[0].mlp.linear_fc1):
+                layer.return_layernorm_output = True
+                layer.return_layernorm_output_gathered = gathered
+                torch.manual_seed(3 + parallel_state.get_tensor_model_parallel_rank() * sequence_parallel)
+                x = torch.randn(6, 2, 32, requires_grad=True)
+                with Counter() as counter:
+                    output, layer_bias, *more = layer(x)
+                    output, normed = (output, *more) if more else output
+                    assert (layer_bias is None) == (not layer.te_return_bias)
+                    generator = torch.Generator().manual_seed(4)
+                    weights = [torch.randn(one.shape, generator=generator) for one in (output, normed)]
+                    sum((one * weight).sum() for one, weight in zip((output, normed), weights, strict=True)).backward()
+                collectives.append(sum(counter.collectives.values()))
+                results.append([output, normed, x.grad, layer.weight.grad, layer.layer_norm_weight.grad])
+        for found, expected in zip(results[2:], results[:2], strict=True):
+            for one, other in zip(found, expected, strict=True):
+                assert one.shape == other.shape
+                assert relative_error(one, other) < 5e-6
+        # Ungathered, the tiles gather once more for the weight gradient, where the stand-in kept what it had gathered.
+        assert collectives[2:] == collectives[:2] or (sequence_parallel and not gathered), collectives
+
+
+def check_an_mlp_whose_norm_output_is_asked_for() -> None:
+    """Stock's MLP cannot use it; neither does the tile loop swallow it."""
+    for tiled in (False, True):
+        model = te_gpt(**LLAMA)
+        if tiled:
+            tile(model, LINEARS)
+        mlp = model.decoder.layers[0].mlp
+        mlp.linear_fc1.return_layernorm_output = True
+        try:
+            mlp(torch.randn(6, 2, 32))
+        except (AttributeError, TypeError, ValueError):
+            continue
+        raise AssertionError(f"tiled={tiled}: the norm's output was dropped")
+
+
+def check_fp8_at_call_time() -> None:
+    model = te_gpt()
+    tile(model, LINEARS)
+    layer = model.decoder.layers[0].self_attention.linear_proj
+    stock = te.FP8GlobalStateManager.is_fp8_enabled
+    te.FP8GlobalStateManager.is_fp8_enabled = staticmethod(lambda: True)
+    try:
+        for call in (lambda: layer(torch.randn(6, 2, 32 // tp())), lambda: step(model, **inputs())):
+            try:
+                call()
+            except RuntimeError as error:
+                assert "FP8" in str(error)
+                continue
+            raise AssertionError("computed without FP8")
+    finally:
+        te.FP8GlobalStateManager.is_fp8_enabled = staticmethod(stock)
+
+
 def check_wgrad_fusion() -> None:
     """Weight gradients go into main_grad; the norm's stay where they were."""
     dense, tiled = te_gpt(**LLAMA), te_gpt(**LLAMA)
@@ -179,19 +262,20 @@ def check_wgrad_fusion() -> None:
 
 
 def check_what_stays_dense() -> None:
-    """Grouped-GEMM experts, what is not asked for, and layers with hooks."""
+    """Grouped-GEMM experts and what is not asked for; hooks stay on layers that are tiled."""
     changes = EXPERTS | {"sequence_parallel": tp() > 1}
     dense, tiled = te_gpt(grouped=True, **changes), te_gpt(grouped=True, **changes)
-    tiled.decoder.layers[0].self_attention.linear_proj.register_forward_hook(lambda *arguments: None)
+    calls: list[Any] = []
+    tiled.decoder.layers[0].self_attention.linear_proj.register_forward_hook(lambda *arguments: calls.append(1))
     grids = by_name(tile(tiled, TilingConfig(factor=2, modules=("proj", "fc1", "fc2"))))
     assert grids["decoder.layers.0.mlp.experts.linear_fc1"] == (
         "dense: TEColumnParallelGroupedLinear is not a stock column or row layer"
     )
     assert grids["decoder.layers.0.mlp.shared_experts.linear_fc2"] == "2x1"
     assert grids["decoder.layers.0.self_attention.linear_qkv"] == "dense: not in --tiled-linear-modules"
-    assert grids["decoder.layers.0.self_attention.linear_proj"].startswith("dense: has hooks")
-    assert grids["decoder.layers.1.self_attention.linear_proj"] == "2x1"
+    assert grids["decoder.layers.0.self_attention.linear_proj"] == "2x1"
     assert_same(step(tiled, **inputs()), step(dense, **inputs()))
+    assert calls == [1]
 
 
 def check_refusals() -> None:
@@ -226,9 +310,11 @@ def check_casts_and_copies() -> None:
     layer.layer_norm_weight = torch.nn.Parameter(2 * layer.layer_norm_weight.detach())
     layer.layer_norm_bias = torch.nn.Parameter(2 * layer.layer_norm_bias.detach())
     assert relative_error(layer(x)[0], 2 * before) < 2e-2
-    group, layer.tp_group = layer.tp_group, None
+    group = layer.tp_group
+    layer.tp_group = layer._tp_group = None
     twin = copy.deepcopy(layer)
-    twin.tp_group = layer.tp_group = group
+    for one in (layer, twin):
+        one.tp_group = one._tp_group = group
     torch.nn.init.zeros_(twin.layer_norm_weight)
     torch.nn.init.zeros_(twin.layer_norm_bias)
     assert twin(x)[0].abs().sum() == 0 and layer(x)[0].abs().sum() > 0

@@ -11,6 +11,8 @@ from transformer_engine.pytorch.norms import normalize
 
 
 class Linear(torch.nn.Module):
+    return_layernorm_output = return_layernorm_output_gathered = False
+
     def __init__(
         self,
         in_features: int,
@@ -63,6 +65,7 @@ class Linear(torch.nn.Module):
         from megatron.core.tensor_parallel import mappings  # not above: Megatron imports this module as it starts
 
         x, group = self.normalized(x), self.tp_group
+        returned = x
         if self.parallel_mode == "column":
             if self.sequence_parallel:
                 x = mappings.gather_from_sequence_parallel_region(x, group=group)
@@ -76,7 +79,10 @@ class Linear(torch.nn.Module):
                 y = mappings.reduce_from_tensor_model_parallel_region(y, group=group)
         if self.apply_bias:
             y = y + self.bias
-        return (y, self.bias) if self.return_bias else y
+        if self.sequence_parallel and self.return_layernorm_output_gathered:
+            returned = x
+        outputs = (y, *([self.bias] * self.return_bias), *([returned] * self.return_layernorm_output))
+        return outputs if len(outputs) > 1 else y
 
     def get_extra_state(self) -> Tensor:
         return self.state
@@ -95,10 +101,13 @@ class LayerNormLinear(Linear):
         normalization: str = "LayerNorm",
         zero_centered_gamma: bool = False,
         return_layernorm_output: bool = False,
+        return_layernorm_output_gathered: bool = False,
         **kwargs: Any,
     ) -> None:
         self.norm_options = (eps, normalization, zero_centered_gamma)
         super().__init__(in_features, out_features, **kwargs)
+        self.return_layernorm_output = return_layernorm_output
+        self.return_layernorm_output_gathered = return_layernorm_output_gathered
 
     def make_norm(self) -> None:
         self.eps, normalization, self.zero_centered_gamma = self.norm_options
