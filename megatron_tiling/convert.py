@@ -124,7 +124,8 @@ class _Plan:
         if isinstance(layer, TiledOutputLayer) and report is not None:
             self.reports[layer] = replace(report, loss_tiles=layer.head_tiles)
         elif report is not None and report.grid is not None and not report.partitioned:
-            reason = check_head(model, self.config)
+            wrapped = layer is not model.output_layer
+            reason = "an adapter is around the output layer" if wrapped else check_head(model, self.config)
             self.reports[layer] = replace(report, reason=reason, loss_tiles=None if reason else head_tiles(self.config))
             if not reason:
                 self.heads.append(model)
@@ -142,6 +143,9 @@ class _Plan:
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
             reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
+            adapted = [name for name, layer in zip(MLP_LAYERS, layers, strict=True) if getattr(mlp, name) is not layer]
+            if not reason and adapted:
+                reason = f"an adapter is around {' and '.join(adapted)}"
             if not reason:
                 self.mlps.append((mlp, classes))
         for layer, report, grid in zip(layers, reports, grids, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.partitioned.checkpoint import tile_parameters
@@ -150,3 +150,45 @@ def test_tags_of_an_owned_parameter_are_not_its_engines() -> None:
     parameter.all_gather = lambda: None  # type: ignore[attr-defined]
     parameter.allreduce, parameter.grad_norm_group = True, "mtp"  # type: ignore[attr-defined]
     assert tags(parameter) == {"allreduce": True, "grad_norm_group": "mtp"}
+
+
+class Adapter(torch.nn.Module):
+    """As Megatron-Bridge (``to_wrap``) and peft (``base_layer``) put one around a layer; adds nothing."""
+
+    def __init__(self, layer: torch.nn.Module, name: str) -> None:
+        super().__init__()
+        self.add_module(name, layer)
+        self.inner_name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.inner_name)(*args, **kwargs)
+
+
+@pytest.mark.feature("adapters around layers")
+@pytest.mark.parametrize("name", ["to_wrap", "base_layer"])
+def test_layers_under_adapters_are_tiled(name: str) -> None:
+    """Adapters stay, two of them around one layer too; a head under one gives whole logits."""
+    model, dense = gpt(), gpt()
+    attention, mlp = model.decoder.layers[0].self_attention, model.decoder.layers[1].mlp
+    attention.linear_qkv = qkv = Adapter(Adapter(attention.linear_qkv, name), name)
+    mlp.linear_fc1, model.output_layer = Adapter(mlp.linear_fc1, name), Adapter(model.output_layer, name)
+    reports = {report.name: report for report in tile(model, TilingConfig(factor=2))}
+    assert attention.linear_qkv is qkv
+    assert [report.name for report in tile(dense, TilingConfig(factor=2))] == list(reports)
+    assert all(report.grid is not None for report in reports.values())
+    assert reports["output_layer"].reason == "an adapter is around the output layer"
+    assert reports["decoder.layers.1.mlp.linear_fc1"].reason == "an adapter is around linear_fc1"
+    assert reports["decoder.layers.0.mlp.linear_fc1"].mlp == "decoder.layers.0.mlp"
+
+
+def test_a_model_without_tiles_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    model = gpt()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and name != "output_layer":
+            layer.__class__ = type("TheirLinear", (type(layer),), {})
+    tile(model, TilingConfig(factor=2))
+    words = "none of the 8 linear layers of GPTModel is tiled: TheirLinear is not a stock column or row layer"
+    assert capsys.readouterr().out == f"megatron_tiling: {words}\n"
+    tile(gpt(), TilingConfig(factor=2))
+    tile(gpt(), TilingConfig(modules=("output",)))
+    assert not capsys.readouterr().out

@@ -282,7 +282,8 @@ def one_tensor(input_: Any) -> Tensor:
         raise ValueError(
             f"a column layer takes one tensor, every rank the same features; it was given {len(input_)} parts"
         )
-    return input_  # type: ignore[no-any-return]
+    tensor: Tensor = input_
+    return tensor
 
 
 def check_parts(layer: Any, input_: Tensor | Sequence[Tensor]) -> None:

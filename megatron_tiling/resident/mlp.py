@@ -143,8 +143,8 @@ def convert_mlp(
     """
     tiled_class = classes.get(type(mlp), TiledMLP)
     layers: list[Any] = [unwrapped(getattr(mlp, name, None)) for name in MLP_LAYERS]
-    pairs = zip(layers, tiled_class.child_classes, strict=True)
-    grids: Any = [layer.grid if isinstance(layer, child_classes) else None for layer, child_classes in pairs]
+    pairs: Any = zip(layers, tiled_class.child_classes, strict=True)
+    grids: list[Any] = [layer.grid if isinstance(layer, kinds) else None for layer, kinds in pairs]
     if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
     mlp.__class__ = tiled_class

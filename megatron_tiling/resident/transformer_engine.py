@@ -69,7 +69,7 @@ class TiledTELinear(TiledParallelLinear):
         return self.parallel_mode == "column" and self.tp_size > 1 and not self.sequence_parallel
 
     @property
-    def gradient_accumulation_fusion(self) -> bool:  # type: ignore[override]
+    def gradient_accumulation_fusion(self) -> bool:
         return self.fuse_wgrad_accumulation
 
     @gradient_accumulation_fusion.setter
