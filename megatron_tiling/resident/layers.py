@@ -359,6 +359,13 @@ def column_comm(group: Any, sequence_parallel: bool, allreduce_dgrad: bool) -> C
     return ColumnComm(group, sequence_parallel, allreduce_dgrad, mpu_buffer)
 
 
+def comm_of(layer: Any) -> ColumnComm | None:
+    """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
+    if layer.explicit_expert_comm:
+        return None
+    return column_comm(layer.tp_group, layer.sequence_parallel, layer.allreduce_dgrad)
+
+
 def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Megatron's shared gather buffer, the same that stock layers use."""
     buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")

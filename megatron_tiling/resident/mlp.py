@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.resident.adapters import unwrapped
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, column_comm, reduced
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, comm_of, reduced
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.activation import Activation, Formula
-from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
 from megatron_tiling.tiles.remade import made_again
@@ -228,11 +227,6 @@ def _remakes_norm(mlp: TiledMLP) -> bool:
     config = mlp.config
     selective = config.recompute_granularity == "selective" and config.recompute_modules
     return mlp.keep == 0 or bool(selective and "layernorm" in config.recompute_modules)
-
-
-def comm_of(fc1: Any) -> ColumnComm | None:
-    """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
-    return None if fc1.explicit_expert_comm else column_comm(fc1.tp_group, fc1.sequence_parallel, fc1.allreduce_dgrad)
 
 
 def activation_of(mlp: MLP, scaled: bool) -> Activation:

@@ -15,7 +15,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
-from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor, reduced
+from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, comm_of, one_tensor, reduced
+from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
 
@@ -79,24 +80,15 @@ class TiledTELinear(TiledParallelLinear):
     def reason_to_be_called(self) -> str:
         return "is in a region of FP8, which it refuses" if te.FP8GlobalStateManager.is_fp8_enabled() else ""
 
-    def _product(self, input_: Any, bias: Tensor | None, *, communicates: bool) -> Any:
-        """The tile loop, around it the collectives of a column layer if asked.
+    def _product(self, input_: Any, weight: Tensor, bias: Tensor | None, comm: ColumnComm | None) -> Any:
+        """The tile loop.
 
         Raises:
             RuntimeError: FP8 is on, by a context manager, for it is off in the config.
         """
         if te.FP8GlobalStateManager.is_fp8_enabled():
             raise RuntimeError("a tiled layer does not compute in FP8; leave out fp8_autocast, or the layer dense")
-        return self._forward_impl(
-            input_,
-            self.weight,
-            bias=bias,
-            gradient_accumulation_fusion=self.fuse_wgrad_accumulation,
-            allreduce_dgrad=communicates and self.allreduce_dgrad,
-            sequence_parallel=communicates and self.sequence_parallel and not self.explicit_expert_comm,
-            tp_group=self.tp_group,
-            grad_output_buffer=None,
-        )
+        return super()._product(input_, weight, bias, comm)
 
 
 class TiledTEColumn(TiledTELinear):
@@ -111,10 +103,10 @@ class TiledTEColumn(TiledTELinear):
         Raises:
             ValueError: a list is given.
         """
-        return self._column(self.normalized(one_tensor(input_)), communicates=True)
+        return self._column(self.normalized(one_tensor(input_)), comm_of(self))
 
-    def _column(self, input_: Tensor, *, communicates: bool) -> tuple[Any, Tensor | None]:
-        output = self._product(input_, None if self.te_return_bias else self.bias, communicates=communicates)
+    def _column(self, input_: Tensor, comm: ColumnComm | None) -> tuple[Any, Tensor | None]:
+        output = self._product(input_, self.weight, None if self.te_return_bias else self.bias, comm)
         return output, self.bias if self.te_return_bias else None
 
 
@@ -156,7 +148,7 @@ class TiledTELayerNormColumn(TiledTEColumn):
         gathers = self.return_layernorm_output_gathered and self.sequence_parallel
         if gathers:  # in the backward pass the gradients of both are reduced as one
             normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
-        output, bias = self._column(normed, communicates=not gathers)
+        output, bias = self._column(normed, None if gathers else comm_of(self))
         return (output, bias, normed) if self.te_return_bias else ((output, normed), None)
 
 
@@ -173,7 +165,7 @@ class TiledTERow(TiledTELinear):
             ValueError: the list's tiles are not the grid's.
         """
         check_parts(self, input_)
-        output = reduced(self, self._product(input_, None, communicates=False))
+        output = reduced(self, self._product(input_, self.weight, None, None))
         if self.te_return_bias:
             return output, self.bias
         return output if self.bias is None else output + self.bias, None
