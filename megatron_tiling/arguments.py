@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB, FLAGS, MODULES, STORAGES, TilingConfig, argument_of
+from megatron_tiling.config import (
+    DEFAULT_HEAD_MEMORY_MIB,
+    FLAGS,
+    MODULES,
+    RESIDENT_MODULES,
+    STORAGES,
+    TilingConfig,
+    argument_of,
+)
 
 
 class Refused(NamedTuple):
@@ -30,14 +38,13 @@ class Refused(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-_DENSE_ONLY = "tiled layers do not do this"
 _WHOLE_WEIGHT = "a tiled layer needs its weight whole"
 _ONE_SIZE = "its buffers are of one size, and tiles are not"
 _TWO_ENGINES = "two engines cannot own the same parameters"
 _OVERLAPS = "the engine overlaps by itself, see its"
 _OFFLOADS = "the engine offloads by itself, see its configuration"
 _PAST_MODULES = "it runs parts of a layer past the modules that tiles are sharded by"
-_OFFLOADING = ("cpu_offloading_num_layers", "cpu_offloading")
+OFFLOADING = ("cpu_offloading_num_layers", "cpu_offloading")
 _IMPLEMENTATIONS = (None, "local", "transformer_engine")
 _PARTITIONED = (None, "auto", "partitioned")
 _SHARDED = (
@@ -72,18 +79,6 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
             _WHOLE_WEIGHT,
             _as_many_as("expert_tensor_parallel_size", "tensor_model_parallel_size"),
         ),
-    ),
-    "tiled layers of TransformerEngine": (
-        Refused("--fp8-format", _DENSE_ONLY, names=("fp8",)),
-        Refused("--fp4-format", _DENSE_ONLY, names=("fp4",)),
-        Refused("--te-precision-config-file", _DENSE_ONLY, names=("te_precision_config_file", "quant_recipe")),
-        Refused("--tp-comm-overlap", _DENSE_ONLY),
-        Refused("--delay-wgrad-compute", _DENSE_ONLY),
-        Refused("--symmetric-ar-type", _DENSE_ONLY),
-        Refused("--use-transformer-engine-op-fuser", _DENSE_ONLY),
-        Refused("--cpu-offloading-num-layers", _DENSE_ONLY, names=_OFFLOADING),
-        Refused("--fine-grained-activation-offloading", _DENSE_ONLY),
-        Refused("--cache-mla-latents", _DENSE_ONLY),
     ),
     "partitioned tiles": (
         Refused(
@@ -134,20 +129,24 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
         Refused("--overlap-param-gather", f"{_OVERLAPS} stage3_prefetch_bucket_size"),
         Refused("--rampup-batch-size", "the engine's batch size is fixed"),
         Refused("--decoupled-lr", "the engine has one learning rate"),
-        Refused("--cpu-offloading-num-layers", _OFFLOADS, names=_OFFLOADING),
+        Refused("--cpu-offloading-num-layers", _OFFLOADS, names=OFFLOADING),
     ),
 }
 
 
 def reasons(source: Any, rows: Iterable[Refused]) -> Iterator[str]:
-    """What parsed arguments or a model's config ask for of ``rows``; an attribute that is not there is fine."""
-    for row in rows:
-        allowed = row.allowed(source) if callable(row.allowed) else row.allowed
-        for name in row.names or (argument_of(row.flag),):
-            value = getattr(source, name, allowed[0])
-            if value not in allowed:
-                shown = f" {value}" if type(value) in (str, int, float, list) else ""
-                yield f"{row.flag}{shown}: {row.reason}; {row.remedy}"
+    """Of parsed arguments or a model's config: what ``rows`` refuse, and what to do instead."""
+    return (f"{reason}; {row.remedy}" for row in rows for reason in reasons_of_row(source, row))
+
+
+def reasons_of_row(source: Any, row: Refused) -> Iterator[str]:
+    """What parsed arguments or a model's config ask for of ``row``; an attribute that is not there is fine."""
+    allowed = row.allowed(source) if callable(row.allowed) else row.allowed
+    for name in row.names or (argument_of(row.flag),):
+        value = getattr(source, name, allowed[0])
+        if value not in allowed:
+            shown = f" {value}" if type(value) in (str, int, float, list) else ""
+            yield f"{row.flag}{shown}: {row.reason}"
 
 
 def refuse(source: Any, rows: Iterable[Refused], beside: str = "--use-tiled-linear") -> None:
@@ -183,7 +182,8 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         action="extend",
         nargs="+",
         metavar="MODULE",
-        help=f"Which layers to tile, out of {', '.join(MODULES)}. Default: all of them.",
+        help=f"Which layers to tile, out of {', '.join(MODULES)}, or all. Default: {', '.join(RESIDENT_MODULES)}, "
+        "which save memory; all where tiles are partitioned.",
     )
     group.add_argument(
         "--tiled-linear-splits",
@@ -259,8 +259,6 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
         return None
     for concern in ("runs", "tiled layers"):
         refuse(args, REFUSED[concern])
-    if getattr(args, "transformer_impl", None) != "local":
-        refuse(args, REFUSED["tiled layers of TransformerEngine"])
     if getattr(args, "use_megatron_fsdp", False):
         refuse(args, REFUSED["tiles under Megatron-FSDP"], "--use-tiled-linear --use-megatron-fsdp")
     if getattr(args, "use_torch_fsdp2", False):

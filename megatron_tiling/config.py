@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, NoReturn, Self, get_args
 
-COLUMN_MODULES = ("qkv", "fc1", "output")
 ROW_MODULES = ("proj", "fc2")
 MODULES = ("qkv", "proj", "fc1", "fc2", "output")
+#: By default, of resident tiles: those that save memory.
+RESIDENT_MODULES = ("fc1", "fc2", "output")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 272
 #: Attribute name of a layer in its parent module -> the module name that flags use.
@@ -129,7 +130,8 @@ class TilingConfig:
     Args:
         factor: tiles of a layer along its natural dimension, ``1 x factor`` for column layers (qkv, fc1, output)
             and ``factor x 1`` for row layers (proj, fc2).
-        modules: the layers to tile, out of ``MODULES``.
+        modules: the layers to tile, out of ``MODULES``, or ``"all"``. ``None`` tiles what gains: fc1, fc2 and output
+            where tiles are resident, all where they are partitioned.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
         fuse_wgrad: add weight gradients straight into ``main_grad`` (Megatron's gradient accumulation fusion,
             without apex). ``None`` follows the built layers' own setting.
@@ -151,7 +153,7 @@ class TilingConfig:
     """
 
     factor: int = DEFAULT_FACTOR
-    modules: tuple[str, ...] = MODULES
+    modules: tuple[str, ...] = None  # type: ignore[assignment]  # __post_init__ fills it in
     splits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
@@ -162,9 +164,14 @@ class TilingConfig:
     head_keep: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
+        modules: Any = self.modules
+        if modules is None:
+            object.__setattr__(self, "modules", MODULES if self.partitioned else RESIDENT_MODULES)
+        elif modules in ("all", ("all",), ["all"]):
+            object.__setattr__(self, "modules", MODULES)
         for name, fine, wanted in (
             ("factor", _is_whole(self.factor, 1), f"{_WHOLE} 1"),
-            ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once"),
+            ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once, or all"),
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
             ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),

@@ -15,7 +15,6 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
-from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
 from megatron_tiling.log import logger
 from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
@@ -108,7 +107,6 @@ class _Plan:
         check_layer(layer)
         self.tiled.append(layer)
         if type(layer) in TILED_TE_CLASSES:
-            refuse(layer.config, REFUSED["tiled layers of TransformerEngine"])
             if self.config.partitioned:
                 raise ValueError(
                     f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
@@ -199,7 +197,7 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "not in --tiled-linear-modules"
     if getattr(layer, "output_dtype", None) is not None:
         return f"--output-logit-dtype: {WIDER_OUTPUT}"
-    return ""
+    return reason_to_stay_dense(layer, module) if type(layer) in TILED_TE_CLASSES else ""
 
 
 def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, is_tied: bool) -> str:

@@ -2,7 +2,7 @@
 
     pretrain_gpt.py --spec megatron_tiling.spec tiled_layer_spec --transformer-impl local ...
 
-tiles the linear layers of every decoder layer by ``DEFAULT_FACTOR``; ``--transformer-impl transformer_engine`` too. The
+tiles fc1 and fc2 of every decoder layer by ``DEFAULT_FACTOR``; ``--transformer-impl transformer_engine`` too. The
 output layer is not part of a spec: the runner's ``--use-tiled-linear`` reaches it.
 """
 
@@ -15,17 +15,14 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tiling.config import (
-    COLUMN_MODULES,
     DEFAULT_FACTOR,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
-    ROW_MODULES,
     Storage,
     TilingConfig,
 )
@@ -46,6 +43,7 @@ class TiledSpecProvider:
         storage: ``"partitioned"`` builds layers whose tiles are parameters: within ``deepspeed.zero.Init`` a dense
             weight is there while its layer is built, and no longer. ``tile()`` then joins the tiles of MLPs.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
+        modules: the layers to tile, as ``TilingConfig`` takes them.
     """
 
     def __init__(
@@ -53,8 +51,9 @@ class TiledSpecProvider:
         factor: int = DEFAULT_FACTOR,
         storage: Storage = "resident",
         splits: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+        modules: Any = None,
     ) -> None:
-        self.config = TilingConfig(factor, splits=splits, storage=storage)
+        self.config = TilingConfig(factor, modules, splits, storage=storage)
 
     def tiled(self, spec: Any) -> Any:
         """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""
@@ -63,14 +62,12 @@ class TiledSpecProvider:
     def _replacements(self, attribute: str = "") -> dict[Any, Any]:
         """For the submodule of that name."""
         module = MODULE_OF_ATTRIBUTE.get(attribute)
-        column = self.config.splits_of(module if module in COLUMN_MODULES else "qkv")
-        row = self.config.splits_of(module if module in ROW_MODULES else "proj")
         classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
-        replacements: dict[Any, Any] = {
-            ColumnParallelLinear: classes[ColumnParallelLinear].with_splits(*column),
-            RowParallelLinear: classes[RowParallelLinear].with_splits(*row),
-            **({} if self.config.partitioned else spec_classes(column, row)),
-        }
+        replacements: dict[Any, Any] = {}
+        if module in self.config.modules:
+            splits = self.config.splits_of(module)
+            replacements |= {stock: tiled.with_splits(*splits) for stock, tiled in classes.items()}
+            replacements |= {} if self.config.partitioned else spec_classes(module, splits)
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):
             replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
         return replacements

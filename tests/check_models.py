@@ -129,7 +129,7 @@ def check_hooks() -> None:
 def check_refusals() -> None:
     """A grid that does not fit names layer, number, limit and flag, and changes no layer."""
     for config, words in (
-        (TilingConfig(factor=300), ("--tile-factor 300", "linear_proj", "in_splits=300")),
+        (TilingConfig(factor=300, modules="all"), ("--tile-factor 300", "linear_proj", "in_splits=300")),
         (
             TilingConfig(splits={"fc2": (41, 1)}),
             ("--tiled-linear-splits fc2=41x1", "linear_fc2", "in_splits=41", str(40 // TP)),
@@ -221,7 +221,7 @@ def check_generation() -> None:
     for tiled in (False, True):
         model = gpt().eval()
         if tiled:
-            tile(model, TilingConfig(factor=3))
+            tile(model, TilingConfig(factor=3, modules="all"))
         inputs = batch()
         inputs.pop("labels")
         context = StaticInferenceContext(BATCH, SEQUENCE)
@@ -291,7 +291,7 @@ def check_what_stays_dense() -> None:
             "embedder": RowParallelLinear(8, 8, input_is_parallel=True, skip_bias_add=True, **options),
         }
     )
-    assert by_name(tile(model, TilingConfig(factor=2))) == {
+    assert by_name(tile(model, TilingConfig(factor=2, modules="all"))) == {
         "linear_kv_down_proj": "dense: multi-latent attention needs the stock class here",
         "linear_kv_up_proj": "1x2",
         "experts.linear_fc1": "dense: Grouped is not a stock column or row layer",
@@ -301,7 +301,7 @@ def check_what_stays_dense() -> None:
 
 def check_spec_provider() -> None:
     """A spec rewritten by TiledSpecProvider builds the same model, tiled."""
-    spec = TiledSpecProvider(factor=2).tiled(get_gpt_layer_local_spec())
+    spec = TiledSpecProvider(factor=2, modules="all").tiled(get_gpt_layer_local_spec())
     tiled = gpt(spec=spec)
     assert str(tiled.decoder.layers[0].mlp.linear_fc2.grid) == "2x1"
     assert_same(step(tiled, **batch()), step(gpt(), **batch()))

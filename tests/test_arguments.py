@@ -9,7 +9,8 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_tiling import TilingConfig, arguments
 from megatron_tiling.arguments import REFUSED, Refused, add_tiling_args, reasons, refuse, validate_tiling_args
-from megatron_tiling.config import FLAGS, argument_of
+from megatron_tiling.config import FLAGS, MODULES, argument_of
+from megatron_tiling.resident.transformer_engine import NOT_IN_TILES
 
 ON = "--use-tiled-linear"
 
@@ -33,6 +34,7 @@ def test_each_flag_sets_its_field() -> None:
         "--tiled-linear-fp32-accumulate --tiled-mlp-keep 2 --tiled-head-memory-mib 5 --tiled-head-tokens 7 "
         "--tiled-linear-storage resident --tiled-head-keep 9"
     ) == TilingConfig(3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9)
+    assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules=MODULES)
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
     assert parse(f"{ON} --tiled-linear-storage auto", use_torch_fsdp2=True) == TilingConfig(storage="partitioned")
@@ -115,15 +117,6 @@ def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "value", "flag"),
     [
-        ("fp8", "hybrid", "--fp8-format hybrid"),
-        ("fp4", "e2m1", "--fp4-format e2m1"),
-        ("te_precision_config_file", "file.yaml", "--te-precision-config-file file.yaml"),
-        ("tp_comm_overlap", True, "--tp-comm-overlap"),
-        ("delay_wgrad_compute", True, "--delay-wgrad-compute"),
-        ("symmetric_ar_type", "two_shot", "--symmetric-ar-type two_shot"),
-        ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
-        ("cpu_offloading_num_layers", 1, "--cpu-offloading-num-layers"),
-        ("fine_grained_activation_offloading", True, "--fine-grained-activation-offloading"),
         ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
         ("defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
         ("tensor_parallel_num_weight_shards", 2, "--tensor-parallel-num-weight-shards 2"),
@@ -131,7 +124,7 @@ def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_unsupported_megatron_flags_are_refused_by_name(name: str, value: object, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"--use-tiled-linear with {flag}( 1)?: "):
+    with pytest.raises(ValueError, match=f"--use-tiled-linear with {flag}: "):
         parse("--use-tiled-linear", **{name: value})
     assert parse("", **{name: value}) is None
 
@@ -215,7 +208,8 @@ def parser() -> ArgumentParser:
     return add_tiling_args(add_megatron_arguments(ArgumentParser()))
 
 
-ROWS = {row: None for rows in REFUSED.values() for row in rows}  # a set in the table's order
+CONCERNS = [row for row, _ in NOT_IN_TILES if row.flag != "--offload-modules"]  # lists: check_transformer_engine
+ROWS = {row: None for rows in (*REFUSED.values(), CONCERNS) for row in rows}  # a set in the table's order
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.flag)
@@ -225,9 +219,7 @@ def test_a_row_names_a_flag_of_megatrons_and_its_default_is_fine(row: Refused, p
     assert list(reasons(parser.parse_args([]), [row])) == []
 
 
-@pytest.mark.parametrize(
-    "row", [*REFUSED["tiled layers"], *REFUSED["tiled layers of TransformerEngine"]], ids=lambda row: row.flag
-)
+@pytest.mark.parametrize("row", [*REFUSED["tiled layers"], *CONCERNS], ids=lambda row: row.flag)
 def test_a_row_about_layers_is_found_in_a_models_config(row: Refused) -> None:
     config = MLATransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
     assert list(reasons(config, [row])) == []

@@ -22,6 +22,7 @@ NO_NUMBERS = ("2", 2.0, 2.5, True, np.float64(2), [2], -1)
 def test_defaults() -> None:
     config = TilingConfig()
     assert [config.splits_of(module) for module in MODULES] == [(1, 4), (4, 1), (1, 4), (4, 1), (1, 4)]
+    assert config.modules == ("fc1", "fc2", "output") and TilingConfig(storage="partitioned").modules == MODULES
     assert config.splits == {} and config.kept_tiles is None and not config.partitioned
 
 
@@ -48,7 +49,7 @@ def test_equal_configs_are_one_key_and_others_are_not() -> None:
 def test_as_a_dict() -> None:
     config = TilingConfig(splits={"fc1": (2, 8)}, mlp_keep=3)
     settings = dataclasses.asdict(config)
-    assert settings["splits"] == {"fc1": (2, 8)} and settings["modules"] == MODULES
+    assert settings["splits"] == {"fc1": (2, 8)} and settings["modules"] == ("fc1", "fc2", "output")
     assert TilingConfig(**settings) == config
     assert TilingConfig(**json.loads(json.dumps(settings))) == config
 
@@ -89,7 +90,11 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
         ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),
-        ("modules", ("fc1", (), ("fc1", "mlp"), (1,), None, {"fc1"}, ("fc1", "fc1")), "must be some of qkv, proj, fc1"),
+        (
+            "modules",
+            ("fc1", (), ("fc1", "mlp"), (1,), {"fc1"}, ("fc1", "fc1"), ("all", "fc1"), ("all", "all")),
+            "must be some of qkv, proj, fc1",
+        ),
         (
             "splits",
             ([("fc1", (1, 2))], "fc1=1x2", None, {"fc1": 2}, {"fc1": "12"}, {"fc1": (1, 2, 3)}, {"fc1": (1, 2.0)},
@@ -104,6 +109,12 @@ def test_values_of_other_types_and_out_of_range(field: str, values: tuple[Any, .
             TilingConfig(**{field: value})
         shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else repr(value)
         assert str(refusal.value).startswith(f"{FLAGS[field]} {shown}: ") and words in str(refusal.value)
+
+
+@pytest.mark.parametrize("modules", ["all", ["all"], MODULES])
+def test_all_modules(modules: Any) -> None:
+    assert TilingConfig(modules=modules) == TilingConfig(modules=MODULES) != TilingConfig()
+    assert TilingConfig(modules=modules).modules == MODULES
 
 
 def test_fuse_wgrad_has_no_flag() -> None:

@@ -16,11 +16,14 @@ MISTAKES = {
     "--use-tiled-linear --tile-factor 0": "--tile-factor 0: must be a whole number of at least 1",
     "--use-tiled-linear --tile-factor 2.5": "--tile-factor '2.5': must be a whole number of at least 1",
     "--use-tiled-linear --tiled-linear-storage disk": "--tiled-linear-storage 'disk': must be resident or",
-    "--use-tiled-linear --tile-factor 49": "--tile-factor 49: decoder.layers.0.self_attention.linear_proj",
+    "--use-tiled-linear --tile-factor 49 --tiled-linear-modules all": "--tile-factor 49: decoder.layers.0.self_",
     "--use-tiled-linear --tiled-linear-splits fc1=1x81": "fc1=1x81: decoder.layers.0.mlp.linear_fc1",
     "--use-tiled-linear --tiled-linear-splits fc1:1x8": "--tiled-linear-splits fc1:1x8: write MODULE=INxOUT",
     "--use-tiled-linear --tiled-linear-splits gate=1x8": "unknown module 'gate'",
     "--use-tiled-linear --tiled-linear-modules fc3": "--tiled-linear-modules fc3: must be some of qkv",
+    "--use-tiled-linear --tiled-linear-modules output --tiled-linear-storage partitioned": (
+        "no layer of this model can be tiled (not in --tiled-linear-modules; tied to the embedding, whose weight"
+    ),
     "--use-tiled-linear --tiled-mlp-keep 5": "--tiled-mlp-keep 5: must be within [0, 4]",
     "--use-tiled-linear --tiled-head-tokens 49": "--tiled-head-tokens 49: a micro-batch has 48 tokens",
     "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",

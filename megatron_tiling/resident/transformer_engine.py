@@ -4,9 +4,11 @@ A tiled layer *is* the stock layer, as for local ones: a built layer's class is 
 ``forward`` is replaced. Parameters, state dict, ``isinstance`` and every attribute that others read or set
 (``parallel_mode``, ``return_layernorm_output``, ...) are the stock layer's; its options are read at call time.
 
-TENorm and TEDotProductAttention stay; TELinear and the grouped GEMMs of experts stay dense.
+TENorm and TEDotProductAttention stay; TELinear and the grouped GEMMs of experts stay dense, and so do layers with an
+option that tiles do not honour (``NOT_IN_TILES``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +16,66 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_tiling.arguments import REFUSED, refuse
+from megatron_tiling.arguments import OFFLOADING, Refused, reasons_of_row
+from megatron_tiling.config import ROW_MODULES
 from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, comm_of, one_tensor, reduced
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
+
+
+_NOT_IN_TILES = "tiles do not do this"
+_LINEARS = ("qkv", "proj", "fc1", "fc2")
+
+
+def _offloads(part: str) -> Callable[[Any], tuple[Any, ...]]:
+    def allowed(config: Any) -> tuple[Any, ...]:
+        parts = getattr(config, "offload_modules", None)
+        offloads = getattr(config, "fine_grained_activation_offloading", False) and part in (parts or ())
+        return (None,) if offloads else (parts,)
+
+    return allowed
+
+
+#: Options of a model's config that tiles do not honour, and the modules whose layers these options reach. Such a layer
+#: stays TransformerEngine's. The output layer is Megatron's own, and none of them reaches it.
+NOT_IN_TILES: tuple[tuple[Refused, tuple[str, ...]], ...] = (
+    (Refused("--fp8-format", _NOT_IN_TILES, names=("fp8",)), _LINEARS),
+    (Refused("--fp4-format", _NOT_IN_TILES, names=("fp4",)), _LINEARS),
+    (Refused("--delay-wgrad-compute", _NOT_IN_TILES), _LINEARS),
+    (Refused("--cpu-offloading-num-layers", _NOT_IN_TILES, names=OFFLOADING), _LINEARS),
+    (Refused("--symmetric-ar-type", _NOT_IN_TILES), ROW_MODULES),
+    (Refused("--use-transformer-engine-op-fuser", _NOT_IN_TILES), ("fc1", "fc2")),
+    (Refused("--offload-modules", _NOT_IN_TILES, _offloads("qkv_linear")), ("qkv",)),
+    (Refused("--offload-modules", _NOT_IN_TILES, _offloads("attn_proj")), ("proj",)),
+    (Refused("--cache-mla-latents", "it reads the layer's weight and norm"), ("qkv",)),
+)
+
+
+def reason_to_stay_dense(layer: Any, module: str) -> str:
+    """Why a layer of TransformerEngine's cannot be tiled though its model can, or nothing.
+
+    Args:
+        module: which one it is, as flags call it.
+    """
+    for row, modules in NOT_IN_TILES:
+        if module in modules and (reason := next(reasons_of_row(layer.config, row), "")):
+            return reason
+    # Of these the layer knows: a recipe need not match it, and an overlap may be off for experts, fc1 or qkv alone.
+    if getattr(layer, "te_quant_params", getattr(layer.config, "quant_recipe", None)) is not None:
+        return f"--te-precision-config-file: {_NOT_IN_TILES}"
+    overlaps = any(name.startswith("ub_") and value is True for name, value in vars(layer).items())
+    return f"--tp-comm-overlap: {_NOT_IN_TILES}" if overlaps else ""
 
 
 class TiledTELinear(TiledParallelLinear):
     """What the tiled layers share, put before the stock class; and its options under the names of local layers.
 
     Attributes:
+        module: which one it is, as flags call it, of a layer that a spec asks for.
         bias: ``None`` where TransformerEngine has an empty tensor.
     """
 
+    module = ""
     gather_output = False
     input_is_parallel = True
     parallel_mode: str | None
@@ -51,9 +100,10 @@ class TiledTELinear(TiledParallelLinear):
         """As for local layers.
 
         Raises:
-            ValueError: the model's config asks for what a tiled layer cannot do, naming the flag.
+            ValueError: a spec asks for this layer, which has an option that tiles do not honour, naming the flag.
         """
-        refuse(self.config, REFUSED["tiled layers of TransformerEngine"])
+        if self.module and (reason := reason_to_stay_dense(self, self.module)):
+            raise ValueError(f"the model's spec asks for tiles of {self.module}, with {reason}; leave one of them out")
         super().set_grid(grid, **options)
 
     @property
@@ -192,8 +242,9 @@ if te.HAVE_TE:
     }
 
 
-def spec_classes(column: tuple[int, int], row: tuple[int, int]) -> dict[Any, Any]:
-    """``{TransformerEngine's class: the tiled one}`` for model specs, by the grids of column and row layers."""
+def spec_classes(module: str, splits: tuple[int, int]) -> dict[Any, Any]:
+    """``{TransformerEngine's class: the tiled one}`` for a module of a model spec that has this grid."""
     return {
-        stock: tiled.with_splits(*(row, column)[tiled.partition_dim == 0]) for stock, tiled in TILED_CLASSES.items()
+        stock: type(tiled.__name__, (tiled.with_splits(*splits),), {"module": module})
+        for stock, tiled in TILED_CLASSES.items()
     }

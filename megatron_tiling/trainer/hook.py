@@ -52,6 +52,14 @@ def was_tiled(chunk: torch.nn.Module) -> bool:
     return any(hasattr(module, "tiling_reports") or isinstance(module, TiledParallelLinear) for module in modules)
 
 
+def reasons_for_no_tiles(chunks: ModelChunks) -> set[str] | None:
+    """Why none of the layers of these chunks, which have been through ``tile``, is tiled; ``None`` if one is."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    if any(isinstance(module, TiledParallelLinear) for module in modules):
+        return None
+    return {report.reason for module in modules for report in getattr(module, "tiling_reports", ())}
+
+
 def _stage_name(chunk: int, chunks: int) -> str:
     names = []
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:

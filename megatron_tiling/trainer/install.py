@@ -15,12 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
 from megatron_tiling.config import TilingConfig, argument_of, storage_of
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.checkpoint_check import check_on_all_ranks
-from megatron_tiling.trainer.hook import Hook, ModelChunks, hooked, tiling_hook, was_tiled
+from megatron_tiling.trainer.hook import Hook, ModelChunks, hooked, reasons_for_no_tiles, tiling_hook, was_tiled
 from megatron_tiling.trainer.norm import allow_sequence_parallel
 
 Call = inspect.BoundArguments
@@ -244,6 +246,14 @@ def _with_tiling_hook(stock: Stock, call: Call) -> Any:
 def _with_check_of_built_model(stock: Stock, call: Call) -> Any:
     built = _run(stock, call)
     _refuse_untiled(built[0])
+    if _args_that_tile():
+        everyone: list[set[str] | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, reasons_for_no_tiles(built[0]))
+        if None not in everyone:  # on no pipeline stage
+            reasons = "; ".join(sorted(set().union(*filter(None, everyone))))
+            raise SystemExit(
+                f"megatron_tiling: --use-tiled-linear: no layer of this model can be tiled ({reasons}); leave it out"
+            )
     return built
 
 

@@ -132,7 +132,7 @@ def with_lora(gpt: GPTModel) -> GPTModel:
 def check_lora() -> None:
     """Adapters as on dense layers, before and after they are merged; the frozen weights have no gradients."""
     dense, tiled = model(), model()
-    tile(tiled, TilingConfig(factor=TILES))
+    tile(tiled, TilingConfig(factor=TILES, modules="all"))
     dense, tiled = with_lora(dense), with_lora(tiled)
     adapters = [module for module in tiled.modules() if isinstance(module, LoRALinear)]
     mlps = [module for module in tiled.modules() if isinstance(module, TiledMLP)]

@@ -39,7 +39,7 @@ def logits(folder: Path, saved: str) -> None:
         for kind in ("dense", "tiled"):
             model = llama.build(tensor_model_parallel_size=2, masked_softmax_fusion=False)
             if kind == "tiled":
-                assert all(report.grid for report in tile(model, TilingConfig(factor=3)))
+                assert all(report.grid for report in tile(model, TilingConfig(factor=3, modules="all")))
             state = dist_checkpointing.load({"model": model.sharded_state_dict()}, checkpoint)
             model.load_state_dict(state["model"])
             found = gather_from_tensor_model_parallel_region(model(tokens, positions, mask))

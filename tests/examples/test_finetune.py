@@ -20,7 +20,7 @@ from tests.support.training import COMMON, LLAMA, free_port
 EXAMPLES = ROOT / "examples" / "gpt"
 SAVED_AT, ITERATIONS = 4, 8
 DENSE = "--no-gradient-accumulation-fusion"
-TILED = "--use-tiled-linear --tile-factor 3"
+TILED = "--use-tiled-linear --tile-factor 3 --tiled-linear-modules all"
 TP1, TP2 = "", "--tensor-model-parallel-size 2 --sequence-parallel"
 KINDS = ("untied", "tied")
 #: What the conversion prints and the other flags do not say.

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_tiling import TilingConfig, tile
+from megatron_tiling.config import MODULE_OF_ATTRIBUTE
 from megatron_tiling.resident.mlp import TiledMLP
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES
 from megatron_tiling.spec import TiledSpecProvider
@@ -24,6 +25,8 @@ from tests.check_models import assert_same, batch, by_name, expect_error, gpt, m
 from tests.support.harness import Counter, megatron, relative_error
 
 LINEARS = TilingConfig(factor=3, modules=("qkv", "proj", "fc1", "fc2"))
+ALL = TilingConfig(factor=3, modules="all")
+OFFLOADS = {"fine_grained_activation_offloading": True}
 LLAMA = {
     "gated_linear_unit": True,
     "activation_func": torch.nn.functional.silu,
@@ -278,23 +281,61 @@ def check_what_stays_dense() -> None:
     assert calls == [1]
 
 
-def check_refusals() -> None:
-    """Options of the model's config that tiled layers lack, and a grid that does not fit; no layer is changed."""
-    for setting, value, words in (
-        ("fp8", "hybrid", "--use-tiled-linear with --fp8-format hybrid"),
-        ("fp4", "e2m1", "--use-tiled-linear with --fp4-format e2m1"),
-        ("quant_recipe", object(), "--te-precision-config-file"),
-        ("tp_comm_overlap", True, "--tp-comm-overlap"),
-        ("delay_wgrad_compute", True, "--delay-wgrad-compute"),
-        ("symmetric_ar_type", "one_shot", "--symmetric-ar-type one_shot"),
+def te_layers(model: Any) -> set[str]:
+    """Modules of the first layer, as flags call them, that are TransformerEngine's own."""
+    layers = model.decoder.layers[0].named_modules()
+    return {MODULE_OF_ATTRIBUTE[name.rpartition(".")[2]] for name, layer in layers if type(layer) in TILED_CLASSES}
+
+
+def check_layers_whose_options_tiles_do_not_honour() -> None:
+    """They stay TransformerEngine's, say why, and compute as before; the other layers and the output are tiled."""
+    every = {"qkv", "proj", "fc1", "fc2"}
+    for settings, words, concerned in (
+        ({"fp8": "hybrid"}, "--fp8-format hybrid", every),
+        ({"fp4": "e2m1"}, "--fp4-format e2m1", every),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute", every),
+        ({"cpu_offloading": True}, "--cpu-offloading-num-layers", every),
+        ({"symmetric_ar_type": "one_shot"}, "--symmetric-ar-type one_shot", {"proj", "fc2"}),
+        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser", {"fc1", "fc2"}),
+        ({"cache_mla_latents": True}, "--cache-mla-latents", {"qkv"}),
+        (OFFLOADS | {"offload_modules": ["core_attn", "mlp_norm"]}, "", set()),
+        (OFFLOADS | {"offload_modules": ["qkv_linear"]}, "--offload-modules ['qkv_linear']", {"qkv"}),
+        (OFFLOADS | {"offload_modules": ["core_attn", "attn_proj"]}, "--offload-modules [", {"proj"}),
+        ({"offload_modules": ["qkv_linear"]}, "", set()),
+    ):
+        model = te_gpt(**LLAMA)
+        vars(model.config).update(settings)
+        reports = [report for report in tile(model, ALL) if ".0." in report.name or report.name == "output_layer"]
+        assert te_layers(model) == {report.module for report in reports if report.grid is None} == concerned, settings
+        assert all(report.reason.startswith(words) for report in reports if report.grid is None), reports
+        assert all("fuser" not in report.reason for report in reports if report.grid is not None)
+        vars(model.config).update(dict.fromkeys(settings, False))
+        assert_same(step(model, **inputs()), step(te_gpt(**LLAMA), **inputs()))
+
+
+def check_layers_with_options_of_their_own() -> None:
+    """A quantization recipe that matches some layers, and overlaps that are off for some, stay with those."""
+    for attribute, value, words in (
+        ("te_quant_params", object(), "--te-precision-config-file: "),
+        ("ub_overlap_rs_fprop", True, "--tp-comm-overlap: "),
     ):
         model = te_gpt()
-        setattr(model.config, setting, value)
-        expect_error(lambda model=model: tile(model, LINEARS), words)
-        assert not any("Tiled" in type(module).__name__ for module in model.modules())
+        setattr(model.decoder.layers[0].mlp.linear_fc2, attribute, value)
+        model.config.tp_comm_overlap = True
+        grids = by_name(tile(model, ALL))
+        assert grids["decoder.layers.0.mlp.linear_fc2"].startswith(f"dense: {words}")
+        assert grids["decoder.layers.1.mlp.linear_fc2"] == grids["decoder.layers.0.self_attention.linear_proj"] == "3x1"
+
+
+def check_refusals() -> None:
+    """A grid that does not fit, and a spec that asks for tiles of what stays dense; no layer is changed."""
     model = te_gpt()
     expect_error(lambda: tile(model, TilingConfig(factor=300)), "--tile-factor 300")
     assert not any("Tiled" in type(module).__name__ for module in model.modules())
+    expect_error(
+        lambda: te_gpt(rewrite=TiledSpecProvider(factor=2).tiled, use_transformer_engine_op_fuser=True),
+        "the model's spec asks for tiles of fc1, with --use-transformer-engine-op-fuser: ",
+    )
 
 
 def check_casts_and_copies() -> None:
@@ -323,9 +364,9 @@ def check_casts_and_copies() -> None:
 def check_spec_provider() -> None:
     """A spec rewritten by TiledSpecProvider builds the same model, tiled, layer by layer."""
     for changes in settings():
-        tiled = te_gpt(rewrite=TiledSpecProvider(factor=2).tiled, **changes)
+        tiled = te_gpt(rewrite=TiledSpecProvider(factor=2, modules="all").tiled, **changes)
         assert str(tiled.decoder.layers[0].self_attention.linear_proj.grid) == "2x1"
-        provider = TiledSpecProvider(factor=2, splits={"proj": (4, 1)})
+        provider = TiledSpecProvider(factor=2, splits={"proj": (4, 1)}, modules="all")
         assert str(te_gpt(rewrite=provider.tiled, **changes).decoder.layers[0].self_attention.linear_proj.grid) == "4x1"
         assert not {type(module) for module in tiled.modules()} & set(TILED_CLASSES)
         assert_same(step(tiled, **inputs()), step(te_gpt(**changes), **inputs()))

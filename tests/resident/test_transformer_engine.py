@@ -19,14 +19,16 @@ FLAGS = (
     f"--transformer-impl transformer_engine --tensor-model-parallel-size 2 --sequence-parallel {LLAMA} "
     f"--hidden-dropout 0 --global-batch-size 4 --train-iters {ITERATIONS} --save-interval {SAVED_AT}"
 )
+FP8 = "--fp8-format hybrid --fp8-recipe blockwise"
 #: Flags of a run; it saves into a folder of its name, and resumes from the middle of the run named last, if any.
 RUNS = {
     "dense": ("--no-gradient-accumulation-fusion", None),
-    "tiled": ("--use-tiled-linear --tile-factor 3", None),
+    "tiled": ("--use-tiled-linear --tile-factor 3 --tiled-linear-modules all", None),
     "tiled from dense": ("--use-tiled-linear", "dense"),
     "dense from tiled": ("--no-gradient-accumulation-fusion", "tiled"),
     "by spec": ("--no-gradient-accumulation-fusion --spec megatron_tiling.spec tiled_layer_spec", None),
-    "fp8": ("--use-tiled-linear --fp8-format hybrid", None),
+    "fp8": (f"--use-tiled-linear {FP8}", None),
+    "nothing": (f"--use-tiled-linear {FP8} --tiled-linear-modules fc1 fc2", None),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +81,16 @@ def test_the_startup_table(logs: dict[str, str]) -> None:
     assert logs["tiled"].count("TiledMLP, keep all") == 2
 
 
-def test_fp8_is_refused_by_name(logs: dict[str, str]) -> None:
-    assert "megatron_tiling: --use-tiled-linear with --fp8-format hybrid:" in logs["fp8"], logs["fp8"][-3000:]
-    assert "Traceback" not in logs["fp8"] and not losses(logs["fp8"])
+def test_the_head_of_an_fp8_run_is_tiled(logs: dict[str, str]) -> None:
+    """The stand-ins do not quantize; test_training_gpu does."""
+    found = losses(logs["fp8"])
+    assert len(found) == ITERATIONS, logs["fp8"][-3000:]
+    assert found == pytest.approx(losses(logs["dense"]), abs=2e-5, rel=0)
+    dense = r"mlp\.linear_fc\d +2 .* dense .* --fp8-format hybrid: tiles do not do this$"
+    assert len(re.findall(dense, logs["fp8"], re.M)) == 2
+    assert re.search(r"^output_layer .* loss in tiles of ", logs["fp8"], re.M)
+
+
+def test_nothing_but_layers_that_stay_dense_ends_the_run(logs: dict[str, str]) -> None:
+    words = "--use-tiled-linear: no layer of this model can be tiled (--fp8-format hybrid: tiles do not do this; not in"
+    assert words in logs["nothing"] and "Traceback" not in logs["nothing"] and not losses(logs["nothing"])

@@ -77,7 +77,7 @@ CORE_WIDTHS = ("k_channels", "v_channels")
 RUNNABLE = [variant for variant in VARIANTS if not variant.latent]
 TILINGS = {
     "dense": None,
-    "factor 3": TilingConfig(factor=3),
+    "factor 3": TilingConfig(factor=3, modules="all"),
     "factor 8, keep none": TilingConfig(factor=8, mlp_keep=0),
     "stock MLP and head around tiled layers": TilingConfig(
         factor=3, modules=("qkv", "proj", "fc1", "fc2"), splits={"fc1": (2, 3)}

@@ -204,6 +204,7 @@ def is_plain(value: Any) -> bool:
 def check_yaml(folder: Path) -> None:
     """Arguments from a file: stock's parser, and so ours, never sees them."""
     tiled = {"use_tiled_linear": True, "tile_factor": "3", "tiled_mlp_keep": 0, "tiled_linear_splits": ["fc1=1x5"]}
+    tiled["tiled_linear_modules"] = ["all"]
     files = {
         "dense": yaml_file(folder / "dense.yaml"),
         "tiled": yaml_file(folder / "tiled.yaml", **tiled),

@@ -27,7 +27,7 @@ MODELS = {
 }
 TILINGS = {
     "dense": "--no-gradient-accumulation-fusion",
-    "factor 3": "--use-tiled-linear --tile-factor 3",
+    "factor 3": "--use-tiled-linear --tile-factor 3 --tiled-linear-modules all",
     "factor 8, keep none": "--use-tiled-linear --tile-factor 8 --tiled-mlp-keep 0",
     "no head, stock MLP": "--use-tiled-linear --tile-factor 3 --tiled-linear-modules qkv proj fc1 fc2 "
     "--tiled-linear-splits fc1=2x3",

@@ -14,6 +14,8 @@ import pytest
 from tests.support.launch import TRAIN_MANY, torchrun
 from tests.support.training import COMMON, EVALUATING, ITERATIONS, LLAMA, SCRIPTS, free_port, losses, validation_losses
 
+ALL = "--use-tiled-linear --tiled-linear-modules all"
+
 
 @dataclass
 class Layout:
@@ -22,7 +24,7 @@ class Layout:
     name: str
     world: int
     flags: str
-    tiling: str = "--use-tiled-linear"
+    tiling: str = ALL
     table: dict[str, str] = field(default_factory=dict)
     dense_flags: str = "--no-gradient-accumulation-fusion"
     tolerance: float = 2e-5
@@ -38,7 +40,7 @@ LAYOUTS = [
         "Llama, sequence parallel, factor 3",
         2,
         f"--tensor-model-parallel-size 2 --sequence-parallel {LLAMA}",
-        "--use-tiled-linear --tile-factor 3",
+        f"{ALL} --tile-factor 3",
         {"self_attention.linear_qkv": "1x3", "mlp.linear_fc1": "1x3", "mlp.linear_fc2": "3x1", "output_layer": "-"},
     ),
     Layout(
@@ -53,12 +55,13 @@ LAYOUTS = [
             "output_layer": "dense",
         },
     ),
-    Layout("DP=2, factor 1", 2, "", "--use-tiled-linear --tile-factor 1", {"mlp.linear_fc1": "1x1"}),
+    Layout("DP=2, factor 1", 2, "", f"{ALL} --tile-factor 1", {"mlp.linear_fc1": "1x1"}),
     Layout(
         "DP=2, distributed optimizer with overlap",
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-        table=ATTENTION | MLP,
+        "--use-tiled-linear",
+        MLP | dict.fromkeys(ATTENTION, "dense"),
     ),
     Layout(
         "experts, shared expert, sequence parallel",
@@ -90,7 +93,7 @@ LAYOUTS = [
         2,
         f"--tensor-model-parallel-size 2 {LLAMA} --bf16 --recompute-granularity full --recompute-method uniform "
         "--recompute-num-layers 1",
-        "--use-tiled-linear --tiled-linear-fp32-accumulate",
+        f"{ALL} --tiled-linear-fp32-accumulate",
         ATTENTION | MLP,
         tolerance=2e-2,
     ),

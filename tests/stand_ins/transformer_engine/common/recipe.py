@@ -1,7 +1,12 @@
-"""Only imported: nothing here runs FP8."""
+"""Only named: nothing here runs FP8."""
 
 
 class DelayedScaling: ...
 
 
-class Format: ...
+class Format:
+    HYBRID = "hybrid"
+
+
+class Float8BlockScaling:
+    def __init__(self, fp8_format: str) -> None: ...

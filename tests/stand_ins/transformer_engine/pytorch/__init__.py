@@ -2,6 +2,7 @@
 
 from transformer_engine.pytorch import distributed, fp8, ops, tensor
 from transformer_engine.pytorch.attention import DotProductAttention
+from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
 from transformer_engine.pytorch.linear import GroupedLinear, LayerNormLinear, Linear
 from transformer_engine.pytorch.norms import LayerNorm, RMSNorm
 
@@ -14,6 +15,8 @@ __all__ = [
     "RMSNorm",
     "distributed",
     "fp8",
+    "fp8_autocast",
+    "fp8_model_init",
     "ops",
     "tensor",
 ]

@@ -39,7 +39,7 @@ class Linear(torch.nn.Module):
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.use_bias, self.return_bias, self.apply_bias = bias, return_bias, bias and not return_bias
-        self.ub_name = ub_name
+        self.ub_name, self.save_original_input = ub_name, False
         self.options = {"dtype": params_dtype, "device": device}
         self.make_norm()
         self.weight = torch.nn.Parameter(torch.empty(self.out_features, self.in_features, **self.options))
