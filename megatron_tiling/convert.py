@@ -31,6 +31,7 @@ from megatron_tiling.resident.layers import (
 from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
 from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
+from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
 TILED_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {**RESIDENT_CLASSES, **TILED_TE_CLASSES}
@@ -106,12 +107,11 @@ class _Plan:
             return replace(report, reason=reason)
         check_layer(layer)
         self.tiled.append(layer)
-        if type(layer) in TILED_TE_CLASSES:
-            if self.config.partitioned:
-                raise ValueError(
-                    f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
-                    "be parameters; use --transformer-impl local"
-                )
+        if type(layer) in TILED_TE_CLASSES and self.config.partitioned:
+            raise ValueError(
+                f"--tiled-linear-storage partitioned: {name} is a layer of TransformerEngine's, whose tiles cannot "
+                "be parameters; use --transformer-impl local"
+            )
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
         return replace(report, grid=grid, partitioned=self.config.partitioned)

@@ -22,7 +22,6 @@ from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, co
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
-
 _NOT_IN_TILES = "tiles do not do this"
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 

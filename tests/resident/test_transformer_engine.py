@@ -1,4 +1,4 @@
-"""--transformer-impl transformer_engine, on stand-ins for TransformerEngine's layers: nothing here runs its kernels.
+"""--transformer-impl transformer_engine, on stand-ins for TransformerEngine's layers, for arithmetic on a CPU.
 
 Megatron's own TransformerEngine classes and specs run, on the stand-ins of stand_ins/. One start of torchrun: the
 checks of check_transformer_engine.py, and training runs that load one another's checkpoints.

@@ -1,4 +1,7 @@
-"""Stands for TransformerEngine 2.6 where it cannot be installed: its constructors, parameters and state dict keys.
+"""Stands for TransformerEngine 2.6 where its arithmetic is wanted: the real one computes nothing without a GPU.
+
+What is constructed, saved and loaded, test_transformer_engine_cpu shows on the real one; what it computes,
+test_transformer_engine_gpu. These show losses, gradients and collectives on a CPU.
 
 Plain torch in place of its kernels, and Megatron's collectives in place of its own. Only what Megatron's layer specs
 and megatron_tiling ask for. In a folder of its own, so that a test has it by a PYTHONPATH.

@@ -1,0 +1,183 @@
+"""Models of the real TransformerEngine, without a GPU: they are built, tiled, saved and loaded; none of them can run.
+
+python -m tests.resident.check_transformer_engine_cpu FOLDER, one process, with an empty libcuda.so.1 in FOLDER, which
+TransformerEngine wants to load as it is imported. Never where there is a driver.
+"""
+
+import ctypes
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiling import cpu
+
+
+def prepare(folder: Path) -> None:
+    """What importing and building TransformerEngine's layers takes without a driver."""
+    ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    cpu.install(train=False)
+    torch.cuda.is_available = lambda: True  # its linear layers refuse to be built otherwise
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1"}
+
+
+def models() -> dict[str, dict[str, Any]]:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from tests.resident.check_transformer_engine import EXPERTS, LLAMA
+
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+    return {
+        "Llama": LLAMA,
+        "GPT with biases, tied": {"share": True},
+        "QK norms": LLAMA | {"qk_layernorm": True},
+        "next-token heads": LLAMA | {"mtp_num_layers": 1},
+        "sequential and shared experts": EXPERTS,
+        "grouped and shared experts": EXPERTS | {"moe_grouped_gemm": True},
+        "multi-latent attention": LLAMA | latent | {"config_class": MLATransformerConfig, "num_query_groups": 4},
+    }
+
+
+def build(share: bool = False, config_class: Any = None, seed: int = 3, **changes: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    settings = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "use_cpu_initialization": True,
+        "params_dtype": torch.float32,
+    }
+    config = (config_class or TransformerConfig)(**(settings | changes))
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        config.num_moe_experts,
+        config.moe_grouped_gemm,
+        config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=True) if config.mtp_num_layers else None
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=64,
+        max_sequence_length=16,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=share,
+        mtp_block_spec=mtp,
+    )
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Two state dicts; extra states are tensors, or None where TransformerEngine has none."""
+    pairs = [(one[key], other[key]) for key in one]
+    same = all(a is b is None or (torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)) for a, b in pairs)
+    return list(one) == list(other) and same
+
+
+def check_models() -> None:
+    """The same parameters, state dicts and checkpoint entries; each loads the other's."""
+    from megatron_tiling import TilingConfig, tile
+    from tests.resident.check_transformer_engine import TILED_CLASSES, entries
+
+    for name, changes in models().items():
+        dense, tiled = build(**changes), build(**changes)
+        before = {key: id(parameter) for key, parameter in tiled.named_parameters()}
+        tile(tiled, TilingConfig(factor=2, modules="all"))
+        assert {key: id(parameter) for key, parameter in tiled.named_parameters()} == before, name
+        left = [path for path, module in tiled.named_modules() if type(module) in TILED_CLASSES]
+        assert all(path.endswith("eh_proj") for path in left), left  # of next-token heads: no module that is tiled
+        assert equal(tiled.state_dict(), dense.state_dict()), name
+        assert entries(tiled) == entries(dense), name
+        saved = build(**changes, seed=4).state_dict()
+        tiled.load_state_dict(saved)
+        assert equal(tiled.state_dict(), saved), name
+        saved = build(**changes, seed=5).state_dict()
+        tiled.load_state_dict(saved)
+        dense.load_state_dict(tiled.state_dict())
+        assert equal(dense.state_dict(), saved), name
+        print(f"{name}: as dense", flush=True)
+
+
+def check_checkpoints() -> None:
+    """torch_dist checkpoints of dense are loaded tiled, and tiled ones dense."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from megatron_tiling import TilingConfig, tile
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    for name in ("GPT with biases, tied", "sequential and shared experts"):
+        changes = models()[name]
+        for saves, loads in ((False, True), (True, False)):
+            source, target = build(**changes), build(**changes, seed=4)
+            for model, is_tiled in ((source, saves), (target, loads)):
+                if is_tiled:
+                    tile(model, TilingConfig(factor=2, modules="all"))
+            assert not equal(source.state_dict(), target.state_dict())
+            with tempfile.TemporaryDirectory() as folder:
+                dist_checkpointing.save(source.sharded_state_dict(metadata=metadata), folder)
+                loaded = dist_checkpointing.load(target.sharded_state_dict(metadata=metadata), folder)
+            target.load_state_dict(loaded)
+            assert equal(source.state_dict(), target.state_dict()), name
+    print("checkpoints: as dense", flush=True)
+
+
+def check_reasons() -> None:
+    """What a layer knows of its options has the names that megatron_tiling reads."""
+    from megatron.core.extensions.transformer_engine import TEQuantizationParams
+    from megatron.core.quantization.quant_config import RecipeConfig
+
+    from megatron_tiling import TilingConfig, tile
+    from tests.check_models import by_name
+    from tests.resident.check_transformer_engine import LLAMA
+
+    recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}
+    matcher = {"config": "bf16", "type": "glob", "pattern": "*.layers.0.*linear_fc1", "enabled": True}
+    quantized = build(
+        **LLAMA, quant_recipe=RecipeConfig.from_config_dict({"configs": {"bf16": recipe}, "matchers": {"fc1": matcher}})
+    )
+    grids = by_name(tile(quantized, TilingConfig(factor=2)))
+    first, second = (quantized.decoder.layers[index].mlp.linear_fc1 for index in (0, 1))
+    assert isinstance(first.te_quant_params, TEQuantizationParams) and second.te_quant_params is None
+    assert grids["decoder.layers.0.mlp.linear_fc1"].startswith("dense: --te-precision-config-file: ")
+    assert grids["decoder.layers.1.mlp.linear_fc1"] == "1x2"
+    overlaps = {"ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_overlap_rs_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad"}
+    assert overlaps <= {name for name, value in vars(first).items() if value is False}
+    for settings, words, count in (
+        ({"fp8": "hybrid"}, "dense: --fp8-format hybrid: ", 4),
+        ({"symmetric_ar_type": "one_shot"}, "dense: --symmetric-ar-type one_shot: ", 2),
+    ):
+        grids = by_name(tile(build(**LLAMA, **settings), TilingConfig(factor=2)))
+        assert sum(grid.startswith(words) for grid in grids.values()) == count, grids
+        assert grids["output_layer"] == "1x2"
+    print("reasons: as in options", flush=True)
+
+
+def main() -> None:
+    prepare(Path(sys.argv[1]))
+    import transformer_engine.pytorch
+    from megatron.core import parallel_state
+
+    assert "stand_ins" not in transformer_engine.pytorch.__file__
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    check_models()
+    check_checkpoints()
+    check_reasons()
+    torch.distributed.destroy_process_group()
+    print(f"TransformerEngine {transformer_engine.__version__}: checks passed", flush=True)
+
+
+if __name__ == "__main__":
+    main()
