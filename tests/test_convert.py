@@ -164,7 +164,6 @@ class Adapter(torch.nn.Module):
         return getattr(self, self.inner_name)(*args, **kwargs)
 
 
-@pytest.mark.feature("adapters around layers")
 @pytest.mark.parametrize("name", ["to_wrap", "base_layer"])
 def test_layers_under_adapters_are_tiled(name: str) -> None:
     """Adapters stay, two of them around one layer too; a head under one gives whole logits."""

@@ -1,0 +1,69 @@
+"""verl (read at 0.8.0.dev): a module for ``actor_rollout_ref.model.external_lib``, with MEGATRON_TILING set.
+
+Importing it hooks ``verl.utils.megatron_utils.make_megatron_module`` and ``verl.models.mcore.init_mcore_model``: models
+of Megatron-Bridge, of mbridge and of verl itself come out tiled, before adapters and before Megatron wraps them.
+"""
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+from megatron_tiling.integrations.bridge import tile_provider
+from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
+from megatron_tiling.trainer.hook import tiling_hook
+
+TESTED = "verl 0.8.0.dev of 2026-01-29"
+
+
+def install() -> None:
+    """Hook verl's two functions, once.
+
+    Raises:
+        ImportError: verl has moved one of them.
+        ValueError: ``MEGATRON_TILING`` is missing or refused.
+    """
+    config = config_from_environment()
+    refuse_partitioned(config, "verl")
+    make = symbol("verl.utils.megatron_utils", "make_megatron_module", TESTED)
+    init = symbol("verl.models.mcore", "init_mcore_model", TESTED)
+    if hasattr(make, "tiling_config"):
+        return
+    signature = inspect.signature(make)
+    if missing := {"bridge", "provider"} - signature.parameters.keys():
+        raise ImportError(f"make_megatron_module of verl takes no {', '.join(missing)}; tested with {TESTED}")
+    tiles = tiling_hook(config)
+
+    @functools.wraps(make)
+    def tiled_module(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        provider, bridge = given.arguments["provider"], given.arguments["bridge"]
+        if provider is not None:
+            tile_provider(provider, config)
+        elif bridge is not None and not hasattr(bridge.get_model, "tiling_config"):
+            bridge.get_model = _with_callback(bridge.get_model)
+        return make(*args, **kwargs)
+
+    def _with_callback(get_model: Any) -> Any:
+        @functools.wraps(get_model)
+        def tiled_get_model(*args: Any, post_model_creation_callbacks: Any = (), **kwargs: Any) -> Any:
+            def tile_one(model: Any, **unused: Any) -> Any:
+                return tiles([model])[0]
+
+            callbacks = [tile_one, *post_model_creation_callbacks]
+            return get_model(*args, post_model_creation_callbacks=callbacks, **kwargs)
+
+        tiled_get_model.tiling_config = config  # type: ignore[attr-defined]
+        return tiled_get_model
+
+    @functools.wraps(init)
+    def tiled_init(*args: Any, **kwargs: Any) -> Any:
+        return tiles([init(*args, **kwargs)])[0]
+
+    tiled_module.tiling_config = config  # type: ignore[attr-defined]
+    importlib.import_module("verl.utils.megatron_utils").make_megatron_module = tiled_module  # type: ignore[attr-defined]
+    importlib.import_module("verl.models.mcore").init_mcore_model = tiled_init  # type: ignore[attr-defined]
+
+
+install()

@@ -1,0 +1,205 @@
+"""Megatron-Bridge's models, loads, exports and adapters, dense and tiled, at TP=2 and TP=1.
+
+PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.integrations.check_bridge FOLDER
+
+TransformerEngine is the project's stand-in; nothing else is.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_tiling import TilingConfig
+from megatron_tiling.integrations.bridge import tile_provider
+from megatron_tiling.resident.mlp import TiledMLP
+from tests.check_models import expect_error
+from tests.integrations import small_models
+from tests.support.harness import megatron, relative_error
+
+CONFIG = TilingConfig(factor=3)
+#: Model, tied embeddings, specs of TransformerEngine, and settings of the provider.
+MODELS: list[tuple[str, bool, bool, dict[str, Any]]] = [
+    ("llama", False, True, {}),
+    ("llama", False, False, {}),
+    ("qwen2", True, True, {}),
+    ("qwen3", False, True, {}),
+    ("qwen3_moe", False, True, {"moe_grouped_gemm": True}),
+    ("qwen3_moe", False, True, {"moe_grouped_gemm": False}),
+]
+OFF = ("gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
+OFF += ("apply_rope_fusion", "cross_entropy_loss_fusion", "persist_layer_norm", "bf16", "fp16", "moe_permute_fusion")
+
+
+class Case:
+    """One small model: what Bridge makes of it."""
+
+    def __init__(self, folder: Path, kind: str, tied: bool, te: bool, settings: dict[str, Any]) -> None:
+        from megatron.bridge import AutoBridge
+
+        path = folder / f"{kind}{'-tied' if tied else ''}"
+        if dist.get_rank() == 0 and not path.exists():
+            small_models.save(folder, kind, tied)
+        dist.barrier()
+        self.bridge = AutoBridge.from_hf_pretrained(str(path), dtype=torch.float32)
+        self.te, self.settings = te, settings
+
+    def provider(self, load: bool = True) -> Any:
+        from megatron.bridge.models.gpt_provider import local_layer_spec
+
+        provider = self.bridge.to_megatron_provider(load_weights=load)
+        world = parallel_state.get_tensor_model_parallel_world_size()
+        provider.tensor_model_parallel_size, provider.sequence_parallel = world, world > 1 and self.te
+        provider.seq_length = small_models.SEQUENCE
+        provider.params_dtype = provider.pipeline_dtype = torch.float32
+        for name in OFF:
+            setattr(provider, name, False)
+        for name, value in self.settings.items():
+            setattr(provider, name, value)
+        if not self.te:
+            provider.transformer_layer_spec = local_layer_spec
+        provider.finalize()
+        return provider
+
+    def build(self, *hooks: Callable[[Any], Any], load: bool = True) -> Any:
+        """A model through ``hooks``, each of which may be ``tile_provider`` or a function of the chunks."""
+        provider = self.provider(load)
+        for hook in hooks:
+            if hook is tile_provider:
+                tile_provider(provider, CONFIG)
+            else:
+                provider.register_pre_wrap_hook(hook)
+        return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+
+    def exported(self, model: Any) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.clone() for name, tensor in self.bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        }
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    losses: torch.Tensor = model[0](**small_models.batch())
+    return losses.mean()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: one.grad for name, one in model[0].named_parameters() if one.grad is not None}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], limit: float) -> None:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    scale = max(float(one.detach().norm()) for one in expected.values())
+    for name, one in found.items():
+        assert one.shape == expected[name].shape, name
+        error = float((one.detach() - expected[name].detach()).norm())
+        near_zero = float(expected[name].detach().norm()) < 1e-6 * scale
+        assert near_zero or relative_error(one.detach(), expected[name].detach()) <= limit, (name, error)
+
+
+def check_models(folder: Path) -> None:
+    """Loaded before and after tiling: the loss, gradients, and export to the last bit."""
+    for kind, tied, te, settings in MODELS:
+        case = Case(folder, kind, tied, te, settings)
+        dense = case.build()
+        expected = loss_of(dense)
+        expected.backward()
+        exported = case.exported(dense)
+        late = case.build(tile_provider, load=False)
+        case.bridge.load_hf_weights(late)
+        for tiled in (case.build(tile_provider), late):
+            names = {type(module).__name__ for module in tiled[0].modules()}
+            assert "TiledTELayerNormColumnParallelLinear" in names if te else "TiledColumnParallelLinear" in names
+            found = loss_of(tiled)
+            assert abs(float(found) - float(expected)) <= 1e-6 * abs(float(expected)), (kind, float(found))
+            tiled[0].zero_grad()
+            loss_of(tiled).backward()
+            assert_close(gradients(tiled), gradients(dense), 5e-6)
+            copies = case.exported(tiled)
+            assert copies.keys() == exported.keys()
+            assert all(torch.equal(copies[name], one) for name, one in exported.items()), kind
+
+
+def adapter_of(kind: str) -> Any:
+    from megatron.bridge.peft.canonical_lora import CanonicalLoRA
+    from megatron.bridge.peft.dora import DoRA
+    from megatron.bridge.peft.lora import LoRA
+
+    return {"lora": LoRA, "dora": DoRA, "canonical": CanonicalLoRA}[kind](dim=4, alpha=8)
+
+
+def trained(model: Any) -> dict[str, Any]:
+    return {name: one for name, one in model[0].named_parameters() if one.requires_grad}
+
+
+def check_adapters(folder: Path) -> None:
+    """LoRA, DoRA and CanonicalLoRA before and after tiling; LoRA's merged export."""
+    for kind in ("lora", "dora", "canonical"):
+        for te in (True, False):
+            case = Case(folder, "llama", False, te, {})
+
+            def adapt(chunks: Any, kind: str = kind) -> Any:
+                return adapter_of(kind)(chunks, training=True)
+
+            dense = case.build(adapt)
+            for index, (_, one) in enumerate(sorted(trained(dense).items())):
+                seed = 100 + index + 1000 * dist.get_rank()
+                torch.nn.init.normal_(one.data, std=0.3, generator=torch.Generator().manual_seed(seed))
+            expected = loss_of(dense)
+            expected.backward()
+            for hooks in ((tile_provider, adapt), (adapt, tile_provider)):
+                tiled = case.build(*hooks)
+                assert any(isinstance(module, TiledMLP) for module in tiled[0].modules()) or hooks[0] is adapt
+                wanted = trained(dense)
+                assert trained(tiled).keys() == wanted.keys()
+                with torch.no_grad():
+                    for name, one in trained(tiled).items():
+                        one.copy_(wanted[name])
+                found = loss_of(tiled)
+                found.backward()
+                assert abs(float(found) - float(expected)) <= 1e-6 * abs(float(expected)), (kind, te, float(found))
+                assert_close(gradients(tiled), gradients(dense), 1e-5)
+                if kind == "lora":
+                    merged, copies = case.exported(dense), case.exported(tiled)
+                    assert merged.keys() == copies.keys()
+                    assert all(torch.equal(copies[name], one) for name, one in merged.items())
+
+
+def check_providers(folder: Path) -> None:
+    """A second call changes nothing, another config and partitioned storage are refused."""
+    case = Case(folder, "llama", False, True, {})
+    provider = case.provider()
+    assert tile_provider(tile_provider(provider, CONFIG), CONFIG) is provider
+    assert len(provider._pre_wrap_hooks) == 2
+    expect_error(lambda: tile_provider(provider, TilingConfig(factor=2)), "is tiled by")
+    partitioned = TilingConfig(factor=2, storage="partitioned")
+    expect_error(lambda: tile_provider(case.provider(), partitioned), "--tiled-linear-storage partitioned")
+    provider = case.provider()
+    provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "te"
+    tile_provider(provider, CONFIG, native_loss=True)
+    assert provider.cross_entropy_fusion_impl == "native"
+
+
+def main() -> None:
+    from megatron.bridge.peft import utils
+
+    utils.version = lambda name: "2.6.0"  # the stand-in has no package metadata
+    folder = Path(sys.argv[1])
+    with megatron(tensor_model_parallel_size=2):
+        for size in (2, 1):
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(size)
+            model_parallel_cuda_manual_seed(11)
+            for name, check in list(globals().items()):
+                if name.startswith("check_"):
+                    check(folder)
+                    if dist.get_rank() == 0:
+                        print(f"{name} passed at TP={size}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""MEGATRON_TILING, and hooks on trainers: slime, miles and verl are small modules with their functions' signatures."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_tiling import TilingConfig
+from megatron_tiling.integrations import custom_provider, settings
+
+SETTING = "factor=8 keep=0"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Puts modules in place of a trainer's."""
+
+    def put(path: str, **members: Any) -> None:
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            if name not in sys.modules:
+                monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        for name, member in members.items():
+            monkeypatch.setattr(sys.modules[path], name, member, raising=False)
+
+    monkeypatch.setenv(settings.VARIABLE, SETTING)
+    yield put
+    for name in [name for name in sys.modules if name.startswith("megatron_tiling.integrations.verl")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a hook was given to tile, in place of tiling it."""
+    seen: list[Any] = []
+
+    def hook(config: TilingConfig) -> Any:
+        def tile(chunks: list[Any]) -> list[Any]:
+            seen.extend((chunk, config) for chunk in chunks)
+            return chunks
+
+        return tile
+
+    monkeypatch.setattr(custom_provider, "tiling_hook", hook)
+    monkeypatch.setattr("megatron_tiling.trainer.hook.tiling_hook", hook)
+    return seen
+
+
+def test_what_the_environment_says() -> None:
+    text = "factor=8 keep=all modules=fc1,fc2,output splits=fc1=1x16,fc2=16x1 head_tokens=64"
+    config = settings.config_from_environment({settings.VARIABLE: text})
+    grids = {"fc1": (1, 16), "fc2": (16, 1)}
+    assert config == TilingConfig(8, ("fc1", "fc2", "output"), grids, mlp_keep="all", head_tokens=64)
+
+
+@pytest.mark.parametrize("text", ["", "factor", "factor=x", "factor=2 factor=3", "storage=partitioned", "factor=0"])
+def test_what_it_cannot_say(text: str) -> None:
+    with pytest.raises(ValueError, match=r"MEGATRON_TILING|--tile-factor"):
+        settings.config_from_environment({settings.VARIABLE: text})
+
+
+@pytest.mark.parametrize("trainer", ["slime", "miles"])
+def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's own model, tiled; by our flags where its parser knows them; gone functions by name."""
+    args = SimpleNamespace(custom_model_provider_path="ours")
+    calls: list[Any] = []
+
+    def get_model_provider_func(args: Any, role: str = "actor") -> Any:
+        assert args.custom_model_provider_path is None and role == "actor"
+
+        def provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
+            calls.append((pre_process, post_process, vp_stage))
+            return "model"
+
+        return provider
+
+    path = f"{trainer}.backends.megatron_utils.model_provider"
+    modules(path, get_model_provider_func=get_model_provider_func)
+    modules("megatron.training", get_args=lambda: args)
+    ours = importlib.import_module(f"megatron_tiling.integrations.{trainer}")
+    assert ours.model_provider(pre_process=True, post_process=False) == "model"
+    assert ours.model_provider(False, True, vp_stage=1) == "model"
+    assert calls == [(True, False, None), (False, True, 1)]
+    assert tiled == [("model", TilingConfig(8, mlp_keep=0))] * 2
+    assert args.custom_model_provider_path == "ours"
+    args.use_tiled_linear, args.tile_factor, args.transformer_impl = True, 2, "local"
+    ours.model_provider()
+    assert tiled[-1] == ("model", TilingConfig(2))
+    monkeypatch.delattr(sys.modules[path], "get_model_provider_func")
+    with pytest.raises(ImportError, match=rf"{path}.get_model_provider_func.*tested with"):
+        ours.model_provider()
+
+
+def test_verl(modules: Any, tiled: list[Any]) -> None:
+    """Bridge's providers, models of mbridge before its callbacks, and verl's own."""
+
+    def make_megatron_module(wrap_config: Any, bridge: Any = None, provider: Any = None, peft_cls: Any = None) -> Any:
+        if provider is not None:
+            return provider.hooks
+        return bridge.get_model(post_model_creation_callbacks=["theirs"], fp16=False)
+
+    modules("verl.utils.megatron_utils", make_megatron_module=make_megatron_module)
+    modules("verl.models.mcore", init_mcore_model=lambda *args, **kwargs: "model")
+    importlib.import_module("megatron_tiling.integrations.verl").install()
+    hooked = sys.modules["verl.utils.megatron_utils"].make_megatron_module  # type: ignore[attr-defined]
+    provider = SimpleNamespace(hooks=[])
+    provider.register_pre_wrap_hook = provider.hooks.append
+    assert len(hooked("config", provider=provider)) == 1
+    bridge = SimpleNamespace(get_model=lambda post_model_creation_callbacks, fp16: post_model_creation_callbacks)
+    for _ in range(2):
+        first, second = hooked("config", bridge=bridge)
+        assert second == "theirs" and first("chunk", pre_process=True) == "chunk"
+    assert sys.modules["verl.models.mcore"].init_mcore_model() == "model"  # type: ignore[attr-defined]
+    assert [chunk for chunk, _ in tiled] == ["chunk", "chunk", "model"]
+
+
+def test_a_moved_function_of_verl(modules: Any) -> None:
+    modules("verl.utils.megatron_utils")
+    with pytest.raises(ImportError, match=r"verl.utils.megatron_utils.make_megatron_module.*tested with"):
+        importlib.import_module("megatron_tiling.integrations.verl")
