@@ -25,8 +25,8 @@ PAGES = sorted(
 #: Dated results hold commands as they were.
 COMMANDED = [page for page in PAGES if RESULTS not in page.parents]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*\b")
-#: Of torchrun, pytest, pip and git, where a page speaks of these.
-FLAGS_OF_OTHERS = {"--standalone", "--nproc-per-node"}
+#: Of torchrun, pytest, pip, git and trainers, where a page speaks of these.
+FLAGS_OF_OTHERS = {"--standalone", "--nproc-per-node", "--custom-model-provider-path"}
 
 
 def name(page: Path) -> str:
