@@ -24,7 +24,7 @@ from megatron_tiling.resident.stock_code import (
     origin,
     reason_for_whole_logits,
 )
-from megatron_tiling.tiles.head import CrossEntropyLoop, TokenLosses, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head import HeadLoop, TokenLosses, tiled_linear_cross_entropy
 
 
 @dataclass(repr=False, eq=False)
@@ -41,11 +41,12 @@ class LazyLogits:
 
     hidden: Tensor
     weight: Tensor
-    loop: CrossEntropyLoop
+    loop: HeadLoop
     losses: TokenLosses | None = None
 
     def __mul__(self, number: float) -> LazyLogits:
-        return LazyLogits(self.hidden, self.weight, replace(self.loop, scale=self.loop.scale * number))
+        scale = replace(self.loop.scale, scale=self.loop.scale.scale * number)
+        return LazyLogits(self.hidden, self.weight, replace(self.loop, scale=scale))
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
         """Loss of each token, ``[s, b]`` for labels ``[s, b]``."""

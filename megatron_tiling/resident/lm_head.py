@@ -23,7 +23,7 @@ from megatron_tiling.resident.layers import TiledColumnParallelLinear, mpu_buffe
 from megatron_tiling.resident.lazy_logits import LazyLogits, compute_language_model_loss, has_tiled_loss, stock_caller
 from megatron_tiling.resident.stock_code import PREDICTION_LOSSES, calls_the_loss, reason_for_whole_logits
 from megatron_tiling.tiles.comm import ColumnComm
-from megatron_tiling.tiles.head import CrossEntropyLoop
+from megatron_tiling.tiles.head import HeadLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
 
 
@@ -39,11 +39,6 @@ class TiledOutputLayer(TiledColumnParallelLinear):
     """
 
     head_tiles: HeadTiles
-    allreduce_dgrad: bool
-    disable_grad_reduce: bool
-    explicit_expert_comm: bool
-    sequence_parallel: bool
-    tp_group: Any
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -67,19 +62,23 @@ class TiledOutputLayer(TiledColumnParallelLinear):
         loop = self.loss_loop(keep_largest=caller == PREDICTION_LOSSES)
         return LazyLogits(input_, self.weight if weight is None else weight, loop), None
 
-    def loss_loop(self, *, keep_largest: bool = False) -> CrossEntropyLoop:
+    def loss_loop(self, *, keep_largest: bool = False) -> HeadLoop:
         """How losses are computed without logits."""
-        comm = group = None
-        sequence_parallel = self.sequence_parallel and not self.explicit_expert_comm
-        if self.tp_group is not None and self.tp_group.size() > 1:
-            group = self.tp_group
-            reduces = not (sequence_parallel or self.explicit_expert_comm or self.disable_grad_reduce)
-            comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
         tiles = self.head_tiles
         if keep_largest and tiles.keep is None:  # prediction heads: all their losses come before any backward pass
             tiles = replace(tiles, keep=0)
-        fuse_wgrad = self.gradient_accumulation_fusion
-        return CrossEntropyLoop(tiles, group, comm, fuse_wgrad=fuse_wgrad, keep_largest=keep_largest)
+        return replace(head_loop(self, tiles), keep_largest=keep_largest)
+
+
+def head_loop(layer: ColumnParallelLinear, tiles: HeadTiles) -> HeadLoop:
+    """How a tile loop takes the place of an output layer, tiled or stock: its collectives, where its gradient goes."""
+    comm = group = None
+    sequence_parallel = layer.sequence_parallel and not layer.explicit_expert_comm
+    if layer.tp_group is not None and layer.tp_group.size() > 1:
+        group = layer.tp_group
+        reduces = not (sequence_parallel or layer.explicit_expert_comm or layer.disable_grad_reduce)
+        comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
+    return HeadLoop(tiles, group, comm, fuse_wgrad=layer.gradient_accumulation_fusion)
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:

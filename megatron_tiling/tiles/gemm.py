@@ -27,9 +27,11 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         (torch.bmm if batched else torch.mm)(a, b, out=out)
 
 
-def scratch(like: Tensor, *shape: int) -> Tensor:
-    """New memory of the dtype and on the device of ``like``, of whose rows a part becomes an operand of ``gemm_into``.
+def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """New memory of the dtype (or another) and on the device of ``like``.
+
+    Of its rows a part becomes an operand of ``gemm_into``.
 
     On a CPU it is zeroed: there products of bf16 read such rows beyond their end (torch 2.10, 2.14), times zero.
     """
-    return like.new_empty(shape) if like.is_cuda else like.new_zeros(shape)
+    return like.new_empty(shape, dtype=dtype) if like.is_cuda else like.new_zeros(shape, dtype=dtype)

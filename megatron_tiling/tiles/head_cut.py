@@ -31,12 +31,13 @@ class HeadSizes(NamedTuple):
 
     Attributes:
         tokens, vocabulary, hidden: of this rank's logits, and of the input's features.
-        element_bytes, logit_bytes: of weight and input, and of a logit.
+        element_bytes, logit_bytes: of weight and input, and of a logit with its gradient.
         reduced_by: among how many ranks the input gradient is reduced while there are logits still; 0 if it is not,
             1 if each rank gets all of it.
         sums_wgrad: whether the weight gradient can be summed over token tiles; one narrower than float32 loses
             precision.
         dgrad, wgrad: which gradients there are.
+        chosen_from: of how many tokens these were chosen; 0 if they are all.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class HeadSizes(NamedTuple):
     sums_wgrad: bool = True
     dgrad: bool = True
     wgrad: bool = True
+    chosen_from: int = 0
 
 
 class HeadCut(NamedTuple):
@@ -108,8 +110,9 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         heights = [tiles.tokens]
     elif sizes.sums_wgrad or not sizes.wgrad:
         heights = [_aligned(ceil(sizes.tokens / parts)) for parts in TOKEN_TILES]
-        whole_rows = (bound - _beside_logits(sizes, 1, several=False)) // (sizes.vocabulary * sizes.logit_bytes)
-        heights.append(max(whole_rows // ALIGNMENT * ALIGNMENT, 1))
+        whole_rows = (bound - _beside_logits(sizes, 1, bound, several=False)) // (sizes.vocabulary * sizes.logit_bytes)
+        if whole_rows >= ALIGNMENT:
+            heights.append(whole_rows // ALIGNMENT * ALIGNMENT)
     else:
         heights = [sizes.tokens]
     cuts = []
@@ -121,7 +124,7 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         else:
             column_parts = _ranges(sizes.vocabulary, _widest(sizes, height, bound))
         cut = HeadCut(token_parts, column_parts, 0)
-        beside = _beside_logits(sizes, cut.height, several=len(column_parts) > 1)
+        beside = _beside_logits(sizes, cut.height, bound, several=len(column_parts) > 1)
         tile = cut.height * cut.width * sizes.logit_bytes
         cuts.append((cut._replace(kept=_kept(tiles, cut, bound - beside, tile)), beside + tile))
     fitting = [(_time(cut, sizes), index) for index, (cut, memory) in enumerate(cuts) if memory <= bound]
@@ -137,24 +140,29 @@ def _kept(tiles: HeadTiles, cut: HeadCut, room: int, tile_bytes: int) -> int:
     return min(asked, max(1, room // max(tile_bytes, 1)))
 
 
-def _beside_logits(sizes: HeadSizes, height: int, *, several: bool) -> int:
-    """Bytes of the input gradient while there are logits: its float32 sum over several vocabulary tiles, the result."""
-    if not sizes.dgrad:
-        return 0
-    features = sizes.tokens * sizes.hidden * sizes.element_bytes
+def _beside_logits(sizes: HeadSizes, height: int, bound: int, *, several: bool) -> int:
+    """Bytes that there are with logits: the input gradient's sum over vocabulary tiles, and what has all tokens.
+
+    Chosen rows and the result have all tokens, and are there whatever the cut: half of the bound is the logits' anyway.
+    """
+    token_bytes = sizes.hidden * sizes.element_bytes
+    rows = token_bytes * sizes.tokens if sizes.chosen_from else 0
     summed = several and sizes.element_bytes < 4
-    result = 0 if summed and height == sizes.tokens and not sizes.reduced_by else features
+    total = height * (4 * sizes.hidden if summed else token_bytes) if summed or sizes.chosen_from else 0
+    result = token_bytes * (sizes.chosen_from or sizes.tokens)
     if sizes.reduced_by > 1:
-        result += features // sizes.reduced_by
-    return result + (4 * height * sizes.hidden if summed else 0)
+        result += result // sizes.reduced_by
+    if total and height == sizes.tokens and not sizes.reduced_by:
+        result = 0  # it can wait for the logits' memory
+    return min(rows + result, bound // 2) + total if sizes.dgrad else min(rows, bound // 2)
 
 
 def _widest(sizes: HeadSizes, height: int, bound: int) -> int:
     """Columns of the widest tile within the bound."""
     row_bytes = height * sizes.logit_bytes
-    if sizes.vocabulary * row_bytes + _beside_logits(sizes, height, several=False) <= bound:
+    if sizes.vocabulary * row_bytes + _beside_logits(sizes, height, bound, several=False) <= bound:
         return sizes.vocabulary
-    columns = (bound - _beside_logits(sizes, height, several=True)) // row_bytes
+    columns = (bound - _beside_logits(sizes, height, bound, several=True)) // row_bytes
     return min(max(columns, LEAST_COLUMNS) // ALIGNMENT * ALIGNMENT, sizes.vocabulary)
 
 

@@ -1,16 +1,50 @@
 """What the head does to a tile of logits: softmax statistics of its tokens, and its gradient in place.
 
-Two functions, in torch here and as Triton kernels in ``kernels/softmax.py``. A tile has ``n_t`` tokens and
-``v_t`` columns, ``first_column`` and on of this rank's; labels are numbered as those.
+Two functions, in torch here and as Triton kernels in ``kernels/softmax.py``. A tile has ``n_t`` tokens and ``v_t``
+columns, ``first_column`` and on of this rank's; the ``k`` chosen columns of a token are numbered as those.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitScale:
+    """How products of hidden states and weight become logits: ``cap * tanh(scale * product / cap) / temperature``.
+
+    Args:
+        scale: multiplies products before all else.
+        softcap: ``None`` leaves the tanh out.
+        temperature: divides last.
+
+    Raises:
+        ValueError: a softcap or temperature that is not positive.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("softcap", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value}: must be greater than 0")
+
+    @property
+    def slope(self) -> float:
+        """Of a logit by its product, but for the tanh's."""
+        return self.scale / self.temperature
+
+    def __call__(self, products: Tensor) -> Tensor:
+        if self.softcap is None:
+            return products * self.slope
+        return torch.tanh(products * (self.scale / self.softcap)) * (self.softcap / self.temperature)
 
 
 @dataclass(frozen=True)
@@ -19,21 +53,30 @@ class Statistics:
 
     Args:
         largest, sum_exp: the largest logit so far and the sum of ``exp(logit - largest)``.
-        label_logit: the label's, if it was among the columns so far.
+        column_logits: ``[n, k]``, those of the chosen columns that were among the columns so far.
+        weighted: the sum of ``exp(logit - largest) * (logit - largest)``; ``None`` if not wanted.
         argmax: the column of the largest; ``None`` if not wanted.
     """
 
     largest: Tensor
     sum_exp: Tensor
-    label_logit: Tensor
+    column_logits: Tensor
+    weighted: Tensor | None = None
     argmax: Tensor | None = None
 
     @classmethod
-    def of_no_logits(cls, labels: Tensor, dtype: torch.dtype, *, argmax: bool = False) -> Statistics:
-        """Those of the tokens of ``labels [n]`` to begin with."""
-        zeros = torch.zeros(2, len(labels), dtype=dtype, device=labels.device)
-        largest = torch.full_like(zeros[0], float("-inf"))
-        return cls(largest, zeros[0], zeros[1], torch.zeros_like(labels) if argmax else None)
+    def of_no_logits(
+        cls, columns: Tensor, dtype: torch.dtype, *, weighted: bool = False, argmax: bool = False
+    ) -> Statistics:
+        """Those of the tokens of ``columns [n, k]`` to begin with."""
+        zeros = torch.zeros(3, len(columns), dtype=dtype, device=columns.device)
+        return cls(
+            torch.full_like(zeros[0], float("-inf")),
+            zeros[1],
+            torch.zeros_like(columns, dtype=dtype),
+            zeros[2] if weighted else None,
+            torch.zeros_like(columns[:, 0]) if argmax else None,
+        )
 
     def of(self, tokens: slice) -> Statistics:
         """Views of some tokens' statistics."""
@@ -42,46 +85,91 @@ class Statistics:
         return Statistics(**parts)
 
 
-def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: float, statistics: Statistics) -> None:
-    """Take a tile of logits ``[n_t, v_t]`` into the statistics of its tokens.
+class TokenGradients(NamedTuple):
+    """What the gradient of a tile of logits takes of each token; of the entropy nothing if it has no gradient.
+
+    Attributes:
+        log_sum_exp: ``[n]``.
+        of_columns: ``[n, k]``, the gradient of the log-probabilities of the chosen columns.
+        of_entropy: ``[n]``, the gradient of the entropy.
+        entropy: ``[n]``.
+    """
+
+    log_sum_exp: Tensor
+    of_columns: Tensor
+    of_entropy: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def of(self, tokens: slice) -> TokenGradients:
+        return TokenGradients(*(None if value is None else value[tokens] for value in self))  # type: ignore[arg-type]
+
+
+def update_statistics(
+    products: Tensor, first_column: int, columns: Tensor, scale: LogitScale, statistics: Statistics
+) -> None:
+    """Take a tile ``[n_t, v_t]`` into the statistics of its tokens.
 
     Args:
-        labels: ``[n_t]``; others than this tile's columns are passed over.
-        scale: multiplies the logits before all else.
+        columns: ``[n_t, k]``; others than this tile's are passed over.
     """
-    largest, sum_exp, label_logit = statistics.largest, statistics.sum_exp, statistics.label_logit
-    scaled = logits.to(sum_exp.dtype) * scale
-    tile_largest, tile_argmax = scaled.max(dim=-1)
+    largest, sum_exp, weighted = statistics.largest, statistics.sum_exp, statistics.weighted
+    logits = scale(products.to(sum_exp.dtype))
+    tile_largest, tile_argmax = logits.max(dim=-1)
     if statistics.argmax is not None:
         statistics.argmax.copy_(torch.where(tile_largest > largest, first_column + tile_argmax, statistics.argmax))
     new_largest = torch.maximum(largest, tile_largest)
     shift = torch.where(torch.isneginf(new_largest), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
+    shifted = logits - shift[:, None]
+    exp = shifted.exp()
+    if weighted is not None:
+        shift_weighted(weighted, sum_exp, largest - shift)
+        weighted += torch.where(exp > 0, exp * shifted, 0.0).sum(dim=-1)
     sum_exp *= torch.exp(largest - shift)
-    sum_exp += torch.exp(scaled - shift[:, None]).sum(dim=-1)
+    sum_exp += exp.sum(dim=-1)
     largest.copy_(new_largest)
-    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
-    label_logit.copy_(torch.where(here, scaled.gather(1, columns[:, None]).squeeze(1), label_logit))
+    here, at = _columns_here(columns, first_column, products.shape[1])
+    column_logits = statistics.column_logits
+    column_logits.copy_(torch.where(here, logits.gather(1, at), column_logits))
+
+
+def shift_weighted(weighted: Tensor, sum_exp: Tensor, shift: Tensor) -> None:
+    """What ``weighted`` is for logits that are larger than another number, by ``shift``, in place."""
+    weighted += torch.where(sum_exp > 0, sum_exp * shift, 0.0)
+    weighted *= torch.exp(shift)
 
 
 def logits_to_gradient(
-    logits: Tensor, first_column: int, labels: Tensor, log_sum_exp: Tensor, grad_loss: Tensor, scale: float
+    products: Tensor, out: Tensor, first_column: int, columns: Tensor, scale: LogitScale, gradients: TokenGradients
 ) -> None:
-    """Overwrite a tile of logits with the gradient of the losses with respect to it.
+    """The gradient of log-probabilities and entropies with respect to a tile of products.
 
-    ``(exp(scale * logit - log_sum_exp) - onehot(label)) * grad_loss * scale``
+    With ``p`` of a logit, the gradients ``g`` of the token's columns and ``e`` of its entropy ``H``, that of a logit is
+    ``g`` where it is a chosen column, less ``p * (sum(g) + e * (log(p) + H))``.
 
     Args:
-        logits: ``[n_t, v_t]``.
-        labels, log_sum_exp, grad_loss: ``[n_t]``.
+        products: ``[n_t, v_t]``.
+        out: ``[n_t, v_t]``, the same memory or other; of the dtype that the products' operands have.
+        columns: ``[n_t, k]``.
+        gradients: of the tile's tokens.
     """
-    gradient = torch.exp(logits.to(log_sum_exp.dtype) * scale - log_sum_exp[:, None])
-    columns, here = _columns_of_labels(labels, first_column, logits.shape[1])
-    gradient.scatter_add_(1, columns[:, None], -here[:, None].to(gradient.dtype))
-    logits.copy_(gradient * (grad_loss * scale)[:, None])
+    dtype = gradients.log_sum_exp.dtype
+    logits = scale(products.to(dtype))
+    slope = torch.full_like(logits, scale.slope)
+    if scale.softcap is not None:
+        slope *= 1 - (logits * (scale.temperature / scale.softcap)).square()
+    log_p = logits - gradients.log_sum_exp[:, None]
+    p = log_p.exp()
+    gradient = -p * gradients.of_columns.sum(dim=1, keepdim=True)
+    if gradients.of_entropy is not None and gradients.entropy is not None:
+        pull = p * (log_p + gradients.entropy[:, None]) * gradients.of_entropy[:, None]
+        gradient -= torch.where(p > 0, pull, 0.0)
+    here, at = _columns_here(columns, first_column, products.shape[1])
+    gradient.scatter_add_(1, at, torch.where(here, gradients.of_columns, 0.0))
+    out.copy_(gradient * slope)
 
 
-def _columns_of_labels(labels: Tensor, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Each label's column in the tile, 0 if it has none there, and whether it has one."""
-    column = labels - first_column
-    here = (column >= 0) & (column < columns)
-    return torch.where(here, column, 0), here
+def _columns_here(columns: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether chosen columns are in the tile, and where, or 0."""
+    at = columns - first_column
+    here = (at >= 0) & (at < width)
+    return here, torch.where(here, at, 0)

@@ -221,7 +221,7 @@ def check_float64() -> None:
     """Vocabulary-parallel losses and gradients against one float64 formula, input gathered or not."""
     import torch.distributed as dist
 
-    from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+    from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
     from megatron_tiling.tiles.head_cut import HeadTiles
     from megatron_tiling.tiles.linear import ColumnComm
 
@@ -251,7 +251,7 @@ def check_float64() -> None:
             group, sequence_parallel, not sequence_parallel, lambda shape, dtype: torch.empty(*shape, dtype=dtype)
         )
         tiles = HeadTiles(tokens=1 + seed, vocabulary_tiles=1 + 3 * seed % shard)
-        result = tiled_linear_cross_entropy(x_rank, w_rank, labels, CrossEntropyLoop(tiles, group, comm))
+        result = tiled_linear_cross_entropy(x_rank, w_rank, labels, HeadLoop(tiles, group, comm))
         result.loss.backward(upstream)
         for ours, exact in ((result.loss, expected), (x_rank.grad, x.grad[rows]), (w_rank.grad, w.grad[columns])):
             torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)

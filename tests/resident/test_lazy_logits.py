@@ -7,7 +7,7 @@ import torch
 
 from megatron_tiling.resident.lazy_logits import LazyLogits, stock_caller
 from megatron_tiling.resident.stock_code import is_stock
-from megatron_tiling.tiles.head import CrossEntropyLoop
+from megatron_tiling.tiles.head import HeadLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
 from tests.support.launch import torchrun
 
@@ -25,7 +25,7 @@ def weight():
 
 
 def lazy(hidden, weight):
-    return LazyLogits(hidden, weight, CrossEntropyLoop(HeadTiles(vocabulary_tiles=2), keep_largest=True))
+    return LazyLogits(hidden, weight, HeadLoop(HeadTiles(vocabulary_tiles=2), keep_largest=True))
 
 
 def test_the_loss_of_scaled_logits_and_their_largest(hidden, weight):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tiling.tiles import head
+from megatron_tiling.tiles import head_memory
 from megatron_tiling.tiles.gemm import gemm_into
-from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.softmax import LogitScale
 
 
 def dense_losses(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
@@ -59,7 +60,7 @@ def test_losses_and_gradients_equal_dense(
     gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
 
     tiles = HeadTiles(tokens=token_tile, vocabulary_tiles=vocabulary_tiles, keep=keep)
-    loop = CrossEntropyLoop(tiles, scale=scale, keep_largest=True)
+    loop = HeadLoop(tiles, scale=LogitScale(scale), keep_largest=True)
     result = tiled_linear_cross_entropy(hidden, weight, labels, loop)
 
     torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-10)
@@ -77,7 +78,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(keep):
     """The first backward pass leaves gradients where the kept logits were."""
     hidden, weight, labels, upstream = problem((5, 3), 23, 4, seed=8)
     loss = tiled_linear_cross_entropy(
-        hidden, weight, labels, CrossEntropyLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
+        hidden, weight, labels, HeadLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
     ).loss
     expected = torch.autograd.grad(dense_losses(hidden, weight, labels), (hidden, weight), upstream)
     for _ in range(3):
@@ -88,17 +89,17 @@ def test_a_retained_graph_gives_the_same_gradients_again(keep):
 @pytest.mark.parametrize(("keep", "made"), [(0, 24), (None, 12), (1, 23), (5, 19), ("all", 12), (99, 12)])
 def test_kept_tiles_are_not_made_again(keep, made, monkeypatch):
     calls = []
-    monkeypatch.setattr(head, "gemm_into", lambda *args, **kwargs: calls.append(gemm_into(*args, **kwargs)))
+    monkeypatch.setattr(head_memory, "gemm_into", lambda *args, **kwargs: calls.append(gemm_into(*args, **kwargs)))
     hidden, weight, labels, upstream = problem((5, 3), 23, 4, seed=8)
     weight.requires_grad_(False)
-    loop = CrossEntropyLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
+    loop = HeadLoop(HeadTiles(tokens=6, vocabulary_tiles=4, keep=keep))
     tiled_linear_cross_entropy(hidden, weight, labels, loop).loss.backward(upstream)
     assert len(calls) == made + 12  # tiles made, input gradients
 
 
 def test_gradcheck():
     hidden, weight, labels, _ = problem((3, 2), 7, 4, seed=1, outside=False)
-    loop = CrossEntropyLoop(HeadTiles(tokens=4, vocabulary_tiles=3), scale=0.7)
+    loop = HeadLoop(HeadTiles(tokens=4, vocabulary_tiles=3), scale=LogitScale(0.7))
     assert torch.autograd.gradcheck(lambda x, w: tiled_linear_cross_entropy(x, w, labels, loop).loss, (hidden, weight))
 
 
@@ -108,7 +109,7 @@ def test_frozen_inputs_get_no_gradient(frozen):
     expected = torch.autograd.grad(dense_losses(hidden, weight, labels), (hidden, weight), upstream)
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     trained = weight if frozen == "hidden" else hidden
-    loop = CrossEntropyLoop(HeadTiles(tokens=3, vocabulary_tiles=4))
+    loop = HeadLoop(HeadTiles(tokens=3, vocabulary_tiles=4))
     tiled_linear_cross_entropy(hidden, weight, labels, loop).loss.backward(upstream)
     torch.testing.assert_close(trained.grad, expected[frozen == "hidden"], rtol=1e-10, atol=1e-10)
     assert (hidden if frozen == "hidden" else weight).grad is None
@@ -123,7 +124,7 @@ def test_weight_gradient_is_added_to_main_grad(tiles, dtype):
     parameter = torch.nn.Parameter(weight.detach().to(dtype))
     parameter.main_grad = main_grad.clone().detach()
     parameter.grad_added_to_main_grad = False
-    loop = CrossEntropyLoop(tiles, fuse_wgrad=True)
+    loop = HeadLoop(tiles, fuse_wgrad=True)
     result = tiled_linear_cross_entropy(hidden.detach().to(dtype), parameter, labels, loop)
     result.loss.backward(upstream.to(dtype))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
@@ -147,7 +148,7 @@ def test_narrow_inputs_are_no_further_from_float64_than_dense(dtype):
 
     reference = errors(lambda x, w: dense_losses(x, w, labels), wide=True)
     dense = errors(lambda x, w: _dense_narrow(x, w, labels), wide=False)
-    loop = CrossEntropyLoop(HeadTiles(vocabulary_tiles=8))
+    loop = HeadLoop(HeadTiles(vocabulary_tiles=8))
     tiled = errors(lambda x, w: tiled_linear_cross_entropy(x, w, labels, loop).loss, wide=False)
     for ours, theirs, exact in zip(tiled, dense, reference, strict=True):
         assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
@@ -161,7 +162,7 @@ def _dense_narrow(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def test_no_tokens():
     hidden = torch.zeros(0, 2, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    loop = CrossEntropyLoop(HeadTiles(tokens=3, vocabulary_tiles=2))
+    loop = HeadLoop(HeadTiles(tokens=3, vocabulary_tiles=2))
     loss = tiled_linear_cross_entropy(hidden, weight, torch.zeros(0, 2, dtype=torch.int64), loop).loss
     loss.sum().backward()
     assert loss.shape == (0, 2) and hidden.grad.shape == hidden.shape and not weight.grad.any()
@@ -170,7 +171,7 @@ def test_no_tokens():
 def test_a_non_contiguous_input():
     hidden, weight, labels, upstream = problem((4, 3), 9, 5, seed=5)
     turned = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    loop = CrossEntropyLoop(HeadTiles(tokens=5, vocabulary_tiles=2))
+    loop = HeadLoop(HeadTiles(tokens=5, vocabulary_tiles=2))
     tiled_linear_cross_entropy(turned, weight, labels, loop).loss.backward(upstream)
     expected = torch.autograd.grad(dense_losses(hidden, weight, labels), hidden, upstream)[0]
     torch.testing.assert_close(turned.grad, expected, rtol=1e-10, atol=1e-10)
@@ -179,4 +180,4 @@ def test_a_non_contiguous_input():
 def test_labels_of_another_shape_are_refused():
     hidden, weight, labels, _ = problem((4, 3), 9, 5, seed=7)
     with pytest.raises(ValueError, match=r"labels have shape \[3, 4\], the hidden states \[4, 3\] tokens"):
-        tiled_linear_cross_entropy(hidden, weight, labels.t(), CrossEntropyLoop())
+        tiled_linear_cross_entropy(hidden, weight, labels.t(), HeadLoop())

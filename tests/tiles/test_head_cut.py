@@ -53,7 +53,7 @@ def test_all_that_the_backward_pass_holds_is_within_the_bound(memory_mib, ranks,
     several = len(cut.columns) > 1
     held += 4 * cut.height * sizes.hidden if several else 0
     if len(cut.tokens) > 1 or not several or ranks > 1:
-        held += features + (features // ranks if ranks > 1 else 0)
+        held += min(features + (features // ranks if ranks > 1 else 0), memory_mib * MIB // 2)
     if held > memory_mib * MIB:  # there is no such cut
         assert not sums_wgrad and cut.width == 4096
     else:
@@ -85,3 +85,15 @@ def test_the_last_tile_is_a_whole_one() -> None:
     cut = HeadTiles(320).cut(LLAMA)
     assert cut.columns[-1].stop - cut.columns[-1].start == cut.width == 12288
     assert cut.columns[0].stop == 128256 % 12288
+
+
+def test_many_tokens_leave_half_of_the_bound_to_tiles() -> None:
+    """Of 32768 tokens the input gradient alone has 256 MiB."""
+    cut = HeadTiles().cut(HeadSizes(32768, 151936, 4096))
+    assert cut.height * (4 * 4096 + 2 * cut.width) <= 136 * MIB and cut.height >= 2048 and cut.width >= 8192
+
+
+def test_chosen_tokens_are_copied() -> None:
+    half = LLAMA._replace(tokens=4096, chosen_from=8192)
+    cut, whole = HeadTiles().cut(half), HeadTiles().cut(LLAMA._replace(tokens=4096))
+    assert cut.height * cut.width < whole.height * whole.width

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tiling.tiles.head import CrossEntropyLoop, softmax_for, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head import HeadLoop, softmax_for, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
-from megatron_tiling.tiles.softmax import Statistics
+from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -16,11 +16,12 @@ DTYPES = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 1000, 0), (64, 8192, 300), (5, 4097, 8192), (3, 1, 0)])
-@pytest.mark.parametrize("scale", [1.0, -0.5])
-def test_kernels_equal_float64(dtype, shape, scale):
+@pytest.mark.parametrize("scale", [LogitScale(), LogitScale(-0.5), LogitScale(1.0, 5.0, 0.8)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_kernels_equal_float64(dtype, shape, scale, k):
     tokens, columns, first = shape
     logits = (torch.randn(tokens, columns + 7, device="cuda") * 3).to(dtype)[:, :columns]
-    labels = torch.randint(-2, columns + first + 5, (tokens,), device="cuda")
+    labels = torch.randint(-2, columns + first + 5, (tokens, k), device="cuda")
     upstream = torch.linspace(-1, 1, tokens, device="cuda")
     found = [_run(logits.to(wide), first, labels, scale, upstream) for wide in (dtype, torch.float64)]
     for ours, exact in zip(*found, strict=True):
@@ -31,15 +32,19 @@ def test_kernels_equal_float64(dtype, shape, scale):
             assert torch.equal(ours, exact)
 
 
-def _run(logits: Tensor, first: int, labels: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, ...]:
+def _run(products: Tensor, first: int, columns: Tensor, scale: LogitScale, upstream: Tensor) -> tuple[Tensor, ...]:
     """Statistics of two equal tiles of logits, and the gradient of one."""
-    form, wide = softmax_for(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
-    statistics = Statistics.of_no_logits(labels, wide, argmax=True)
+    form, wide = softmax_for(products), torch.float64 if products.dtype == torch.float64 else torch.float32
+    statistics = Statistics.of_no_logits(columns, wide, weighted=True, argmax=True)
     for _ in range(2):
-        form.update_statistics(logits, first, labels, scale, statistics)
-    gradient = logits.clone()
-    log_sum_exp = statistics.largest + statistics.sum_exp.log()
-    form.logits_to_gradient(gradient, first, labels, log_sum_exp, upstream.to(wide), scale)
+        form.update_statistics(products, first, columns, scale, statistics)
+    gradient = products.clone()
+    log_sum = statistics.sum_exp.log()
+    given = TokenGradients(
+        statistics.largest + log_sum, upstream.to(wide)[:, None].expand(columns.shape), upstream.to(wide),
+        log_sum - statistics.weighted / statistics.sum_exp,
+    )  # fmt: skip
+    form.logits_to_gradient(gradient, gradient, first, columns, scale, given)
     return *vars(statistics).values(), gradient
 
 
@@ -59,7 +64,7 @@ def test_no_further_from_float64_than_dense(dtype, main_grad, tiles):
     def tiled(hidden: Tensor, weight: Tensor) -> Tensor:
         if main_grad:
             weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-        loop = CrossEntropyLoop(tiles, fuse_wgrad=main_grad)
+        loop = HeadLoop(tiles, fuse_wgrad=main_grad)
         return tiled_linear_cross_entropy(hidden, weight, labels, loop).loss
 
     def errors(losses_of, exact=None, wide=dtype):

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.grid import TileGrid
-from megatron_tiling.tiles.head import CrossEntropyLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
+from megatron_tiling.tiles.scores import tiled_scores
+from tests.tiles.plain_scores import plain_scores, problem
 
 TOKENS, HIDDEN, FEATURES = (5, 3), 6, 8
 Layout = Callable[[Tensor], Tensor]
@@ -96,10 +98,20 @@ def test_mlp(layout: Layout, gated: bool, keep: int, with_scale: bool) -> None:
 def test_head(layout: Layout, tokens: int, vocabulary: int) -> None:
     hidden, weight = inputs = leaves((*TOKENS, HIDDEN), (FEATURES, HIDDEN))
     labels = torch.randint(0, FEATURES, TOKENS)
-    loop = CrossEntropyLoop(HeadTiles(tokens=tokens, vocabulary_tiles=vocabulary))
+    loop = HeadLoop(HeadTiles(tokens=tokens, vocabulary_tiles=vocabulary))
     loss = tiled_linear_cross_entropy(hidden, weight, labels, loop).loss
     exact = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="none").view(TOKENS)
     compare([loss], [exact], inputs, [layout])
+
+
+@settings(max_examples=30)
+@given(layouts=st.lists(LAYOUTS, min_size=2, max_size=2), k=st.integers(1, 3), masked=st.booleans())
+def test_scores(layouts: list[Layout], k: int, masked: bool) -> None:
+    case = problem(TOKENS, FEATURES, HIDDEN, k, seed=k)
+    mask = case.mask if masked else None
+    scores = tiled_scores(*case[:3], entropy=True, mask=mask)
+    plain = plain_scores(*case[:3], mask)
+    compare([scores.log_probs, scores.entropy], [plain.log_probs, plain.entropy], list(case[:2]), layouts)
 
 
 @pytest.mark.parametrize("layout", [one_for_all, transposed, window])
@@ -108,7 +120,7 @@ def test_fused_weight_gradients(layout: Layout) -> None:
     weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
     grid = TileGrid(HIDDEN, FEATURES, 2, 3)
     linear = tiled_linear(x, weight, None, TileLoop(grid, fuse_wgrad=True))
-    loss = tiled_linear_cross_entropy(x, weight, labels, CrossEntropyLoop(fuse_wgrad=True)).loss
+    loss = tiled_linear_cross_entropy(x, weight, labels, HeadLoop(fuse_wgrad=True)).loss
     assert isinstance(linear, Tensor)
     upstream = [layout(torch.randn_like(output)) for output in (linear, loss)]
     torch.autograd.backward([linear, loss], upstream)

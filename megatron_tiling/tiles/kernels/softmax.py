@@ -10,100 +10,147 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tiling.tiles.softmax import Statistics
+from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
 
 
-def update_statistics(logits: Tensor, first_column: int, labels: Tensor, scale: float, statistics: Statistics) -> None:
+def update_statistics(
+    products: Tensor, first_column: int, columns: Tensor, scale: LogitScale, statistics: Statistics
+) -> None:
     """See ``tiles/softmax.py``."""
-    tokens, columns = logits.shape
+    tokens, width = products.shape
     if tokens == 0:
         return
-    written = statistics.largest, statistics.sum_exp, statistics.label_logit, statistics.argmax
-    _check_written(logits, *written)
-    block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(logits):
+    written = (
+        statistics.largest, statistics.sum_exp, statistics.column_logits, statistics.weighted, statistics.argmax,
+    )  # fmt: skip
+    _check_written(products, *written)
+    block = min(STATISTICS_BLOCK, triton.next_power_of_2(width))
+    chosen = columns.shape[1]
+    with torch.cuda.device_of(products):
         _update_statistics[(tokens,)](
-            logits, logits.stride(0), columns, first_column, labels.contiguous(), scale,
-            *written,
-            BLOCKS=triton.cdiv(columns, block), BLOCK=block, num_warps=STATISTICS_WARPS,
+            products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
+            CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(chosen), CAPPED=scale.softcap is not None,
+            BLOCKS=triton.cdiv(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
         )  # fmt: skip
 
 
 def logits_to_gradient(
-    logits: Tensor, first_column: int, labels: Tensor, log_sum_exp: Tensor, grad_loss: Tensor, scale: float
+    products: Tensor, out: Tensor, first_column: int, columns: Tensor, scale: LogitScale, gradients: TokenGradients
 ) -> None:
     """See ``tiles/softmax.py``."""
-    tokens, columns = logits.shape
+    tokens, width = products.shape
     if tokens == 0:
         return
-    _check_written(logits)
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
+    _check_written(products)
+    _check_written(out)
     # Autograd hands over gradients of any stride: of `losses.sum()` one element for all tokens.
-    with torch.cuda.device_of(logits):
-        _logits_to_gradient[(tokens, triton.cdiv(columns, block))](
-            logits, logits.stride(0), columns, first_column,
-            labels.contiguous(), log_sum_exp.contiguous(), grad_loss.contiguous(), scale,
-            BLOCK=block, num_warps=GRADIENT_WARPS,
+    log_sum_exp, of_columns, of_entropy, entropy = (
+        None if value is None else value.contiguous() for value in gradients
+    )
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device_of(products):
+        _logits_to_gradient[(tokens, triton.cdiv(width, block))](
+            products, products.stride(0), out, out.stride(0), width, first_column, columns.contiguous(),
+            *_factors(scale), scale.slope, log_sum_exp, of_columns, of_entropy, entropy,
+            CHOSEN=columns.shape[1], CAPPED=scale.softcap is not None, BLOCK=block, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
 
 
-def _check_written(logits: Tensor, *statistics: Tensor | None) -> None:
+def _factors(scale: LogitScale) -> tuple[float, float]:
+    """What a product is multiplied by, before the tanh if there is one, and after it."""
+    if scale.softcap is None:
+        return scale.slope, 1.0
+    return scale.scale / scale.softcap, scale.softcap / scale.temperature
+
+
+def _check_written(tile: Tensor, *statistics: Tensor | None) -> None:
     """What the kernels write lies as they suppose: rows of logits dense, statistics dense."""
-    if (logits.shape[1] > 1 and logits.stride(1) != 1) or not all(
+    if (tile.shape[1] > 1 and tile.stride(1) != 1) or not all(
         tensor is None or tensor.is_contiguous() for tensor in statistics
     ):
         raise ValueError("a tile of logits needs dense rows, and the statistics of its tokens must be contiguous")
 
 
 @triton.jit
+def _logit(product, inner, outer, CAPPED: tl.constexpr):
+    logit = product.to(tl.float32) * inner
+    if CAPPED:
+        logit = (2.0 * tl.sigmoid(2.0 * logit) - 1.0) * outer  # tanh
+    return logit
+
+
+@triton.jit
 def _update_statistics(
-    logits_ptr, row_stride, columns, first_column, labels_ptr, scale,
-    largest_ptr, sum_exp_ptr, label_logit_ptr, argmax_ptr,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    products_ptr, row_stride, width, first_column, columns_ptr, inner, outer,
+    largest_ptr, sum_exp_ptr, column_logits_ptr, weighted_ptr, argmax_ptr,
+    CHOSEN: tl.constexpr, CHOSEN_BLOCK: tl.constexpr, CAPPED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + token * row_stride
+    row_ptr = products_ptr + token * row_stride
     largest = tl.load(largest_ptr + token)
     sum_exp = tl.load(sum_exp_ptr + token)
+    if weighted_ptr is not None:
+        weighted = tl.load(weighted_ptr + token)
     if argmax_ptr is not None:
         argmax = tl.load(argmax_ptr + token)
     for index in range(BLOCKS):  # of a known number: Triton's interpreter takes no other since numpy 2.5
         column = index * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        logit = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32) * scale
+        inside = column < width
+        logit = _logit(tl.load(row_ptr + column, mask=inside, other=0.0), inner, outer, CAPPED)
         logit = tl.where(inside, logit, float("-inf"))
         block_largest = tl.max(logit, axis=0)
         if argmax_ptr is not None:
-            first = tl.min(tl.where(logit == block_largest, column, columns), axis=0)
+            first = tl.min(tl.where(logit == block_largest, column, width), axis=0)
             argmax = tl.where(block_largest > largest, (first_column + first).to(tl.int64), argmax)
         new_largest = tl.maximum(largest, block_largest)
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
-        sum_exp = sum_exp * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift), axis=0)
+        exp = tl.exp(logit - shift)
+        decay = tl.exp(largest - shift)
+        if weighted_ptr is not None:
+            before = tl.where(sum_exp > 0, weighted + sum_exp * (largest - shift), 0.0)
+            weighted = before * decay + tl.sum(tl.where(exp > 0, exp * (logit - shift), 0.0), axis=0)
+        sum_exp = sum_exp * decay + tl.sum(exp, axis=0)
         largest = new_largest
     tl.store(largest_ptr + token, largest)
     tl.store(sum_exp_ptr + token, sum_exp)
+    if weighted_ptr is not None:
+        tl.store(weighted_ptr + token, weighted)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + token, argmax)
-    label = tl.load(labels_ptr + token) - first_column
-    if (label >= 0) & (label < columns):
-        tl.store(label_logit_ptr + token, tl.load(row_ptr + label).to(tl.float32) * scale)
+    slot = tl.arange(0, CHOSEN_BLOCK)
+    at = tl.load(columns_ptr + token * CHOSEN + slot, mask=slot < CHOSEN, other=0) - first_column
+    here = (slot < CHOSEN) & (at >= 0) & (at < width)
+    chosen = _logit(tl.load(row_ptr + at, mask=here, other=0.0), inner, outer, CAPPED)
+    tl.store(column_logits_ptr + token * CHOSEN + slot, chosen, mask=here)
 
 
 @triton.jit
 def _logits_to_gradient(
-    logits_ptr, row_stride, columns, first_column, labels_ptr, log_sum_exp_ptr, grad_loss_ptr, scale,
-    BLOCK: tl.constexpr,
+    products_ptr, row_stride, out_ptr, out_stride, width, first_column, columns_ptr, inner, outer, slope,
+    log_sum_exp_ptr, of_columns_ptr, of_entropy_ptr, entropy_ptr,
+    CHOSEN: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    pointers = logits_ptr + token * row_stride + column
-    logit = tl.load(pointers, mask=inside).to(tl.float32) * scale
-    label = tl.load(labels_ptr + token) - first_column
-    factor = tl.load(grad_loss_ptr + token) * scale
-    gradient = tl.exp(logit - tl.load(log_sum_exp_ptr + token))
-    gradient = tl.where(column == label, gradient - 1.0, gradient) * factor
-    tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+    inside = column < width
+    logit = _logit(tl.load(products_ptr + token * row_stride + column, mask=inside, other=0.0), inner, outer, CAPPED)
+    log_p = logit - tl.load(log_sum_exp_ptr + token)
+    p = tl.exp(log_p)
+    total = 0.0
+    chosen = tl.zeros([BLOCK], tl.float32)
+    for index in range(CHOSEN):
+        at = tl.load(columns_ptr + token * CHOSEN + index) - first_column
+        of_column = tl.load(of_columns_ptr + token * CHOSEN + index)
+        total += of_column
+        chosen = tl.where(column == at, chosen + of_column, chosen)
+    if of_entropy_ptr is not None:
+        pull = tl.load(of_entropy_ptr + token) * (log_p + tl.load(entropy_ptr + token))
+        gradient = chosen - tl.where(p > 0, p * (total + pull), 0.0)
+    else:
+        gradient = chosen - p * total
+    if CAPPED:
+        gradient *= 1.0 - (logit / outer) * (logit / outer)
+    tl.store(out_ptr + token * out_stride + column, (gradient * slope).to(out_ptr.dtype.element_ty), mask=inside)
