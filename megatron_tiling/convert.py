@@ -23,9 +23,9 @@ from megatron_tiling.report import LayerReport
 from megatron_tiling.resident.adapters import name_without_adapters, unwrapped
 from megatron_tiling.resident.layers import (
     RESIDENT_CLASSES,
-    WIDER_OUTPUT,
     TiledParallelLinear,
     check_layer,
+    reason_in_output_dtype,
     shard_shape,
 )
 from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
@@ -185,7 +185,7 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
         ) from None
 
 
-def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None, config: TilingConfig) -> str:
+def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: TilingConfig) -> str:
     attribute = name.rpartition(".")[2]
     if attribute in MLA_DOWN_PROJECTIONS:
         return "multi-latent attention needs the stock class here"
@@ -195,8 +195,8 @@ def _reason_to_stay_dense(name: str, layer: torch.nn.Module, module: str | None,
         return "not one of the modules that are tiled"
     if module not in config.modules:
         return "not in --tiled-linear-modules"
-    if getattr(layer, "output_dtype", None) is not None:
-        return f"--output-logit-dtype: {WIDER_OUTPUT}"
+    if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
+        return reason
     return reason_to_stay_dense(layer, module) if type(layer) in TILED_TE_CLASSES else ""
 
 

@@ -105,10 +105,26 @@ def test_another_fused_loss_keeps_logits_whole() -> None:
 
 def test_an_output_that_is_wider_than_its_input_stays_dense() -> None:
     """Megatron's main branch has ``--output-logit-dtype fp32``."""
+    model = gpt(params_dtype=torch.bfloat16)
+    for dtype, grid in ((torch.float32, "None"), (torch.bfloat16, "1x4")):
+        model.output_layer.output_dtype = dtype
+        (head,) = (report for report in tile(model, TilingConfig()) if report.name == "output_layer")
+        assert str(head.grid) == grid and head.reason.startswith(
+            "--output-logit-dtype torch.float32: " * (grid == "None")
+        )
+
+
+def test_an_output_that_is_wider_than_its_input_is_refused_where_it_is_made() -> None:
+    """By a layer that was told so after it was tiled."""
     model = gpt()
-    model.output_layer.output_dtype = torch.float32
-    (head,) = (report for report in tile(model, TilingConfig()) if report.name == "output_layer")
-    assert head.grid is None and head.reason.startswith("--output-logit-dtype: ")
+    tile(model, TilingConfig())
+    layer = model.decoder.layers[0].mlp.linear_fc1
+    options = {"bias": None, "gradient_accumulation_fusion": False, "allreduce_dgrad": False, "tp_group": None}
+    options |= {"sequence_parallel": False, "grad_output_buffer": None}
+    hidden = torch.ones(2, 1, layer.input_size)
+    assert layer._forward_impl(hidden, layer.weight, output_dtype=torch.float32, **options).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^--output-logit-dtype torch.float64: tiles write their output in the dtype"):
+        layer._forward_impl(hidden, layer.weight, output_dtype=torch.float64, **options)
 
 
 def test_a_layer_without_a_weight_is_not_partitioned() -> None:

@@ -144,9 +144,15 @@ class TiledParallelLinear(torch.nn.Module):
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None = None,
         gtp_remat_size: int = 1,
-        output_dtype: None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> Tensor | list[Tensor]:
-        """What stock's ``forward`` calls, by these keywords."""
+        """What stock's ``forward`` calls, by these keywords.
+
+        Raises:
+            ValueError: the output is wanted in another dtype than the weight's.
+        """
+        if reason := reason_in_output_dtype(output_dtype, weight.dtype):
+            raise ValueError(reason)
         return self._product(input, weight, bias, column_comm(tp_group, sequence_parallel, allreduce_dgrad))
 
     def _product(
@@ -321,8 +327,13 @@ RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
     ColumnParallelLinear: TiledColumnParallelLinear,
     RowParallelLinear: TiledRowParallelLinear,
 }
-#: Megatron's main branch (0.20) has layers whose product is float32.
-WIDER_OUTPUT = "tiles write their output in the dtype of their input"
+
+
+def reason_in_output_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> str:
+    """Why tiles cannot give an output of this dtype, which a layer of Megatron's main branch (0.20) may ask for."""
+    if wanted in (None, dtype):
+        return ""
+    return f"--output-logit-dtype {wanted}: tiles write their output in the dtype of their input"
 
 
 def check_layer(layer: Any) -> None:
@@ -338,8 +349,8 @@ def check_layer(layer: Any) -> None:
             "a tiled layer cannot have its weight sharded by --tensor-parallel-num-weight-shards "
             "(--expert-tensor-parallel-num-weight-shards); leave the flag out, or the layer dense"
         )
-    if getattr(layer, "output_dtype", None) is not None:
-        raise ValueError(f"--output-logit-dtype: {WIDER_OUTPUT}; leave the flag out, or the layer dense")
+    if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
+        raise ValueError(f"{reason}; leave the flag out, or the layer dense")
 
 
 def shard_shape(layer: Any) -> tuple[int, int]:

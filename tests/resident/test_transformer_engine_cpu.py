@@ -38,6 +38,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.feature("on the real TransformerEngine without a GPU: {name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_as_dense(name: str, output: str) -> None:
     assert f"{name}: as " in output, output[-6000:]
