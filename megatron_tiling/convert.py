@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
-from megatron_tiling.log import logger
+from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
@@ -57,7 +57,7 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     asked = [report for report in reports if report.module in config.modules and report.module != "output"]
     if asked and all(report.grid is None for report in asked):
         reasons = ", ".join(dict.fromkeys(report.reason for report in asked))
-        logger.warning("none of the %d linear layers of %s is tiled: %s", len(asked), type(model).__name__, reasons)
+        log_on_rank_0(f"warning: none of the {len(asked)} linear layers of {type(model).__name__} is tiled: {reasons}")
     if not hasattr(model, "tiling_reports"):
         model.tiling_reports = reports  # type: ignore[assignment]
     return reports
@@ -141,11 +141,13 @@ class _Plan:
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
             reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
-            adapted = [name for name, layer in zip(MLP_LAYERS, layers, strict=True) if getattr(mlp, name) is not layer]
-            if not reason and adapted:
-                reason = f"an adapter is around {' and '.join(adapted)}"
+            found = ((child, classes[MLP].reason_in_adapter(getattr(mlp, child))) for child in MLP_LAYERS)
+            adapted = ", ".join(f"{child} {why}" for child, why in found if why)
+            if self.config.partitioned:
+                reason = reason or adapted
             if not reason:
                 self.mlps.append((mlp, classes))
+                reason = adapted  # the MLP runs the loop once that adapter is gone
         for layer, report, grid in zip(layers, reports, grids, strict=True):
             if report is not None and grid is not None:
                 kept = grid.tiles if keep is None else keep

@@ -192,7 +192,9 @@ def test_layers_under_adapters_are_tiled(name: str) -> None:
     assert [report.name for report in tile(dense, TilingConfig(factor=2))] == list(reports)
     assert all(report.grid is not None for report in reports.values())
     assert reports["output_layer"].reason == "an adapter is around the output layer"
-    assert reports["decoder.layers.1.mlp.linear_fc1"].reason == "an adapter is around linear_fc1"
+    assert reports["decoder.layers.1.mlp.linear_fc1"].reason == (
+        "linear_fc1 has an adapter around it that runs by itself: Adapter with NoneType is not LoRA of Megatron-Bridge"
+    )
     assert reports["decoder.layers.0.mlp.linear_fc1"].mlp == "decoder.layers.0.mlp"
 
 
@@ -202,7 +204,7 @@ def test_a_model_without_tiles_is_said_once(capsys: pytest.CaptureFixture[str]) 
         if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and name != "output_layer":
             layer.__class__ = type("TheirLinear", (type(layer),), {})
     tile(model, TilingConfig(factor=2))
-    words = "none of the 4 linear layers of GPTModel is tiled: TheirLinear is not a stock column or row layer"
+    words = "warning: none of the 4 linear layers of GPTModel is tiled: TheirLinear is not a stock column or row layer"
     assert capsys.readouterr().out == f"megatron_tiling: {words}\n"
     tile(gpt(), TilingConfig(factor=2))
     tile(gpt(), TilingConfig(modules=("output",)))

@@ -34,14 +34,16 @@ class PartitionedMLP(TiledMLP):
     """``TiledMLP`` whose tiles are modules ``tiles[i]``, an ``MLPTile`` each; the output is their sum."""
 
     child_classes = ((PartitionedColumnParallelLinear,), (PartitionedRowParallelLinear,))
+    takes_adapters = False
     tiles: Any
 
-    def _reason_in_hooks(self, child: torch.nn.Module) -> str:
+    @classmethod
+    def _reason_in_hooks(cls, child: torch.nn.Module) -> str:
         hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_hooks, child._backward_pre_hooks)
         foreign = [hook for group in hooks for hook in group.values() if not _is_engine_hook(hook)]
         return "has hooks" if foreign else ""
 
-    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
+    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, None]:
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         for child in (fc1, fc2):
             run_weight_hooks(child)
@@ -57,7 +59,7 @@ class PartitionedMLP(TiledMLP):
                 # The first sum is a new tensor, which nothing else holds: the others are added in place.
                 output = part if output is None else output + part if index == 1 else output.add_(part)
         assert output is not None
-        return output
+        return output, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Stock's entries; the two layers have one for each tile."""

@@ -3,7 +3,7 @@
 A built MLP becomes tiled in place, once its two linear layers are tiled layers with matching grids: its class is
 set, nothing is drawn or copied. The children stay what they are, for checkpoints, optimizers and adapters; their
 ``forward`` is not called, so the loop runs their pre-hooks itself, and whatever it cannot do for them (other hooks,
-wrappers, LoRA) makes a call run stock's ``forward`` on the tiled layers.
+other adapters than ``adapters.py`` knows) makes a call run stock's ``forward`` on the tiled layers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu as unfused_quick_gelu
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from megatron_tiling.resident.adapters import unwrapped
+from megatron_tiling.resident.adapters import narrow_input, reason_outside_loop, unwrapped, widened
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, comm_of, reduced
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.grid import TileGrid
-from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
+from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 from megatron_tiling.tiles.remade import made_again
 
 #: Activation functions that the kernels know, outside Megatron's fused ones.
@@ -59,6 +60,8 @@ class TiledMLP(MLP):
         (TiledColumnParallelLinear, *_TE_CLASSES[0]),
         (TiledRowParallelLinear, *_TE_CLASSES[1]),
     )
+    #: Whether the loop computes LoRA along.
+    takes_adapters = True
     keep: int | None
 
     def forward(
@@ -67,11 +70,14 @@ class TiledMLP(MLP):
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> output and bias, as stock's MLP."""
         if self.reason_for_stock_forward():
             return super().forward(hidden_states, per_token_scale, **kwargs)
-        output = reduced(self.linear_fc2, self._product(hidden_states, per_token_scale))
-        bias = self.linear_fc2.bias
+        fc2 = unwrapped(self.linear_fc2)
+        product, low = self._product(hidden_states, per_token_scale)
+        output, bias = reduced(fc2, product), fc2.bias
+        if low is not None:
+            output = output + widened(self.linear_fc2, low).reshape(output.shape)
         if bias is None:
             return output, None
-        if not self.linear_fc2.skip_bias_add:
+        if not fc2.skip_bias_add:
             return output + bias, None
         if per_token_scale is None:
             return output, bias
@@ -86,10 +92,24 @@ class TiledMLP(MLP):
             return "there are hooks for all modules"
         for name, tiled_classes in zip(MLP_LAYERS, self.child_classes, strict=True):
             child = getattr(self, name)
-            reason = _reason_in_class(child, tiled_classes) or self._reason_in_hooks(child)
-            if reason := reason or child.reason_to_be_called():
+            layer = unwrapped(child)
+            reason = _reason_in_class(layer, tiled_classes) or self._reason_in_hooks(layer)
+            reason = reason or layer.reason_to_be_called()
+            if child is layer and getattr(layer, "return_layernorm_output", False):
+                reason = reason or "returns its norm's output too"
+            if reason := reason or self.reason_in_adapter(child):
                 return f"{name} {reason}"
         return ""
+
+    @classmethod
+    def reason_in_adapter(cls, child: torch.nn.Module) -> str:
+        """Why the loop cannot compute the adapter around a layer, if there is one, or nothing."""
+        if unwrapped(child) is child:
+            return ""
+        if not cls.takes_adapters:
+            return "has an adapter around it"
+        reason = reason_outside_loop(child, cls._reason_in_hooks)
+        return reason and f"has an adapter around it that runs by itself: {reason}"
 
     @classmethod
     def reason_in_grids(cls, config: Any, fc1: TileGrid, fc2: TileGrid) -> str:
@@ -103,17 +123,16 @@ class TiledMLP(MLP):
     def adopt_tiles(self) -> None:
         """Make ready for the loop, once the class is set. Resident tiles are views: there is nothing to do."""
 
-    def _reason_in_hooks(self, child: torch.nn.Module) -> str:
+    @classmethod
+    def _reason_in_hooks(cls, child: torch.nn.Module) -> str:
         if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
             return "has hooks"
         if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
             return "has a pre-hook that may read its input"
         return ""
 
-    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
-        """fc1, activation and fc2, before the reduction over tensor-parallel ranks."""
-        for child in (self.linear_fc1, self.linear_fc2):
-            run_weight_hooks(child)
+    def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """fc1, activation and fc2, before the reduction over tensor-parallel ranks; and for an adapter around fc2."""
         return _run_loop(self, hidden_states, per_token_scale)
 
 
@@ -204,8 +223,20 @@ def _adds_bias(layer: Any) -> bool:
 
 
 @torch.compiler.disable
-def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:
-    fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
+def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    around_fc1, around_fc2 = mlp.linear_fc1, mlp.linear_fc2
+    fc1, fc2 = unwrapped(around_fc1), unwrapped(around_fc2)
+    up = around_fc1.adapter.linear_out if around_fc1 is not fc1 else None
+    down = around_fc2.adapter.linear_in if around_fc2 is not fc2 else None
+    for child in (fc1, fc2, *filter(None, (up, down))):
+        run_weight_hooks(child)
+    returns_norm = up is not None and getattr(fc1, "return_layernorm_output", False)
+    gathers = returns_norm and fc1.return_layernorm_output_gathered and fc1.sequence_parallel
+
+    def input_of_tiles(hidden: Tensor) -> Tensor:
+        normalized: Tensor = fc1.normalized(hidden)
+        return gather_from_sequence_parallel_region(normalized, group=fc1.tp_group) if gathers else normalized
+
     parts = fc2.grid.in_parts
     loop = MLPLoop(
         parts=parts,
@@ -213,13 +244,19 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         keep=len(parts) - 1 if mlp.keep is None else mlp.keep,
         fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
         fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
+        fuse_up_wgrad=up is not None and up.gradient_accumulation_fusion,
+        fuse_down_wgrad=down is not None and down.gradient_accumulation_fusion,
         fp32_accumulate=fc1.fp32_accumulate,
-        comm=comm_of(fc1),
+        comm=None if gathers else comm_of(fc1),
     )
-    normalized = fc1.normalized(hidden_states)
+    normalized = input_of_tiles(hidden_states)
     remake = _remakes_norm(mlp) and normalized is not hidden_states
-    with made_again(normalized, fc1.normalized, hidden_states) if remake else nullcontext():
-        return tiled_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, loop)
+    with made_again(normalized, input_of_tiles, hidden_states) if remake else nullcontext():
+        low = None
+        if up is not None:
+            low = narrow_input(around_fc1, normalized if returns_norm else hidden_states)
+        adapters = LowRank(low, None if up is None else up.weight, None if down is None else down.weight)
+        return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
 
 
 def _remakes_norm(mlp: TiledMLP) -> bool:
@@ -243,7 +280,7 @@ def _formula(mlp: MLP, scaled: bool) -> Formula | None:
     config, function, gated = mlp.config, mlp.activation_func, mlp.config.gated_linear_unit
     if config.bias_activation_fusion:
         clamped = config.activation_func_clamp_value is not None  # by stock's fused SwiGLU from 0.20 on alone
-        if function == F.silu and gated and not clamped and not (scaled and mlp.linear_fc1.bias is not None):
+        if function == F.silu and gated and not clamped and not (scaled and unwrapped(mlp.linear_fc1).bias is not None):
             return Formula("silu")
         if function == F.gelu and not scaled and (gated or config.add_bias_linear):
             return Formula("gelu_tanh")

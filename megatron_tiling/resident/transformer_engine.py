@@ -181,11 +181,6 @@ class TiledTELayerNormColumn(TiledTEColumn):
         output: Tensor = norm(input_)
         return output
 
-    def reason_to_be_called(self) -> str:
-        if self.return_layernorm_output:
-            return "returns its norm's output too"
-        return super().reason_to_be_called()
-
     def forward(self, input_: Tensor) -> tuple[Any, ...]:
         """As without a norm; with ``return_layernorm_output`` the norm's output too, where stock has it.
 

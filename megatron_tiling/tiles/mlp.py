@@ -6,6 +6,8 @@ dense MLP. The backward pass goes by feature tiles, so that every slice of a wei
 of fc1, the activation, tile i of fc2. It recomputes the fc1 product of tiles whose pre-activation was not kept, and
 never fc2's. Tiles that keep theirs share one buffer, and their fc1 products are one GEMM in each direction.
 
+Low-rank adapters beside fc1 and fc2 (LoRA) go along: their wide factors tile by tile, as further weights.
+
 Depends on torch alone.
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT
+from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
@@ -43,6 +45,7 @@ class MLPLoop:
             none.
         fp32_accumulate: sum the input gradient over tiles in float32.
         comm: collectives of fc1 with tensor parallelism.
+        fuse_up_wgrad, fuse_down_wgrad: the same for the factors of adapters.
         saves_weights: as autograd does; else the parameters are read again in the backward pass, where an engine that
             swaps or frees them in between has put them back.
     """
@@ -54,6 +57,8 @@ class MLPLoop:
     fuse_fc2_wgrad: bool = False
     fp32_accumulate: bool = False
     comm: ColumnComm | None = None
+    fuse_up_wgrad: bool = False
+    fuse_down_wgrad: bool = False
     saves_weights: bool = True
 
     @cached_property
@@ -61,18 +66,18 @@ class MLPLoop:
         return [slice(start, stop) for start, stop in pairwise(self.parts)]
 
     @property
-    def kept(self) -> list["_Span"]:
+    def kept(self) -> list[Span]:
         """The kept tiles, if any: fc1 computes them at once."""
         return [self._span(self.tiles[: self.keep], kept=True)] if self.keep else []
 
     @property
-    def forward_spans(self) -> list["_Span"]:
+    def forward_spans(self) -> list[Span]:
         """What fc1 computes at once in the forward pass: the kept tiles, and all others."""
         recomputed = self.tiles[self.keep :]
         return self.kept + ([self._span(recomputed, kept=False)] if recomputed else [])
 
     @property
-    def backward_spans(self) -> list["_Span"]:
+    def backward_spans(self) -> list[Span]:
         """Tile by tile those that are recomputed, then the kept ones at once."""
         return [self._span([tile], kept=False) for tile in self.tiles[self.keep :]] + self.kept
 
@@ -82,8 +87,22 @@ class MLPLoop:
         size = max(1, -(-size // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def _span(self, tiles: list[slice], kept: bool) -> "_Span":
-        return _Span(tiles, self.activation.halves, self.parts[-1], kept)
+    def _span(self, tiles: list[slice], kept: bool) -> Span:
+        return Span(tiles, self.activation.halves, self.parts[-1], kept)
+
+
+class LowRank(NamedTuple):
+    """Adapters of rank r. What their narrow ends do, scaling and collectives included, is up to the caller.
+
+    Attributes:
+        low: ``[..., r]``, added to fc1's product as ``low @ up.T``; of all tokens.
+        up: ``[halves * f, r]``.
+        down: ``[r, f]``, multiplied with the activation as fc2's weight is.
+    """
+
+    low: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
 
 
 def tiled_mlp(
@@ -102,8 +121,22 @@ def tiled_mlp(
     Returns:
         ``[..., h_out]``, not yet reduced over tensor-parallel ranks; under sequence parallelism of all tokens.
     """
-    output: Tensor = _TiledMLP.apply(hidden, fc1_weight, fc1_bias, fc2_weight, scale, loop, torch.is_grad_enabled())
-    return output
+    return adapted_mlp(hidden, fc1_weight, fc1_bias, fc2_weight, scale, LowRank(), loop)[0]
+
+
+def adapted_mlp(
+    hidden: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    scale: Tensor | None,
+    adapters: LowRank,
+    loop: MLPLoop,
+) -> tuple[Tensor, Tensor | None]:
+    """``tiled_mlp`` with adapters: its output, and the activation's product with ``adapters.down``, ``[..., r]``."""
+    operands = (hidden, fc1_weight, fc1_bias, fc2_weight, scale, *adapters, loop, torch.is_grad_enabled())
+    output, low = _TiledMLP.apply(*operands)
+    return output, low
 
 
 class _TiledMLP(torch.autograd.Function):
@@ -125,6 +158,7 @@ class _TiledMLP(torch.autograd.Function):
     fc1 wgrad   dp_i, x                                             dU_i ``[f_i, h]`` = dp_i^T x
     ==========  ==================================================  ===================================================
 
+    An adapter adds l_j B^T to p_j and gives a_j A^T; then dz A_i adds to da_i, and the sum over i of dp_i B_i is dl.
     Kept tiles come last in the backward pass: fc2 dgrad, activation and fc2 wgrad of each, then one fc1 dgrad and one
     fc1 wgrad. The reduction of dx starts after the last dgrad and runs under the wgrads that follow.
     """
@@ -137,58 +171,72 @@ class _TiledMLP(torch.autograd.Function):
         fc1_bias: Tensor | None,
         fc2_weight: Tensor,
         scale: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
+        down: Tensor | None,
         loop: MLPLoop,
         grad_enabled: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         whole = hidden
         if loop.comm is not None and loop.comm.sequence_parallel:
             whole = loop.comm.gather(hidden)[0]
-        output = whole.new_empty(*whole.shape[:-1], fc2_weight.shape[0])
-        x, y = flat(whole), flat(output)
+        weights = [fc2_weight] if down is None else [fc2_weight, down]
+        outputs = [whole.new_empty(*whole.shape[:-1], weight.shape[0]) for weight in weights]
+        factors = [(flat(whole), fc1_weight)]
+        if low is not None and up is not None:
+            factors.append((flat(low), up))
         kept = None
         records = grad_enabled and any(ctx.needs_input_grad)
         for span in loop.kept if records else ():
-            kept = span.fc1(x, fc1_weight)
-        for step in loop.token_steps(x.shape[0]):
-            activated = x.new_empty(step.stop - step.start, fc2_weight.shape[1])
+            kept = span.fc1(factors)
+        for step in loop.token_steps(factors[0][0].shape[0]):
+            activated = whole.new_empty(step.stop - step.start, fc2_weight.shape[1])
             for span in loop.forward_spans:
-                pre = span.fc1(x[step], fc1_weight) if kept is None or not span.kept else kept[:, step]
+                if kept is not None and span.kept:
+                    pre = kept[:, step]
+                else:
+                    pre = span.fc1([(x[step], weight) for x, weight in factors])
                 operands = pre, _columns(fc1_bias, span.columns, span.halves), _tokens(scale, step)
                 loop.activation.forward(*operands, activated[:, span.columns])
                 del pre, operands
-            gemm_into(y[step], activated, fc2_weight.t(), accumulate=False)
+            for output, weight in zip(outputs, weights, strict=True):
+                gemm_into(flat(output)[step], activated, weight.t(), accumulate=False)
             del activated  # before the next one is made, or there would be two
         if records:
             needs_input = ctx.needs_input_grad[1] or loop.keep < len(loop.tiles)
             ctx.loop, ctx.kept_is_intact = loop, True
-            ctx.params = fc1_weight, fc2_weight  # they carry main_grad, which saved tensors may lose
-            weights = ctx.params if loop.saves_weights else (None, None)
-            ctx.save_for_backward(hidden if needs_input else None, fc1_bias, scale, kept, *weights)
-        return output
+            ctx.params = fc1_weight, fc2_weight, up, down  # they carry main_grad, which saved tensors may lose
+            saved = (fc1_weight, fc2_weight) if loop.saves_weights else (None, None)
+            ctx.save_for_backward(hidden if needs_input else None, fc1_bias, scale, kept, low, up, down, *saved)
+        return outputs[0], None if down is None else outputs[1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return _Backward(ctx, grad_output).run()
+    def backward(ctx: Any, grad_output: Tensor, low_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Backward(ctx, grad_output, low_grad).run()
 
 
 class _Backward:
     """One backward pass of ``_TiledMLP``: what its steps share."""
 
-    def __init__(self, ctx: Any, grad_output: Tensor) -> None:
+    def __init__(self, ctx: Any, grad_output: Tensor, low_grad: Tensor | None) -> None:
         self.ctx = ctx
         self.loop: MLPLoop = ctx.loop
-        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
-        self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
-        self.hidden, self.fc1_bias, self.scale, self.kept, *weights = ctx.saved_tensors
-        self.fc1_weight, self.fc2_weight = weights if self.loop.saves_weights else ctx.params
+        needs = ctx.needs_input_grad
+        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale = needs[:5]
+        self.needs_low, self.needs_up, self.needs_down = needs[5:8]
+        self.needs_activation_grad = any((*needs[:3], *needs[4:7]))
+        self.hidden, self.fc1_bias, self.scale, self.kept, self.low, self.up, self.down, *weights = ctx.saved_tensors
+        self.fc1_weight, self.fc2_weight = weights if self.loop.saves_weights else ctx.params[:2]
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = None
         ctx.kept_is_intact = False
         self.token_shape = grad_output.shape[:-1]
         self.dy = flat(grad_output).contiguous()
+        self.dz = None if low_grad is None else flat(low_grad).contiguous()
         self.gathering: dist.Work | None = None
         self.dgrad: Tensor | None = None
+        self.low_grad: Tensor | None = None
         self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
         self.scale_grad: Tensor | None = None
 
@@ -200,13 +248,17 @@ class _Backward:
         for span in spans:
             pre_grad, activated = self._through_activation(span)
             if self.needs_dgrad:
-                self._add_dgrad(span, pre_grad)
+                self.dgrad = self._add_dgrad(self.dgrad, span, pre_grad, self.fc1_weight)
                 if span is spans[-1]:
                     reducing = self._reduce_dgrad()
-            if self.needs_fc2 and activated is not None:
-                self.fc2_grad.add(WHOLE, span.columns, self.dy, activated)
+            if self.needs_low:
+                self.low_grad = self._add_dgrad(self.low_grad, span, pre_grad, self.up)
+            if activated is not None:
+                self._add_fc2_wgrads(span.columns, activated)
             if self.needs_fc1:
                 span.wgrad(self.fc1_grad, pre_grad, self.input)
+            if self.needs_up:
+                span.wgrad(self.up_grad, pre_grad, flat(self.low))
             del pre_grad, activated  # before the next ones are made, or there would be two of each
         if reducing is not None:
             reducing.wait()
@@ -216,11 +268,14 @@ class _Backward:
             self.bias_grad,
             self.fc2_grad.result() if self.needs_fc2 else None,
             None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype).view_as(self.scale),
+            None if self.low_grad is None else self.low_grad.to(self.dy.dtype),
+            self.up_grad.result() if self.needs_up else None,
+            self.down_grad.result() if self.needs_down else None,
             None,
             None,
         )
 
-    def _through_activation(self, span: "_Span") -> tuple[Tensor, Tensor | None]:
+    def _through_activation(self, span: Span) -> tuple[Tensor, Tensor | None]:
         """The gradient of a span's pre-activation, in its place, and the activation if fc2's wgrad is still to be done.
 
         It is done here for kept tiles, so that activations of two of them never exist, nor one beside dx.
@@ -228,21 +283,23 @@ class _Backward:
         pre = self.kept.detach().data if span.kept and self.kept is not None else None
         for tile in span.tiles:
             width = tile.stop - tile.start
-            activated = scratch(self.dy, self.dy.shape[0], _padded(width))[:, :width]  # its gradient at first
+            activated = scratch(self.dy, self.dy.shape[0], padded(width))[:, :width]  # its gradient at first
             if self.needs_activation_grad:
                 gemm_into(activated, self.dy, self.fc2_weight[:, tile], accumulate=False)
+                if self.dz is not None:
+                    gemm_into(activated, self.dz, self.down[:, tile], accumulate=True)
             if pre is None:  # after a product that a gather of the input runs under
-                pre = span.fc1(self.input, self.fc1_weight)
+                low = [] if self.low is None else [(flat(self.low), self.up)]
+                pre = span.fc1([(self.input, self.fc1_weight), *low])
             self._activation_backward(span, tile, span.of_tile(pre, tile), activated)
             if not span.kept:
                 return pre, activated
-            if self.needs_fc2:
-                self.fc2_grad.add(WHOLE, tile, self.dy, activated)
+            self._add_fc2_wgrads(tile, activated)
             del activated
         assert pre is not None
         return pre, None
 
-    def _activation_backward(self, span: "_Span", tile: slice, pre: Tensor, grad: Tensor) -> None:
+    def _activation_backward(self, span: Span, tile: slice, pre: Tensor, grad: Tensor) -> None:
         """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
         operands = pre, _columns(self.fc1_bias, tile, span.halves), _tokens(self.scale, WHOLE), grad
         if not self.needs_activation_grad:
@@ -256,13 +313,21 @@ class _Backward:
         if scale_grad is not None:
             self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
 
-    def _add_dgrad(self, span: "_Span", pre_grad: Tensor) -> None:
-        first = self.dgrad is None
-        if self.dgrad is None:
+    def _add_fc2_wgrads(self, columns: slice, activated: Tensor) -> None:
+        if self.needs_fc2:
+            self.fc2_grad.add(WHOLE, columns, self.dy, activated)
+        if self.needs_down and self.dz is not None:
+            self.down_grad.add(WHOLE, columns, self.dz, activated)
+
+    def _add_dgrad(self, total: Tensor | None, span: Span, pre_grad: Tensor, weight: Tensor) -> Tensor:
+        """What a span gives to the gradient of the input of fc1, or of its adapter, added to what others gave."""
+        accumulate = total is not None
+        if total is None:
             widen = self.loop.fp32_accumulate and not span.whole and self.dy.dtype.itemsize < 4
             dtype = torch.float32 if widen else self.dy.dtype
-            self.dgrad = self.dy.new_empty(*self.token_shape, self.fc1_weight.shape[1], dtype=dtype)
-        span.dgrad(flat(self.dgrad), pre_grad, self.fc1_weight, accumulate=not first)
+            total = self.dy.new_empty(*self.token_shape, weight.shape[1], dtype=dtype)
+        span.dgrad(flat(total), pre_grad, weight, accumulate=accumulate)
+        return total
 
     def _reduce_dgrad(self) -> dist.Work | None:
         assert self.dgrad is not None
@@ -279,6 +344,14 @@ class _Backward:
     @cached_property
     def fc2_grad(self) -> WeightGrad:
         return WeightGrad(self.ctx.params[1], self.loop.fuse_fc2_wgrad)
+
+    @cached_property
+    def up_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.params[2], self.loop.fuse_up_wgrad)
+
+    @cached_property
+    def down_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.params[3], self.loop.fuse_down_wgrad)
 
     def _start_gather(self) -> None:
         comm = self.loop.comm
@@ -301,75 +374,6 @@ class _Backward:
         return flat(self.hidden)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Neighbouring tiles whose fc1 products are one. For a gated linear unit, the same features of gate and up.
-
-    ``pre [halves, n, width]`` below is a view of one buffer ``[n, halves * width]``, rows padded if it is scratch.
-    """
-
-    tiles: list[slice]
-    halves: int
-    intermediate: int
-    kept: bool
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.tiles[0].start, self.tiles[-1].stop)
-
-    @property
-    def whole(self) -> bool:
-        return self.columns.stop - self.columns.start == self.intermediate
-
-    @property
-    def one_matrix(self) -> bool:
-        """Whether the rows of the weight are adjacent, gate's and up's."""
-        return self.halves == 1 or self.whole
-
-    def of_tile(self, pre: Tensor, tile: slice) -> Tensor:
-        """``[halves, n, f_i]`` of one of the tiles."""
-        start = self.columns.start
-        return pre[:, :, tile.start - start : tile.stop - start]
-
-    def fc1(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x [n, h]`` -> ``pre``."""
-        rows = self._rows(weight)
-        width = rows.shape[1]
-        buffer = scratch(x, x.shape[0], self.halves, width if self.one_matrix else _padded(width))
-        pre = buffer[:, :, :width].transpose(0, 1)
-        if self.one_matrix:
-            gemm_into(_side_by_side(pre), x, rows.flatten(0, 1).t(), accumulate=False)
-        else:
-            gemm_into(pre, x.expand(self.halves, -1, -1), rows.transpose(1, 2), accumulate=False)
-        return pre
-
-    def dgrad(self, total: Tensor, grad: Tensor, weight: Tensor, accumulate: bool) -> None:
-        """``grad``, shaped as ``pre`` -> ``total [n, h]``."""
-        rows = self._rows(weight)
-        if self.one_matrix:
-            gemm_into(total, _side_by_side(grad), rows.flatten(0, 1), accumulate=accumulate)
-        else:
-            for half in range(self.halves):
-                gemm_into(total, grad[half], rows[half], accumulate=accumulate or half > 0)
-
-    def wgrad(self, gradient: WeightGrad, grad: Tensor, x: Tensor) -> None:
-        """``grad``, shaped as ``pre``, and ``x [n, h]`` -> this span's rows of the gradient."""
-        rows = self._rows(gradient.tensor)
-        if self.one_matrix:
-            gemm_into(rows.flatten(0, 1), _side_by_side(grad).t(), x, accumulate=gradient.fused)
-        else:
-            gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=gradient.fused)
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        """``[halves * f, h]`` -> ``[halves, width, h]``, a view."""
-        return weight.unflatten(0, (self.halves, -1))[:, self.columns]
-
-
-def _side_by_side(pre: Tensor) -> Tensor:
-    """``[halves, n, width]`` -> ``[n, halves * width]``, a view of the buffer."""
-    return pre.transpose(0, 1).flatten(1)
-
-
 def _columns(bias: Tensor | None, columns: slice, halves: int) -> Tensor | None:
     """``[halves * f]`` -> ``[halves, columns]``, a view."""
     return None if bias is None else bias.unflatten(0, (halves, -1))[:, columns]
@@ -377,7 +381,3 @@ def _columns(bias: Tensor | None, columns: slice, halves: int) -> Tensor | None:
 
 def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
     return None if scale is None else scale.reshape(-1).contiguous()[step]
-
-
-def _padded(width: int) -> int:
-    return -(-width // FEATURE_ALIGNMENT) * FEATURE_ALIGNMENT

@@ -5,6 +5,7 @@ PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.int
 TransformerEngine is the project's stand-in; nothing else is.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_tiling import TilingConfig
+from megatron_tiling import TilingConfig, tile
+from megatron_tiling.config import MODULES
 from megatron_tiling.integrations.bridge import tile_provider
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.check_models import expect_error
 from tests.integrations import small_models
-from tests.support.harness import megatron, relative_error
+from tests.support.harness import Counter, megatron, relative_error
 
-CONFIG = TilingConfig(factor=3)
+CONFIG = TilingConfig(3, MODULES)
 #: Model, tied embeddings, specs of TransformerEngine, and settings of the provider.
 MODELS: list[tuple[str, bool, bool, dict[str, Any]]] = [
     ("llama", False, True, {}),
@@ -167,6 +169,83 @@ def check_adapters(folder: Path) -> None:
                     merged, copies = case.exported(dense), case.exported(tiled)
                     assert merged.keys() == copies.keys()
                     assert all(torch.equal(copies[name], one) for name, one in merged.items())
+
+
+def check_lora_in_the_loop(folder: Path) -> None:
+    """In float64: kept tiles, frozen and trained weights, one layer adapted or both, and what leaves the loop."""
+    from megatron.bridge.peft.lora import LoRA
+
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for te, sequence_parallel in ((True, False), (True, size > 1), (False, False)):
+        case = Case(folder, "llama", False, te, {"sequence_parallel": sequence_parallel})
+        for targets in (["linear_fc1", "linear_fc2"], ["linear_fc1"], ["linear_fc2"]):
+            dense = case.build(lambda chunks, t=targets: LoRA(target_modules=t, dim=4, alpha=8)(chunks, training=True))
+            stock = dense[0].double().decoder.layers[0].mlp
+            for index, (_, one) in enumerate(sorted(trained(dense).items())):
+                seed = 100 + index + 1000 * dist.get_rank()
+                torch.nn.init.normal_(one.data, std=0.3, generator=torch.Generator().manual_seed(seed))
+            for frozen in (True, False):
+                for name, one in stock.named_parameters():
+                    one.requires_grad_("adapter" in name or not frozen)
+                expected = mlp_step(stock)
+                for keep in (None, 0, 1):
+                    tiled = copy.deepcopy(stock, groups_of(stock))
+                    tile(tiled, TilingConfig(3, ("fc1", "fc2"), mlp_keep=keep))
+                    assert isinstance(tiled, TiledMLP) and tiled.reason_for_stock_forward() == ""
+                    with Counter() as counter:
+                        found = mlp_step(tiled)
+                    assert counter.gemms > 0
+                    assert found.keys() == expected.keys()
+                    for name, one in expected.items():
+                        assert relative_error(found[name], one) < 1e-12, (name, te, targets, keep, frozen)
+
+
+def check_what_leaves_the_loop(folder: Path) -> None:
+    """Adapters that compute otherwise run by themselves, on the tiled layers."""
+    from megatron.bridge.peft.lora import LoRA
+
+    changes: dict[str, Callable[[Any], Any]] = {
+        "switched off": lambda wrapper: wrapper.disable_adapter_layers(),
+        "dropout": lambda wrapper: setattr(wrapper.adapter, "dropout", torch.nn.Dropout(0.1).eval()),
+        "a2a_experimental": lambda wrapper: setattr(wrapper.adapter, "use_a2a", True),
+        "has hooks": lambda wrapper: wrapper.adapter.register_forward_hook(lambda *arguments: None),
+        "is not LoRA": lambda wrapper: setattr(wrapper, "forward", wrapper.forward),
+    }
+    case = Case(folder, "llama", False, True, {"sequence_parallel": False})  # gloo has no all-to-all
+    for words, change in changes.items():
+        for name in ("linear_fc1", "linear_fc2"):
+            mlp = (
+                case.build(lambda chunks: LoRA(dim=4, alpha=8)(chunks, training=True))[0].double().decoder.layers[0].mlp
+            )
+            change(getattr(mlp, name))
+            dense = mlp_step(mlp)
+            reports = tile(mlp, TilingConfig(3, ("fc1", "fc2")))
+            assert words in mlp.reason_for_stock_forward(), words
+            assert any(words in report.reason for report in reports), words
+            for key, one in mlp_step(mlp).items():
+                assert relative_error(one, dense[key]) < 1e-12, (words, key)
+
+
+def groups_of(module: torch.nn.Module) -> dict[int, Any]:
+    """What a deep copy shares: process groups."""
+    held = (value for one in module.modules() for value in vars(one).values())
+    groups = [value for value in held if isinstance(value, dist.ProcessGroup)]
+    for one in module.modules():
+        collection = getattr(one, "pg_collection", None)
+        groups += [] if collection is None else [collection]
+    return {id(group): group for group in groups}
+
+
+def mlp_step(mlp: Any) -> dict[str, torch.Tensor]:
+    """Output and gradients; the input is a rank's own under sequence parallelism."""
+    mlp.zero_grad()
+    sequence_parallel = mlp.config.sequence_parallel
+    generator = torch.Generator().manual_seed(7 + dist.get_rank() * sequence_parallel)
+    hidden = torch.randn(4, 2, 32, dtype=torch.float64, generator=generator).requires_grad_()
+    output = mlp(hidden)[0]
+    (output * torch.randn(output.shape, dtype=torch.float64, generator=generator)).sum().backward()
+    grads = {name: one.grad.clone() for name, one in mlp.named_parameters() if one.grad is not None}
+    return grads | {"output": output.detach(), "hidden": hidden.grad}
 
 
 def check_providers(folder: Path) -> None:

@@ -223,3 +223,35 @@ def test_what_tiles_do_not_honour_stays_and_the_rest_is_tiled(name: str, monkeyp
     # FP8 gradients have two bits of mantissa: a rounding in the head moves some of them to the next number.
     assert_close(step(tiled), step(dense), 0.2 if "fp8" in settings else 2.5e-2)
     assert list(tiled.state_dict()) == list(dense.state_dict())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norms_output_is_returned_when_asked(bias: bool) -> None:
+    """As TransformerEngine's layers do, when asked after construction; with its gradient."""
+    from megatron_tiling import TilingConfig, tile
+
+    name = "GPT with biases" if bias else "zero-centered norms"
+    dense, tiled = gpt(**MODELS[name]), gpt(**MODELS[name])
+    tiled.load_state_dict(dense.state_dict())
+    tile(tiled, TilingConfig(modules="all"))  # type: ignore[arg-type]
+    for path in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        results = []
+        for model in (dense, tiled):
+            layer = model.decoder.layers[0].get_submodule(path)
+            layer.return_layernorm_output = layer.return_layernorm_output_gathered = True
+            x = torch.randn(
+                SEQUENCE,
+                BATCH,
+                256,
+                device="cuda",
+                dtype=torch.bfloat16,
+                generator=torch.Generator("cuda").manual_seed(1),
+            ).requires_grad_()
+            output, layer_bias, *more = layer(x)
+            output, normed = (output, *more) if more else output
+            assert (layer_bias is None) == (not bias) and bool(more) == bias
+            (output.float().square().mean() + normed.float().pow(3).mean()).backward()
+            results.append((output, normed, x.grad, layer.layer_norm_weight.grad, layer.weight.grad))
+        for found, expected in zip(*reversed(results), strict=True):
+            assert found.shape == expected.shape
+            assert (found.float() - expected.float()).norm() <= 2.5e-2 * expected.float().norm()
