@@ -22,7 +22,7 @@ LEAST_COLUMNS = 4096
 TOKEN_TILES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 #: What the parts of a loop cost, in operations of its GEMMs: a tile (four of them end, each with a part of the GPU
 #: idle), and a byte of the weight gradient that is read or written once more. Sums of the input gradient cost nothing.
-#: Fitted to the times of benchmarks/head_cuts.py on an H100, which they give to 4 % or so.
+#: Fitted to times of benchmarks/head_cuts.py on an H100; most are given to 5 %, if tiles have 2048 tokens or more.
 OPERATIONS_PER_TILE, OPERATIONS_PER_BYTE = 80e9, 130
 
 

@@ -33,8 +33,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tiling import __main__ as runner
 from megatron_tiling import cpu
-from megatron_tiling.tiles import gemm, wgrad
-from megatron_tiling.tiles import head as cross_entropy
+from megatron_tiling.tiles import gemm, head_memory, wgrad
 from megatron_tiling.tiles import linear as functional
 from megatron_tiling.tiles import mlp as mlp_loop
 from megatron_tiling.zero3.engine import import_deepspeed
@@ -48,7 +47,7 @@ def count_gemms() -> None:
         counts["gemm"] += 1
         stock(*args, **kwargs)
 
-    for module in (functional, wgrad, mlp_loop, cross_entropy):
+    for module in (functional, wgrad, mlp_loop, head_memory):
         module.gemm_into = counted
     torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
         print(f"GEMMs: {counts['gemm']}"),
