@@ -149,9 +149,9 @@ class TiledParallelLinear(torch.nn.Module):
         """What stock's ``forward`` calls, by these keywords.
 
         Raises:
-            ValueError: the output is wanted in another dtype than the weight's.
+            ValueError: the output is wanted in another dtype than the parameters have.
         """
-        if reason := reason_in_output_dtype(output_dtype, weight.dtype):
+        if reason := reason_in_output_dtype(output_dtype, self.config.params_dtype):
             raise ValueError(reason)
         return self._product(input, weight, bias, column_comm(tp_group, sequence_parallel, allreduce_dgrad))
 
