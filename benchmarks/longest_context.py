@@ -129,7 +129,7 @@ class Trainer:
         low, high = 2 * STEP, 4 * STEP
         if self.step(setting, low) is None or self.step(setting, high) is None:
             raise RuntimeError(f"{setting.name}: {high} tokens do not fit; take a smaller model")
-        limit = torch.cuda.get_device_properties(0).total_memory / GIB
+        limit = self._args.gpu_memory_gib or torch.cuda.get_device_properties(0).total_memory / GIB
         slope = (setting.peaks[high] - setting.peaks[low]) / (high - low)
         guess = int((limit - setting.peaks[high]) / slope) + high
         fits, fails = high, None
@@ -246,11 +246,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2**20, repeats=10)
+    parser.add_argument("--gpu-memory-gib", type=float, help="as on a smaller GPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="longest-context")
     args = parser.parse_args()
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     gpt.initialize()
+    if args.gpu_memory_gib:
+        torch.cuda.set_per_process_memory_fraction(
+            args.gpu_memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        )
     trainer = Trainer(args)
     measure(trainer, args.repeats)
     tied = ", tied" if args.tied else ""
