@@ -80,6 +80,8 @@ class Trainer:
         self._args = args
         self.found: list[Setting] = []
         for name, changes, tiling in settings():
+            if args.settings and name not in args.settings:
+                continue
             model = gpt.build(args, changes)
             if not self.found:
                 parameters = dict(model.named_parameters())
@@ -88,6 +90,7 @@ class Trainer:
             if tiling is not None:
                 print(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}", flush=True)
             self.found.append(Setting(name, model, tiling is not None))
+            gc.collect()  # the parameters that it was built with
             torch.cuda.empty_cache()
         first = self.found[0].model
         self._ddp = gpt.with_main_grad(first)
@@ -95,6 +98,7 @@ class Trainer:
         self._optimizer = get_megatron_optimizer(options, [self._ddp])
         self.step(self.found[0], STEP)  # makes the moments
         self.held = torch.cuda.memory_allocated()
+        print(f"held between steps: {self.held / GIB:.1f} GiB", flush=True)
 
     def step(self, setting: Setting, tokens: int) -> float | None:
         """Seconds of one step, or ``None`` where the memory does not suffice."""
@@ -125,28 +129,38 @@ class Trainer:
         return start.elapsed_time(stop) / 1000
 
     def find_longest(self, setting: Setting) -> None:
-        """Peaks grow with a straight line of tokens: begin where it meets the limit, and walk from there."""
-        low, high = 2 * STEP, 4 * STEP
-        if self.step(setting, low) is None or self.step(setting, high) is None:
-            raise RuntimeError(f"{setting.name}: {high} tokens do not fit; take a smaller model")
-        limit = self._args.gpu_memory_gib or torch.cuda.get_device_properties(0).total_memory / GIB
-        slope = (setting.peaks[high] - setting.peaks[low]) / (high - low)
-        guess = int((limit - setting.peaks[high]) / slope) + high
-        fits, fails = high, None
-        tokens = max(guess // STEP, high // STEP + 1) * STEP
-        while fails is None or fails - fits > STEP:
-            if self.step(setting, tokens) is None:
-                fails = tokens
+        """Peaks grow with a straight line of tokens: walk to where it meets the limit.
+
+        Running out of memory is avoided, since what a failed step leaves behind falsifies the next one.
+
+        Raises:
+            RuntimeError: not even 4096 tokens fit.
+        """
+        limit = self._limit()
+        lengths = [length for length in (2 * STEP, 4 * STEP) if self.step(setting, length) is not None]
+        if len(lengths) < 2:
+            raise RuntimeError(f"{setting.name}: {4 * STEP} tokens do not fit; take a smaller model")
+        share = 0.8  # of the way to go: the first line is drawn from afar
+        while True:
+            *_, before, last = lengths
+            slope = (setting.peaks[last] - setting.peaks[before]) / (last - before)
+            guess = last + int(share * (limit - setting.peaks[last]) / slope / STEP) * STEP
+            if guess <= last:
+                break
+            if self.step(setting, guess) is None:
+                limit -= 0.01 * limit  # memory lies in pieces
+                self.step(setting, STEP)  # takes the place of what the failed step has left
             else:
-                fits = tokens
-            if fails is None:
-                tokens = fits + 4 * STEP
-            elif tokens == fails and fails - fits > 8 * STEP:  # the line was nearly right
-                tokens = fails - 4 * STEP
-            else:
-                tokens = (fits + fails) // (2 * STEP) * STEP
-        setting.longest = fits
-        print(f"{setting.name}: {fits} tokens, {setting.peaks[fits]:.1f} GiB", flush=True)
+                lengths.append(guess)
+                share = 1.0
+        setting.longest = last
+        print(f"{setting.name}: {last} tokens, {setting.peaks[last]:.1f} GiB", flush=True)
+
+    def _limit(self) -> float:
+        """GiB that this process can allocate."""
+        free, total = torch.cuda.mem_get_info()
+        allowed = (self._args.gpu_memory_gib or total / GIB) * GIB
+        return min(allowed, free + torch.cuda.memory_reserved()) / GIB
 
     def compare(self, tokens: int, rivals: list[Setting], repeats: int) -> None:
         """Seconds of steps of ``tokens`` tokens, interleaved in random order, after a warm-up."""
@@ -247,6 +261,7 @@ def main() -> None:
     shape = {"layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2**20, repeats=10)
     parser.add_argument("--gpu-memory-gib", type=float, help="as on a smaller GPU")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="some of the settings, by name; by default all")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="longest-context")
     args = parser.parse_args()
