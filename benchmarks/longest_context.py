@@ -51,7 +51,7 @@ def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    head = {"modules": ("output",)}
+    head: dict[str, Any] = {"modules": ("output",)}
     yield "stock", {}, None
     yield "stock, recompute core_attn", selective("core_attn"), None
     yield "stock, recompute mlp", selective("mlp"), None
@@ -60,12 +60,12 @@ def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
     yield "stock, full recompute", full, None
     yield "tiled: output alone", {}, head
     yield "tiled: output alone, recompute mlp", selective("mlp"), head
-    yield "tiled: output alone, recompute core_attn mlp", selective("core_attn", "mlp"), head
-    yield "tiled: default", {}, {}
-    yield "tiled: keep 0", {}, {"mlp_keep": 0}
-    yield "tiled: keep 0, recompute core_attn", selective("core_attn"), {"mlp_keep": 0}
+    mlp_and_head: dict[str, Any] = {"modules": ("fc1", "fc2", "output")}
+    yield "tiled: default", {}, mlp_and_head
+    yield "tiled: keep 0", {}, mlp_and_head | {"mlp_keep": 0}
+    yield "tiled: keep 0, recompute core_attn", selective("core_attn"), mlp_and_head | {"mlp_keep": 0}
     yield "tiled: output alone, full recompute", full, head
-    yield "tiled: keep 0, full recompute", full, {"mlp_keep": 0}
+    yield "tiled: keep 0, full recompute", full, mlp_and_head | {"mlp_keep": 0}
 
 
 class Trainer:
