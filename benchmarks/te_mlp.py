@@ -178,7 +178,8 @@ def markdown(record: dict[str, Any]) -> str:
             gradients = max(value for key, value in row["differences"].items() if key != "output")
             lines.append(
                 f"| {row['name']} | {median:.2f} | {median / base:.3f} | {row['memory_mib']:.0f} | "
-                f"{row['memory_mib'] / dense['memory_mib']:.3f} | {row['differences']['output']:.1e} | {gradients:.1e} |"
+                f"{row['memory_mib'] / dense['memory_mib']:.3f} | {row['differences']['output']:.1e} | "
+                f"{gradients:.1e} |"
             )
         for row in run["candidates"]:
             if row["name"] in (DENSE, "ours: T=4 keep all"):

@@ -11,7 +11,7 @@ MODULES = ("qkv", "proj", "fc1", "fc2", "output")
 #: By default, of resident tiles: those that save memory.
 RESIDENT_MODULES = ("fc1", "fc2", "output")
 DEFAULT_FACTOR = 4
-DEFAULT_HEAD_MEMORY_MIB = 272
+DEFAULT_HEAD_MEMORY_MIB = 600
 #: Attribute name of a layer in its parent module -> the module name that flags use.
 MODULE_OF_ATTRIBUTE = {
     "linear_qkv": "qkv",

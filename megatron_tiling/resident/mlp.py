@@ -52,8 +52,7 @@ class TiledMLP(MLP):
 
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
-            ``None`` is all of them. With 0, and under Megatron's ``layernorm`` recompute, the output of the norm that
-            TransformerEngine fuses with fc1 is made again too.
+            ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
     """
 
     child_classes: tuple[tuple[type, ...], tuple[type, ...]] = (
@@ -250,20 +249,13 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         comm=None if gathers else comm_of(fc1),
     )
     normalized = input_of_tiles(hidden_states)
-    remake = _remakes_norm(mlp) and normalized is not hidden_states
-    with made_again(normalized, input_of_tiles, hidden_states) if remake else nullcontext():
+    made = normalized is not hidden_states
+    with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
         low = None
         if up is not None:
             low = narrow_input(around_fc1, normalized if returns_norm else hidden_states)
         adapters = LowRank(low, None if up is None else up.weight, None if down is None else down.weight)
         return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
-
-
-def _remakes_norm(mlp: TiledMLP) -> bool:
-    """Whether the output of fc1's norm is made again: for the least memory, or as Megatron's flag asks."""
-    config = mlp.config
-    selective = config.recompute_granularity == "selective" and config.recompute_modules
-    return mlp.keep == 0 or bool(selective and "layernorm" in config.recompute_modules)
 
 
 def activation_of(mlp: MLP, scaled: bool) -> Activation:
