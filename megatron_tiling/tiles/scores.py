@@ -57,7 +57,7 @@ def tiled_scores(
     logits_in_fp32: bool = False,
     softcap: float | None = None,
     fuse_wgrad: bool = False,
-    memory_mib: int | None = None,
+    memory_mib: int = 272,
 ) -> Scores:
     """Scores of ``softcap * tanh(hidden @ weight.T / softcap) / temperature``, tile by tile.
 
@@ -77,7 +77,7 @@ def tiled_scores(
         logits_in_fp32: logits are not rounded to the weight's dtype; takes three times their memory.
         softcap: bounds logits; ``None``: they have none.
         fuse_wgrad: add the weight gradient to ``weight.main_grad``.
-        memory_mib: bound for what is held at once; ``None`` is the default of ``--tiled-head-memory-mib``.
+        memory_mib: bound for what is held at once.
 
     Raises:
         ValueError: shapes that do not belong together, a ``top_k`` beyond the vocabulary, a temperature or softcap

@@ -89,7 +89,7 @@ def test_the_last_tile_is_a_whole_one() -> None:
 
 def test_many_tokens_leave_half_of_the_bound_to_tiles() -> None:
     """Of 32768 tokens the input gradient alone has 256 MiB."""
-    cut = HeadTiles().cut(HeadSizes(32768, 151936, 4096))
+    cut = HeadTiles(272).cut(HeadSizes(32768, 151936, 4096))
     assert cut.height * (4 * 4096 + 2 * cut.width) <= 136 * MIB and cut.height >= 2048 and cut.width >= 8192
 
 
