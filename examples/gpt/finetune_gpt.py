@@ -11,6 +11,7 @@ it. The rest is `pretrain_gpt.py`.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ REFUSED = pretrain_gpt.REFUSED | {
 """Flags that ask for another batch than one pair a sample."""
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a JSONL file.
+def read_pairs(path: Path, keys: Sequence[str] = ("prompt", "answer")) -> list[Pair]:
+    """The lines of a JSONL file, each with a text for each of `keys`, none but the first empty.
 
     Raises:
-        SystemExit: there are none, or a line is no pair, with its number.
+        SystemExit: there are none, or a line is another, with its number.
     """
     if not path.is_file():
-        sys.exit(f"--data-path {path}: no such file; give a JSONL file of prompts and answers, with its suffix")
+        sys.exit(f"--data-path {path}: no such file; give a JSONL file of {', '.join(keys)}, with its suffix")
     pairs = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
@@ -48,9 +49,10 @@ def read_pairs(path: Path) -> list[Pair]:
             pair = json.loads(line)
         except json.JSONDecodeError as error:
             sys.exit(f"{path}, line {number}: not JSON ({error})")
-        texts = [pair.get(key) if isinstance(pair, dict) else None for key in ("prompt", "answer")]
-        if not all(isinstance(text, str) for text in texts) or not texts[1]:
-            sys.exit(f'{path}, line {number}: write {{"prompt": "...", "answer": "..."}}, the answer not empty')
+        texts = [pair.get(key) if isinstance(pair, dict) else None for key in keys]
+        if not all(isinstance(text, str) for text in texts) or not all(texts[1:]):
+            wanted = ", ".join(f'"{key}": "..."' for key in keys)
+            sys.exit(f"{path}, line {number}: write {{{wanted}}}, the {' and '.join(keys[1:])} not empty")
         pairs.append(pair)
     if not pairs:
         sys.exit(f"{path}: holds no pairs")
@@ -96,13 +98,21 @@ class PairDataset(MegatronDataset):
         return max(len(self.indices), self.num_samples or 0)  # Megatron's samplers refuse an empty data set
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        epoch, place = divmod(int(index), len(self.indices))
+        pair = self.pair(int(index))
+        return self.made(pair["prompt"], pair["answer"])
+
+    def pair(self, index: int) -> Pair:
+        epoch, place = divmod(index, len(self.indices))
         if epoch != self._epoch:
             generator = np.random.default_rng([self.config.random_seed, epoch])
             self._epoch, self._order = epoch, generator.permutation(self.indices)
-        pair, tokenizer = self.dataset[self._order[place]], self.config.tokenizer
-        length = self.config.sequence_length
-        prompt, answer = (list(tokenizer.tokenize(pair[key])) for key in ("prompt", "answer"))
+        found: Pair = self.dataset[self._order[place]]
+        return found
+
+    def made(self, *texts: str) -> dict[str, torch.Tensor]:
+        """The sample of a prompt and an answer."""
+        tokenizer, length = self.config.tokenizer, self.config.sequence_length
+        prompt, answer = (list(tokenizer.tokenize(text)) for text in texts)
         if answer[0] == getattr(tokenizer, "bos", None):  # Hugging Face tokenizers begin every text with it
             del answer[0]
         made = sample(prompt, answer, tokenizer.eod, length) | {"position_ids": torch.arange(length)}

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -248,22 +248,22 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted(ranks)
 
 
-def parse_args(refused: dict[str, str]) -> Any:
-    """Megatron's flags and ours, checked; ends the program at one of those `refused`."""
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+def parse_args(refused: dict[str, str], add_flags: Callable[[Any], Any] | None = None) -> Any:
+    """Megatron's flags and ours, and those of a script, checked; ends the program at one of those `refused`."""
+    args = parse_and_validate_args(add_flags, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     if asked := [flag for name, flag in refused.items() if getattr(args, name)]:
         sys.exit(f"{', '.join(asked)}: not in this example; run Megatron-LM's own script the same way")
     return args
 
 
-def train(args: Any, kind: type) -> None:
-    """Hand over to Megatron's trainer, with data sets of a `kind`."""
+def train(args: Any, kind: type, step: Callable[..., Any] = forward_step) -> None:
+    """Hand over to Megatron's trainer, with data sets of a `kind` and the `step` of a micro-batch."""
     trainer, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     trainer(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         datasets_of(kind),
         ModelType.encoder_or_decoder,
-        forward_step,
+        step,
         store=store,
         get_embedding_ranks=embedding_ranks,
     )
