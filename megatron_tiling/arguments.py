@@ -90,6 +90,7 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
     ),
     "tiles under Megatron-FSDP": (
         *_SHARDED,
+        Refused("--megatron-fsdp-version", "tiles are the units of the first alone", (None, 1), "give 1"),  # from 0.20
         Refused(
             "--data-parallel-sharding-strategy",
             "weights stay whole, and tiles are not sharded",

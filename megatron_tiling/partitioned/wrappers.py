@@ -8,15 +8,19 @@ gathers it.
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.distributed import FullyShardedDataParallel, TorchFullyShardedDataParallel
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 
 from megatron_tiling.partitioned import megatron_fsdp, torch_fsdp2
 
 
 def shard_by_tiles() -> None:
     """Have both of Megatron's wrappers shard partitioned layers tile by tile, from now on. Idempotent."""
+    adapter: Any = mcore_fsdp_adapter
+    # Megatron's main branch (0.20) has two versions, and a function that chooses; arguments.py refuses the second.
+    megatrons = getattr(adapter, "FullyShardedDataParallelV1", adapter.FullyShardedDataParallel)
     for wrapper, constructor in (
-        (FullyShardedDataParallel, megatron_fsdp.init),
+        (megatrons, megatron_fsdp.init),
         (TorchFullyShardedDataParallel, torch_fsdp2.init),
     ):
         if wrapper.__init__.__module__ != __name__:
