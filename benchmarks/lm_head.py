@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    bounds = [160, DEFAULT_HEAD_MEMORY_MIB, 320, 650, 1024]
+    bounds = sorted({160, 272, 320, 650, 1024, DEFAULT_HEAD_MEMORY_MIB})
     parser.add_argument("--memory-mib", type=int, nargs="+", default=bounds)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sequence-parallel", action="store_true")

@@ -26,7 +26,7 @@ from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling import tiled_scores
 from megatron_tiling.tiles.head_cut import HeadTiles
 
-OURS, LOSS, PLAIN = "tiled_scores", "our loss", "plain torch, from logits"
+OURS, LOSS, PLAIN = "tiled_scores", "our loss, 272 MiB", "plain torch, from logits"
 PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "verl")
 
 
@@ -148,7 +148,7 @@ def main() -> None:
             runs.pop(name, None)
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
     bound = {name: partial(lambda hidden, run: run(hidden, weight, labels), run=run) for name, run in runs.items()}
-    loss = of_ours(dense, labels, {LOSS: HeadTiles()})[0]
+    loss = of_ours(dense, labels, {LOSS: HeadTiles(272)})[0]
     candidates = [Candidate(name, run, [weight]) for name, run in bound.items()]
     candidates.append(Candidate(LOSS, lambda hidden: loss.run(hidden)[..., None].expand(-1, -1, 2), [weight]))
     gemm = forward_only(lambda hidden: hidden @ weight.t(), hidden, args.repeats)[0]
