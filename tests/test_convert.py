@@ -193,7 +193,7 @@ def test_layers_under_adapters_are_tiled(name: str) -> None:
     assert all(report.grid is not None for report in reports.values())
     assert reports["output_layer"].reason == "an adapter is around the output layer"
     assert reports["decoder.layers.1.mlp.linear_fc1"].reason == (
-        "linear_fc1 has an adapter around it that runs by itself: Adapter with NoneType is not LoRA of Megatron-Bridge"
+        "linear_fc1 has an adapter around it that runs by itself: Adapter is no LoRA that the loop knows"
     )
     assert reports["decoder.layers.0.mlp.linear_fc1"].mlp == "decoder.layers.0.mlp"
 

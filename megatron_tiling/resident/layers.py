@@ -311,13 +311,13 @@ def check_parts(layer: Any, input_: Tensor | Sequence[Tensor]) -> None:
 
 def reduced(row_layer: Any, output: Tensor) -> Tensor:
     """What ``RowParallelLinear.forward`` does with its product, as the layer is set now."""
-    if row_layer.explicit_expert_comm:
-        return output
-    reduce = (
-        reduce_scatter_to_sequence_parallel_region
-        if row_layer.sequence_parallel
-        else reduce_from_tensor_model_parallel_region
-    )
+    return output if row_layer.explicit_expert_comm else summed(row_layer, output)
+
+
+def summed(row_layer: Any, output: Tensor) -> Tensor:
+    """The sum over tensor-parallel ranks: of all tokens, or under sequence parallelism of this rank's."""
+    scatters = row_layer.sequence_parallel
+    reduce = reduce_scatter_to_sequence_parallel_region if scatters else reduce_from_tensor_model_parallel_region
     result: Tensor = reduce(output, group=row_layer.tp_group)
     return result
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from megatron_tiling.resident.adapters import narrow_input, reason_outside_loop, unwrapped, widened
+from megatron_tiling.resident.adapters import looped_adapter, reason_outside_loop, unwrapped
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, comm_of, reduced
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.activation import Activation, Formula
@@ -73,7 +73,9 @@ class TiledMLP(MLP):
         product, low = self._product(hidden_states, per_token_scale)
         output, bias = reduced(fc2, product), fc2.bias
         if low is not None:
-            output = output + widened(self.linear_fc2, low).reshape(output.shape)
+            adapter = looped_adapter(self.linear_fc2)
+            assert adapter is not None
+            output = output + adapter.widened(low).reshape(output.shape)
         if bias is None:
             return output, None
         if not fc2.skip_bias_add:
@@ -223,14 +225,12 @@ def _adds_bias(layer: Any) -> bool:
 
 @torch.compiler.disable
 def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    around_fc1, around_fc2 = mlp.linear_fc1, mlp.linear_fc2
-    fc1, fc2 = unwrapped(around_fc1), unwrapped(around_fc2)
-    up = around_fc1.adapter.linear_out if around_fc1 is not fc1 else None
-    down = around_fc2.adapter.linear_in if around_fc2 is not fc2 else None
-    for child in (fc1, fc2, *filter(None, (up, down))):
+    fc1, fc2 = unwrapped(mlp.linear_fc1), unwrapped(mlp.linear_fc2)
+    up, down = looped_adapter(mlp.linear_fc1), looped_adapter(mlp.linear_fc2)
+    for child in (fc1, fc2, *(adapter.wide for adapter in (up, down) if adapter is not None)):
         run_weight_hooks(child)
-    returns_norm = up is not None and getattr(fc1, "return_layernorm_output", False)
-    gathers = returns_norm and fc1.return_layernorm_output_gathered and fc1.sequence_parallel
+    takes_norm = up is not None and up.takes_norm
+    gathers = takes_norm and fc1.return_layernorm_output_gathered and fc1.sequence_parallel
 
     def input_of_tiles(hidden: Tensor) -> Tensor:
         normalized: Tensor = fc1.normalized(hidden)
@@ -243,18 +243,17 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         keep=len(parts) - 1 if mlp.keep is None else mlp.keep,
         fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
         fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
-        fuse_up_wgrad=up is not None and up.gradient_accumulation_fusion,
-        fuse_down_wgrad=down is not None and down.gradient_accumulation_fusion,
+        fuse_up_wgrad=up is not None and up.fuses_wgrad,
+        fuse_down_wgrad=down is not None and down.fuses_wgrad,
         fp32_accumulate=fc1.fp32_accumulate,
         comm=None if gathers else comm_of(fc1),
     )
     normalized = input_of_tiles(hidden_states)
     made = normalized is not hidden_states
     with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
-        low = None
-        if up is not None:
-            low = narrow_input(around_fc1, normalized if returns_norm else hidden_states)
-        adapters = LowRank(low, None if up is None else up.weight, None if down is None else down.weight)
+        low = None if up is None else up.low(normalized if takes_norm else hidden_states)
+        wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
+        adapters = LowRank(low, *wide)
         return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
 
 

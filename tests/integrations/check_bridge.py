@@ -209,7 +209,7 @@ def check_what_leaves_the_loop(folder: Path) -> None:
         "dropout": lambda wrapper: setattr(wrapper.adapter, "dropout", torch.nn.Dropout(0.1).eval()),
         "a2a_experimental": lambda wrapper: setattr(wrapper.adapter, "use_a2a", True),
         "has hooks": lambda wrapper: wrapper.adapter.register_forward_hook(lambda *arguments: None),
-        "is not LoRA": lambda wrapper: setattr(wrapper, "forward", wrapper.forward),
+        "is no LoRA": lambda wrapper: setattr(wrapper, "forward", wrapper.forward),
     }
     case = Case(folder, "llama", False, True, {"sequence_parallel": False})  # gloo has no all-to-all
     for words, change in changes.items():

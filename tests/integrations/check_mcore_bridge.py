@@ -112,7 +112,9 @@ def main() -> None:
                 found = outcomes(folder)
                 expected = dense.setdefault(size, found)
                 for (kind, lora, grads, weights, model), (_, _, wanted, copies, _) in zip(found, expected, strict=True):
-                    assert any(isinstance(module, TiledMLP) for module in model.modules()) == tiled
+                    mlps = [module for module in model.modules() if isinstance(module, TiledMLP)]
+                    assert len(mlps) == 2 * tiled
+                    assert not any(mlp.reason_for_stock_forward() for mlp in mlps), mlps[0].reason_for_stock_forward()
                     assert grads.keys() == wanted.keys()
                     for name, one in wanted.items():
                         assert relative_error(grads[name], one) <= (1e-6 if name == "loss" else 1e-5), (
