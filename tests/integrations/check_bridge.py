@@ -22,7 +22,7 @@ from megatron_tiling.integrations.bridge import tile_provider
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.check_models import expect_error
 from tests.integrations import small_models
-from tests.support.harness import Counter, megatron, relative_error
+from tests.support.harness import Counter, megatron, peak_bytes, relative_error
 
 CONFIG = TilingConfig(3, MODULES)
 #: Model, tied embeddings, specs of TransformerEngine, and settings of the provider.
@@ -198,6 +198,35 @@ def check_lora_in_the_loop(folder: Path) -> None:
                     assert found.keys() == expected.keys()
                     for name, one in expected.items():
                         assert relative_error(found[name], one) < 1e-12, (name, te, targets, keep, frozen)
+
+
+def check_memory_of_lora(folder: Path) -> None:
+    """Bytes at the peak of a step of an MLP with frozen weights: no whole intermediate, nor one for the adapters."""
+    from megatron.bridge.peft.lora import LoRA
+
+    sizes = {"hidden_size": 256, "ffn_hidden_size": 1024, "kv_channels": 64, "sequence_parallel": False}
+    case = Case(folder, "llama", False, True, sizes)
+    dense = case.build(lambda chunks: LoRA(dim=8, alpha=8)(chunks, training=True), load=False)[0].decoder.layers[0].mlp
+    hidden = torch.randn(2048, 1, 256, requires_grad=True)
+
+    def peak(mlp: Any) -> int:
+        def step() -> None:
+            output = mlp(hidden)[0]
+            output.backward(torch.ones_like(output))
+            hidden.grad = None
+            mlp.zero_grad()
+
+        step()
+        return peak_bytes(step)
+
+    whole = peak(dense)
+    for keep, share in (("all", 0.6), (0, 0.45)):
+        tiled = copy.deepcopy(dense, groups_of(dense))
+        tile(tiled, TilingConfig(8, ("fc1", "fc2"), mlp_keep=keep))  # type: ignore[arg-type]
+        found = peak(tiled) / whole
+        assert found < share, (keep, found)
+        if dist.get_rank() == 0:
+            print(f"an MLP with LoRA of rank 8, keep {keep}: {found:.2f} of stock's bytes", flush=True)
 
 
 def check_what_leaves_the_loop(folder: Path) -> None:

@@ -17,6 +17,6 @@ def test_bridge(tmp_path: Path) -> None:
     """Loads, exports and adapters, at TP=1 and TP=2 with sequence parallelism."""
     path = search_path(ROOT / "tests" / "stand_ins")
     output = torchrun("-m", "tests.integrations.check_bridge", tmp_path, world=2, environment={"PYTHONPATH": path})
-    for check in ("models", "adapters", "lora_in_the_loop", "what_leaves_the_loop", "providers"):
+    for check in ("models", "adapters", "lora_in_the_loop", "memory_of_lora", "what_leaves_the_loop", "providers"):
         for size in (1, 2):
             assert f"check_{check} passed at TP={size}" in output, output[-6000:]
