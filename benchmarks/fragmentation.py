@@ -35,6 +35,7 @@ from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, 
 from megatron_tiling.tiles.ownership import whole_size
 from megatron_tiling.zero3 import engine as zero3
 from megatron_tiling.zero3.gather import TileGathering
+from megatron_tiling.zero3.host_memory import available_host_memory
 
 MIB, GIB = 2**20, 2**30
 STEP = 1024  # of hidden sizes tried
@@ -293,7 +294,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     with megatron(tensor_parallel=1):
         fragments = Fragments(args.piece_mib * MIB + SLACK)
-        host = min(zero3.available_host_memory(), int(args.host_gib * GIB))
+        host = min(available_host_memory(), int(args.host_gib * GIB))
         options = f"--piece-mib {args.piece_mib} --tiles {' '.join(map(str, args.tiles))} "
         options += f"--host-gib {args.host_gib:.0f} --seconds {args.seconds:.0f}"
         origin = Origin.now(("torch", "megatron-core", "deepspeed"), machine(), options)

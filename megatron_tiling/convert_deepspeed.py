@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiling import deepspeed_names
 from megatron_tiling.config import parse_splits
 from megatron_tiling.tiles import deepspeed_keys
 
@@ -150,7 +151,8 @@ def read(path: Path) -> Rank:
     except FileNotFoundError:
         raise Refused(f"{path} is missing") from None
     except Exception as error:  # a zip or a pickle that is cut off fails in many ways
-        raise Refused(f"{path} cannot be read, is it whole? {type(error).__name__}: {_first_line(error)}") from None
+        first_line = (str(error).splitlines() or [""])[0]
+        raise Refused(f"{path} cannot be read, is it whole? {type(error).__name__}: {first_line}") from None
     models = [content[key] for key in ("module", "model") if key in content] if isinstance(content, Mapping) else []
     model = models[0] if models else None
     if not isinstance(model, Mapping):
@@ -163,7 +165,7 @@ def read(path: Path) -> Rank:
     if not isinstance(iteration, int) or iteration < 0:
         raise Refused(f"{path}: its iteration is {iteration!r}, not a number of steps")
     args = content.get("args")
-    version = 3.0 if deepspeed_keys.uses_core_names(state) else content.get("checkpoint_version", 0)
+    version = 3.0 if deepspeed_names.uses_core_names(state) else content.get("checkpoint_version", 0)
     return Rank(
         state,
         version,
@@ -171,10 +173,6 @@ def read(path: Path) -> Rank:
         iteration,
         content.get("mp_world_size"),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -194,10 +192,10 @@ def dense_rank(rank: Rank, ranks: int) -> dict[str, Any]:
 
 def _dense_state(state: deepspeed_keys.State, rank: Rank, ranks: int) -> deepspeed_keys.State:
     """Under megatron-core's names, in today's order of rows, and known to fit together."""
-    state = deepspeed_keys.core_names(state)
+    state = deepspeed_names.core_names(state)
     heads = getattr(rank.args, "num_attention_heads", None)
-    deepspeed_keys.check_model(state, _sizes(rank.args, ranks), getattr(rank.args, "num_layers", None))
-    return deepspeed_keys.reorder_qkv(state, rank.version, heads and heads // ranks)
+    deepspeed_names.check_model(state, _sizes(rank.args, ranks), getattr(rank.args, "num_layers", None))
+    return deepspeed_names.reorder_qkv(state, rank.version, heads and heads // ranks)
 
 
 def _sizes(args: Namespace | None, ranks: int) -> dict[str, tuple[int | None, int | None]]:
@@ -236,7 +234,7 @@ def _core_args(args: Namespace, ranks: int) -> Namespace:
 def tiled_rank(rank: Rank, ranks: int, splits: deepspeed_keys.Splits, core: bool) -> dict[str, Any]:
     """What DeepSpeed's engine loads of a dense rank, as one of ``ranks``; with ``core`` under megatron-core's names."""
     state = deepspeed_keys.split_tiles(_dense_state(rank.state, rank, ranks), splits, ranks)
-    module = state if core else deepspeed_keys.nest(deepspeed_keys.deepspeed_names(state))
+    module = state if core else deepspeed_names.nest(deepspeed_names.deepspeed_names(state))
     tiled: dict[str, Any] = {"module": module, "checkpoint_version": 3.0, "iteration": rank.iteration}
     # What DeepSpeed's engine looks up without asking whether it is there.
     tiled |= {"global_steps": rank.iteration, "global_samples": 0, "skipped_steps": 0, "dp_world_size": 1}
@@ -275,8 +273,9 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
             file = temporary / _place(rank.iteration, number, dense=splits is None)
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, file)
-        for name, text in _trackers(rank.iteration, dense=splits is None).items():
-            (temporary / name).write_text(text)
+        (temporary / MEGATRON_TRACKER).write_text(str(rank.iteration))  # Megatron-DeepSpeed reads it too
+        if splits is not None:
+            (temporary / DEEPSPEED_TRACKER).write_text(f"global_step{rank.iteration}")
         temporary.chmod(0o755)  # mkdtemp lets nobody else in
         if target.exists():
             raise Refused(f"{target} has come to exist, and is left as it is")
@@ -316,12 +315,6 @@ def _place(iteration: int, rank: int, dense: bool) -> str:
     return f"global_step{iteration}/mp_rank_{rank:02d}_model_states.pt"
 
 
-def _trackers(iteration: int, dense: bool) -> dict[str, str]:
-    """Files that name the latest checkpoint: DeepSpeed's for itself, Megatron's for it and for Megatron-DeepSpeed."""
-    own = {} if dense else {DEEPSPEED_TRACKER: f"global_step{iteration}"}
-    return own | {MEGATRON_TRACKER: str(iteration)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 1 refused and nothing written, 2 misused."""
     parser = argparse.ArgumentParser(
@@ -332,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     dense = commands.add_parser("to-dense", help="from tile keys to what stock Megatron loads")
     tiled = commands.add_parser("to-tiled", help="from dense keys to what DeepSpeed's TiledLinear loads")
+    dense.set_defaults(tiled_linear_splits=None, core_names=False)
     for command in (dense, tiled):
         command.add_argument("source", type=Path, metavar="SOURCE", help="folder of the checkpoint; pickles: trust it")
         command.add_argument("target", type=Path, metavar="TARGET", help="new folder")
@@ -348,12 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        if options.command == "to-dense":
-            done = convert(options.source, options.target)
-        else:
-            done = convert(
-                options.source, options.target, parse_splits(options.tiled_linear_splits), options.core_names
-            )
+        splits = None if options.tiled_linear_splits is None else parse_splits(options.tiled_linear_splits)
+        done = convert(options.source, options.target, splits, options.core_names)
     except (ValueError, OSError) as error:
         print(f"megatron_tiling.convert_deepspeed: {error}", file=sys.stderr)
         return 1

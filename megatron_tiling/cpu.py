@@ -24,9 +24,6 @@ from typing import Any
 
 import torch
 
-DEFAULT_ARGS = ("--distributed-backend", "gloo")
-"""Megatron flags that a run without a GPU needs, whatever the script; see `with_default_args`."""
-
 _CPU = torch.device("cpu")
 _FACTORIES = [
     *["tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye"],
@@ -62,7 +59,7 @@ def installed() -> bool:
 
 
 def with_default_args(argv: Sequence[str]) -> list[str]:
-    """`argv` and those of `DEFAULT_ARGS` that it does not set itself.
+    """`argv` and the Megatron flags that a run without a GPU needs, whatever the script, unless it sets them itself.
 
     >>> with_default_args(["--lr", "1"])
     ['--lr', '1', '--distributed-backend', 'gloo']
@@ -72,10 +69,7 @@ def with_default_args(argv: Sequence[str]) -> list[str]:
     given = {argument.partition("=")[0] for argument in argv}
     if "--use-megatron-fsdp" in given:
         argv = [*argv, "--no-gradient-reduce-div-fusion"]  # gloo cannot multiply while it adds
-    missing = [
-        (flag, value) for flag, value in zip(DEFAULT_ARGS[::2], DEFAULT_ARGS[1::2], strict=True) if flag not in given
-    ]
-    return [*argv, *(word for pair in missing for word in pair)]
+    return [*argv, *(() if "--distributed-backend" in given else ("--distributed-backend", "gloo"))]
 
 
 def _names_cuda(device: object) -> bool:

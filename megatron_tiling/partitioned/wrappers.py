@@ -5,7 +5,7 @@ in use, the one after it, and the untiled rest (norms, biases, embeddings, layer
 gathers it.
 """
 
-from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 from megatron.core.distributed import TorchFullyShardedDataParallel
@@ -23,12 +23,6 @@ def shard_by_tiles() -> None:
         (megatrons, megatron_fsdp.init),
         (TorchFullyShardedDataParallel, torch_fsdp2.init),
     ):
-        if wrapper.__init__.__module__ != __name__:
-            wrapper.__init__ = _around(wrapper.__init__, constructor)
-
-
-def _around(stock: Callable[..., None], constructor: Callable[..., None]) -> Callable[..., None]:
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        constructor(self, stock, *args, **kwargs)
-
-    return init
+        stock: Any = vars(wrapper)["__init__"]
+        if not isinstance(stock, partialmethod):
+            wrapper.__init__ = partialmethod(constructor, stock)

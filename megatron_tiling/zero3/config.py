@@ -7,7 +7,6 @@ fetches 5e7 elements ahead and never partitions what is smaller than 1e5. All of
 layers are alive in spite of the tiles.
 """
 
-import copy
 import json
 import math
 from argparse import Namespace
@@ -18,7 +17,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
-#: DeepSpeed's own defaults, which hold for thresholds that no one sets.
+#: DeepSpeed's own default.
 DEFAULT_PERSISTENCE = 100_000
 #: Gradients are reduced together up to this size: every reduction costs the host half a millisecond, and the engine
 #: waits for the second last one before it starts another.
@@ -94,19 +93,17 @@ def with_thresholds(config: Mapping[str, Any], sizes: TileSizes) -> Config:
     distance of 1 keeps a tile that is the next to be used again, as the last one of a forward pass is. Nothing is
     fetched ahead from NVMe, where DeepSpeed would start the same read twice and end the run.
     """
-    filled = copy.deepcopy(dict(config))
-    zero = filled["zero_optimization"]
+    zero = config["zero_optimization"]
     on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
-    for key, value in (
-        ("stage3_max_live_parameters", sizes.largest + 1),
-        ("stage3_max_reuse_distance", 1),
-        ("stage3_prefetch_bucket_size", 0 if on_disk else sizes.largest),
-        ("stage3_param_persistence_threshold", min(DEFAULT_PERSISTENCE, sizes.smallest - 1)),
-        ("reduce_bucket_size", max(sizes.largest, LEAST_REDUCE_BUCKET)),
-    ):
-        if zero.get(key, "auto") == "auto":
-            zero[key] = value
-    return filled
+    following = {
+        "stage3_max_live_parameters": sizes.largest + 1,
+        "stage3_max_reuse_distance": 1,
+        "stage3_prefetch_bucket_size": 0 if on_disk else sizes.largest,
+        "stage3_param_persistence_threshold": min(DEFAULT_PERSISTENCE, sizes.smallest - 1),
+        "reduce_bucket_size": max(sizes.largest, LEAST_REDUCE_BUCKET),
+    }
+    unset = {key: value for key, value in following.items() if zero.get(key, "auto") == "auto"}
+    return dict(config) | {"zero_optimization": zero | unset}
 
 
 def without_auto(config: Mapping[str, Any]) -> Config:
@@ -148,44 +145,3 @@ def pointless_settings(config: Mapping[str, Any], sizes: TileSizes) -> list[str]
     if zero.get("leaf_module"):
         reasons.append("leaf_module: a module gathered as one unit holds all its tiles at once; leave it out")
     return reasons
-
-
-def offload_needs(config: Mapping[str, Any], elements: int, element_size: int) -> dict[str, int]:
-    """Bytes of host memory that one rank asks for, by the setting that asks for them.
-
-    Args:
-        elements: parameters of the rank's partition.
-        element_size: bytes of a parameter as the model holds it.
-    """
-    zero = config["zero_optimization"]
-    needs = {}
-    if (zero.get("offload_param") or {}).get("device") == "cpu":
-        needs["offload_param"] = elements * element_size
-    optimizer = zero.get("offload_optimizer") or {}
-    if optimizer.get("device") == "cpu":  # float32: master weight, gradient, two moments
-        needs["offload_optimizer"] = int(elements * 16 * optimizer.get("ratio", 1.0))
-    return needs
-
-
-def check_host_memory(needs: Mapping[str, int], available: int, ranks: int) -> None:
-    """Refuse an offload that the host cannot hold, before the operating system ends the process without a word.
-
-    Args:
-        needs: from ``offload_needs``.
-        available: bytes that the host has left.
-        ranks: processes on this host, which all ask for the same.
-
-    Raises:
-        ValueError: with bytes asked for, by setting, and bytes available.
-    """
-    total = sum(needs.values()) * ranks
-    if total > available:
-        parts = ", ".join(f"{name}.device cpu {_gib(bytes_)}" for name, bytes_ in needs.items())
-        raise ValueError(
-            f"offload to host memory needs {_gib(total)} on this machine ({ranks} ranks x ({parts})), and "
-            f"{_gib(available)} are available; offload less, to nvme, or spread the run over more machines"
-        )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB ({size} bytes)"

@@ -10,10 +10,9 @@ Hazards: ZeRO-3 replaces a partitioned parameter's data by an empty tensor, so `
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,44 +23,35 @@ from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.mlp import PartitionedMLP
 from megatron_tiling.partitioned.modules import TILE_MODULES
 from megatron_tiling.tiles.ownership import gathered, is_owned, whole_shape, whole_size
+from megatron_tiling.zero3.checkpoint_check import refuse_other_tiles
 from megatron_tiling.zero3.config import (
     Config,
     TileSizes,
-    check_host_memory,
-    offload_needs,
     pointless_settings,
     with_thresholds,
     without_auto,
 )
 from megatron_tiling.zero3.gather import TileGathering, reason_against
-from megatron_tiling.zero3.resume import refuse_other_tiles
+from megatron_tiling.zero3.host_memory import require_host_memory
 
-
-class ModelParallelUnit:
-    """Megatron's process groups under the names by which DeepSpeed asks for them.
-
-    "Model parallel" is tensor parallel: there are no pipeline stages. Functions of sequence parallelism must be
-    missing, since DeepSpeed means another kind by it.
-    """
-
-    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_src_rank = get_model_parallel_src_rank
-    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
-    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-
-    @staticmethod
-    def get_data_parallel_group_ranks() -> list[int]:
-        return torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group())
+#: Megatron's process groups under the names by which DeepSpeed asks for them. "Model parallel" is tensor parallel, as
+#: there are no pipeline stages. Functions of sequence parallelism must be missing: DeepSpeed means another kind by it.
+MODEL_PARALLEL_UNIT = SimpleNamespace(
+    **{
+        f"get_{theirs}_{what}": getattr(parallel_state, f"get_{ours}_{what}")
+        for theirs, ours in {
+            "model_parallel": "tensor_model_parallel",
+            "tensor_model_parallel": "tensor_model_parallel",
+            "pipeline_model_parallel": "pipeline_model_parallel",
+            "data_parallel": "data_parallel",
+        }.items()
+        for what in ("rank", "world_size", "group")
+    },
+    get_tensor_model_parallel_src_rank=parallel_state.get_tensor_model_parallel_src_rank,
+    get_data_parallel_group_ranks=lambda: torch.distributed.get_process_group_ranks(
+        parallel_state.get_data_parallel_group()
+    ),
+)
 
 
 def import_deepspeed() -> ModuleType:
@@ -92,7 +82,11 @@ def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config
     zero = config["zero_optimization"]
     devices = {(zero.get(name) or {}).get("device") for name in ("offload_param", "offload_optimizer")}
     if "cpu" in devices:
-        _check_host_memory(model, transformer, config)
+        with on_meta(transformer):
+            parameters = list(model().parameters())
+        ranks = parallel_state.get_data_parallel_world_size()
+        partition = sum(-(-parameter.numel() // ranks) for parameter in parameters)
+        require_host_memory(config, partition, transformer.params_dtype.itemsize)
     if "nvme" in devices and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
             "offload to nvme needs DeepSpeed's async_io, which cannot be compiled here: install libaio and its "
@@ -104,7 +98,7 @@ def build(model: Callable[[], torch.nn.Module], transformer: Any, config: Config
         deepspeed.zero.Init(
             data_parallel_group=parallel_state.get_data_parallel_group(),
             config_dict_or_path=without_auto(config),  # thresholds matter to the engine only
-            mpu=ModelParallelUnit,
+            mpu=MODEL_PARALLEL_UNIT,
             tensor_overrides=[],  # drawn as Megatron draws; in the engine's dtype, rotary frequencies lose precision
         ),
         _parameters_in(transformer.params_dtype),
@@ -179,10 +173,10 @@ def initialize(
     deepspeed = import_deepspeed()
     sizes = tile_sizes(model)
     against = ""  # gathering tiles by hooks of our own
-    if sizes is None:
-        config = without_auto(config)
-    else:
-        config = without_auto(with_thresholds(config, sizes))
+    if sizes is not None:
+        config = with_thresholds(config, sizes)
+    config = without_auto(config)
+    if sizes is not None:
         zero = config["zero_optimization"]
         chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}
         log_on_rank_0(f"ZeRO-3 with tiles of at most {sizes.largest} elements: {chosen}")
@@ -194,7 +188,7 @@ def initialize(
             log_on_rank_0(f"DeepSpeed's own hooks gather the tiles: {against}")
     reduce_shared_gradients(model)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=ModelParallelUnit
+        model=model, optimizer=make_optimizer(parameter_groups(model)), config=config, mpu=MODEL_PARALLEL_UNIT
     )
     refuse_other_tiles(model)
     for module in model.modules():
@@ -253,25 +247,13 @@ def reduce_shared_gradients(model: torch.nn.Module) -> None:
         shared = average or (config.sequence_parallel and getattr(parameter, "sequence_parallel", False))
         shared = shared or (config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name))
         if parameter.requires_grad and shared:
-            parameter.register_hook(_all_reduce(group, average))
+            parameter.register_hook(functools.partial(_reduced, group, average))
 
 
-def _all_reduce(group: torch.distributed.ProcessGroup, average: bool) -> Callable[[Tensor], Tensor]:
-    def reduce(grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need what it handed over
-        torch.distributed.all_reduce(grad, group=group)
-        return grad / group.size() if average else grad
-
-    return reduce
-
-
-def _check_host_memory(model: Callable[[], torch.nn.Module], transformer: Any, config: Mapping[str, Any]) -> None:
-    with on_meta(transformer):
-        parameters = list(model().parameters())
-    ranks = parallel_state.get_data_parallel_world_size()
-    partition = sum(-(-parameter.numel() // ranks) for parameter in parameters)
-    needs = offload_needs(config, partition, transformer.params_dtype.itemsize)
-    check_host_memory(needs, available_host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _reduced(group: torch.distributed.ProcessGroup, average: bool, grad: Tensor) -> Tensor:
+    grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need what it handed over
+    torch.distributed.all_reduce(grad, group=group)
+    return grad / group.size() if average else grad
 
 
 @contextmanager
@@ -288,16 +270,3 @@ def on_meta(transformer: Any) -> Iterator[None]:
             yield
     finally:
         transformer.use_cpu_initialization, transformer.perform_initialization = wanted
-
-
-def available_host_memory() -> int:
-    """Bytes that processes of this container can still allocate: the kernel's estimate, or the cgroup's limit."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
-            available = min(available, int(bound) - int(Path(used).read_text()))
-    return available

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 
 from tests.support.harness import Counter, megatron
+from tests.zero3.check_checkpoint_check import check_resuming
 from tests.zero3.check_gather import check_gathering, check_submodules
-from tests.zero3.check_resume import check_resuming
 from tests.zero3.small_gpt import ENGINE, TENSOR_PARALLEL, close, engine_of, gpt, train_dense, train_zero3, transformer
 
 
@@ -180,10 +180,11 @@ def refusal(config: Any, **zero: Any) -> str:
 def check_offload(report: Any) -> None:
     """An offload larger than the host, or to a disk without the library for it, ends before it begins."""
     from megatron_tiling.zero3 import engine as zero3
+    from megatron_tiling.zero3 import host_memory
 
     config = transformer()
     parameters = sum(-(-parameter.numel() // 2) for parameter in gpt(config).parameters())
-    with mock.patch.object(zero3, "available_host_memory", lambda: 1000):
+    with mock.patch.object(host_memory, "available_host_memory", lambda: 1000):
         message = refusal(config, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     words = [f"({parameters * 4} bytes)", f"({parameters * 16} bytes)", "(1000 bytes) are available", "offload_param"]
     report("host memory is too small", all(word in message for word in words), message)

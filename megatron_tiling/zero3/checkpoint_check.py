@@ -101,7 +101,9 @@ def _check(engine: Any, folder: Path, tag: str) -> int:
         raise ValueError(f"{place / optimizer} is missing: every rank has saved such a file")
     if not zipfile.is_zipfile(states):
         raise ValueError(f"{states} cannot be read, is it whole?")
-    _compare(place, _saved_shapes(saved), _shapes(engine.module))
+    groups = [*(saved["param_shapes"] or []), saved.get("frozen_param_shapes") or {}]
+    shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+    _compare(place, shapes, {name: tuple(whole_shape(one)) for name, one in engine.module.named_parameters()})
     return int(saved["global_steps"])
 
 
@@ -117,15 +119,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or not {"dp_world_size", "mp_world_size", "param_shapes"} <= saved.keys():
         raise ValueError(f"{file} was not saved by a ZeRO-3 engine")
     return saved
-
-
-def _shapes(model: torch.nn.Module) -> Shapes:
-    return {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters()}
-
-
-def _saved_shapes(saved: dict[str, Any]) -> Shapes:
-    groups = [*(saved["param_shapes"] or []), saved.get("frozen_param_shapes") or {}]
-    return {name: tuple(shape) for group in groups for name, shape in group.items()}
 
 
 def _compare(folder: Path, saved: Shapes, wanted: Shapes) -> None:

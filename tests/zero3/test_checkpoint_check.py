@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Linear, Sequential
 
-from megatron_tiling.zero3 import resume as zero3_resume
+from megatron_tiling.zero3 import checkpoint_check
 
 SHAPES = {"0.weight": (3, 2), "0.bias": (3,)}
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def check(engine: Any, folder: Path) -> int:
-    return zero3_resume._check(engine, folder.parent, folder.name)
+    return checkpoint_check._check(engine, folder.parent, folder.name)
 
 
 def test_a_checkpoint_of_this_engine_passes(folder: Path) -> None:
@@ -80,8 +80,8 @@ def test_a_file_of_something_else_is_named(folder: Path) -> None:
 
 def test_latest_that_names_nothing(folder: Path) -> None:
     (folder / "latest").write_text("iter_0000009\n")
-    tag = zero3_resume._tag_in(folder)
-    assert tag == "iter_0000009" and zero3_resume._tag_in(folder / "empty") is None
+    tag = checkpoint_check._tag_in(folder)
+    assert tag == "iter_0000009" and checkpoint_check._tag_in(folder / "empty") is None
     with pytest.raises(ValueError, match=r"iter_0000009, the checkpoint that .*latest"):
         check(engine(), folder / tag)
 
@@ -89,7 +89,7 @@ def test_latest_that_names_nothing(folder: Path) -> None:
 def test_partitions_of_other_tiles_are_refused_strictly_or_not() -> None:
     """The engine saves an empty tensor for what it has partitioned, and loads flat partitions after the module."""
     model = Sequential(Linear(2, 3, bias=False), Linear(3, 2, bias=False))
-    zero3_resume.refuse_other_tiles(model)
+    checkpoint_check.refuse_other_tiles(model)
     whole = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(whole)
     model.load_state_dict({"0.weight": whole["0.weight"]}, strict=False)

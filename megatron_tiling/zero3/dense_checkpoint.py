@@ -1,7 +1,7 @@
 """Dense Megatron checkpoints out of a ZeRO-3 model, and into one before the engine takes it.
 
 Megatron's own functions save and load; they are given a stand-in for the model, which gathers what ZeRO-3 has
-partitioned. Tiles are gathered one by one (``checkpoint.py``), all else at once: norms, biases and embeddings.
+partitioned. Tiles are gathered one by one (``partitioned/checkpoint.py``), norms, biases and embeddings at once.
 """
 
 from collections.abc import Iterator
