@@ -11,7 +11,7 @@ by the sizes that tiles really have, which may be shards (tensor parallelism).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -169,13 +169,12 @@ class TiledLinear(torch.nn.Module):
             raise ValueError(
                 f"bias={self.use_bias} here, but the layer to copy has {'no' if bias is None else 'a'} bias"
             )
-        for out_id, row_slice in enumerate(_slices(rows)):
-            for in_id, column_slice in enumerate(_slices(columns)):
-                tile = self._tile(out_id, in_id)
-                copy_param(tile.weight, weight[row_slice, column_slice])
-            if tile.bias is not None:  # the last in-tile's
-                assert isinstance(bias, Tensor)
-                copy_param(tile.bias, bias[row_slice])
+        for out_id, block in enumerate(weight.split(rows)):
+            for in_id, part in enumerate(block.split(columns, dim=1)):
+                copy_param(self._tile(out_id, in_id).weight, part)
+        if isinstance(bias, Tensor):
+            for out_id, part in enumerate(bias.split(rows)):
+                copy_param(self._tile(out_id, self.in_splits - 1).bias, part)
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -285,7 +284,3 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 def _sizes(parts: Sequence[int]) -> list[int]:
     return [stop - start for start, stop in pairwise(parts)]
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
