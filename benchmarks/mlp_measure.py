@@ -85,10 +85,10 @@ def measure_held(
     return list(results.values())
 
 
-def time_once(candidate: Candidate, hidden: Tensor, grad_output: Tensor) -> float:
+def time_once(candidate: Candidate, hidden: Tensor, grad_output: Tensor, head_start: int = HEAD_START) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(head_start)
     start.record()
     for _ in range(STEPS):
         step(candidate, hidden, grad_output)

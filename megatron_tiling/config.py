@@ -40,6 +40,7 @@ FLAGS = {
     "head_keep": "--tiled-head-keep",
     "head_tokens": "--tiled-head-tokens",
     "storage": "--tiled-linear-storage",
+    "fp8_hold_weights": "--tiled-fp8-hold-weights",
 }
 
 
@@ -145,6 +146,8 @@ class TilingConfig:
             it around its use.
         head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
             ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
+        fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
+            TransformerEngine's layers do, and do not make them again for each.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -162,6 +165,7 @@ class TilingConfig:
     head_tokens: int | None = None
     storage: Storage = "resident"
     head_keep: int | Literal["all"] | None = None
+    fp8_hold_weights: bool = False
 
     def __post_init__(self) -> None:
         modules: Any = self.modules
@@ -180,6 +184,7 @@ class TilingConfig:
             ("head_keep", _is_number_to_keep(self.head_keep), f"{_WHOLE} 0, or all"),
             ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
             ("storage", self.storage in STORAGES, f"{' or '.join(STORAGES)}; the flag alone can also be auto"),
+            ("fp8_hold_weights", isinstance(self.fp8_hold_weights, bool), "True or False"),
         ):
             value = getattr(self, name)
             if not fine:
@@ -202,6 +207,7 @@ class TilingConfig:
         resident = "leave it out, or give --tiled-linear-storage resident"
         engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
         untiled_mlp = not {"fc1", "fc2"} <= set(self.modules) and "fc1 and fc2 are not both tiled; leave it out"
+        not_in_fp8 = self.partitioned and f"partitioned tiles are not in FP8; {resident}"
         head = "output" not in self.modules and "the output layer is not tiled; leave it out"
         if not head and self.partitioned:
             head = f"a partitioned output layer makes whole logits; {resident}"
@@ -209,6 +215,7 @@ class TilingConfig:
             ("fuse_wgrad=True", self.fuse_wgrad, engine),
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
             (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled_mlp),
+            (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
             (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),
             (FLAGS["head_keep"], self.head_keep is not None, head),

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
 from megatron_tiling.log import log_on_rank_0
@@ -29,7 +31,15 @@ from megatron_tiling.resident.layers import (
     shard_shape,
 )
 from megatron_tiling.resident.lm_head import TiledOutputLayer, check_head, convert_head, head_tiles
-from megatron_tiling.resident.mlp import MLP_LAYERS, TILED_MLP_CLASSES, TiledMLP, convert_mlp, reason_to_stay_stock
+from megatron_tiling.resident.mlp import (
+    MLP_LAYERS,
+    TILED_MLP_CLASSES,
+    TiledMLP,
+    check_keep,
+    convert_mlp,
+    reason_in_config,
+    reason_to_stay_stock,
+)
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
@@ -71,6 +81,8 @@ class _Plan:
         tiled: layers to be tiled.
         heads: language models whose loss is to be computed in tiles.
         mlps: MLPs to become tiled ones, and the table of their classes.
+        fp8_mlps: MLPs whose layers stay TransformerEngine's, and the grid of fc2.
+        in_bf16: modules of layers that ``--first-last-layers-bf16`` leaves out of FP8.
     """
 
     def __init__(self, model: torch.nn.Module, config: TilingConfig) -> None:
@@ -79,6 +91,8 @@ class _Plan:
         self.tiled: list[torch.nn.Module] = []
         self.heads: list[LanguageModule] = []
         self.mlps: list[tuple[MLP, Any]] = []
+        self.fp8_mlps: list[tuple[MLP, TileGrid]] = []
+        self.in_bf16 = _modules_in_bf16(model)
         models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
         ties = "share_embeddings_and_output_weights"
         tied = [unwrapped(getattr(one, "output_layer", None)) for one in models if getattr(one, ties, False)]
@@ -100,7 +114,7 @@ class _Plan:
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
             return replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
-        reason = _reason_to_stay_dense(name, layer, module, self.config)
+        reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
         if not reason and self.config.partitioned:
             reason = _reason_not_to_partition(layer, module, is_tied)
         if module is None or reason:
@@ -131,6 +145,9 @@ class _Plan:
     def _plan_mlp(self, name: str, mlp: Any) -> None:
         layers: list[Any] = [unwrapped(getattr(mlp, child, None)) for child in MLP_LAYERS]
         reports = [self.reports.get(layer) for layer in layers]
+        if self._is_in_fp8(layers):
+            self._plan_fp8_mlp(name, mlp, layers)
+            return
         grids = [None if report is None else report.grid for report in reports]
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
@@ -154,6 +171,56 @@ class _Plan:
                 how: dict[str, Any] = {"reason": reason} if reason else {"mlp": name, "kept_tiles": kept}
                 self.reports[layer] = replace(report, **how)
 
+    def _is_in_fp8(self, layers: list[Any]) -> bool:
+        return all(
+            type(layer) in TILED_TE_CLASSES and layer.config.fp8 and layer not in self.in_bf16 for layer in layers
+        )
+
+    def _plan_fp8_mlp(self, name: str, mlp: Any, layers: list[Any]) -> None:
+        """Its layers stay TransformerEngine's, and it runs in their place, where it can."""
+        if not {"fc1", "fc2"} <= set(self.config.modules):
+            return
+        reports = [self.reports[layer] for layer in layers]
+        grids = [_grid(report.name, report.module, report.shape, self.config, paired=False) for report in reports]
+        keep, reason = self.config.kept_tiles, ""
+        if isinstance(mlp, TiledMLP):  # tiled before
+            keep, tiles = mlp.keep, len(mlp.parts) - 1
+            grids = [replace(grids[0], out_splits=tiles), replace(grids[1], in_splits=tiles)]
+        else:
+            reason, grids[1] = self._fp8_tiles(mlp, layers, grids)
+        for layer, report, grid in zip(layers, reports, grids, strict=True):
+            kept = grid.tiles if keep is None else keep
+            how: dict[str, Any] = (
+                {"reason": reason, "grid": None} if reason else {"reason": "", "grid": grid, "mlp": name}
+            )
+            self.reports[layer] = replace(report, **how, fp8=not reason, kept_tiles=kept)
+
+    def _fp8_tiles(self, mlp: Any, layers: list[Any], grids: list[TileGrid]) -> tuple[str, TileGrid]:
+        """Why there are none, or nothing; and those of fc2."""
+        try:
+            from megatron_tiling.resident import fp8
+        except ImportError as error:
+            return f"--fp8-format {mlp.config.fp8}: tiles need a newer TransformerEngine: {error}", grids[1]
+        grid = fp8.aligned(grids[1], mlp.config)
+        adapted = [name for name, layer in zip(MLP_LAYERS, layers, strict=True) if getattr(mlp, name) is not layer]
+        reasons = [
+            f"an adapter is around {' and '.join(adapted)}" if adapted else "",
+            "tiles in FP8 cannot be partitioned" if self.config.partitioned else "",
+            *(
+                reason_to_stay_dense(layer, module, in_fp8=False)
+                for layer, module in zip(layers, ("fc1", "fc2"), strict=True)
+            ),
+            "" if type(mlp) in fp8.FP8_MLP_CLASSES else f"{type(mlp).__name__} is not a stock MLP",
+            TiledMLP.reason_in_grids(mlp.config, *grids),
+            reason_in_config(mlp),
+            fp8.reason_for_no_fp8_tiles(mlp, grid),
+        ]
+        reason = next(filter(None, reasons), "")
+        if not reason:
+            check_keep(self.config.kept_tiles, grid)
+            self.fp8_mlps.append((mlp, grid))
+        return reason, grid
+
     def carry_out(self) -> None:
         for layer in self.tiled:
             self._make_tiled(layer, self.reports[layer].grid)
@@ -161,6 +228,14 @@ class _Plan:
             convert_head(model, self.config)
         for mlp, classes in self.mlps:
             convert_mlp(mlp, self.config.kept_tiles, classes)
+        for mlp, grid in self.fp8_mlps:
+            from megatron_tiling.resident.fp8 import convert_fp8_mlp
+
+            config = self.config
+            if config.fuse_wgrad is not None:
+                for name in MLP_LAYERS:
+                    getattr(mlp, name).fuse_wgrad_accumulation = config.fuse_wgrad
+            convert_fp8_mlp(mlp, grid, config.kept_tiles, config.fp32_accumulate, config.fp8_hold_weights)
 
     def _make_tiled(self, layer: Any, grid: Any) -> None:
         """Turn a stock layer into a tiled one, in place."""
@@ -187,7 +262,19 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
         ) from None
 
 
-def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: TilingConfig) -> str:
+def _modules_in_bf16(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """Of the layers that a block runs without FP8, though the model is in FP8."""
+    layers = [layer for block in model.modules() if isinstance(block, TransformerBlock) for layer in block.layers]
+    return {
+        module
+        for layer in layers
+        if getattr(getattr(layer, "config", None), "fp8", None)
+        and is_first_last_bf16_layer(layer.config, layer.layer_number - 1)
+        for module in layer.modules()
+    }
+
+
+def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: TilingConfig, in_fp8: bool) -> str:
     attribute = name.rpartition(".")[2]
     if attribute in MLA_DOWN_PROJECTIONS:
         return "multi-latent attention needs the stock class here"
@@ -199,7 +286,7 @@ def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: Til
         return "not in --tiled-linear-modules"
     if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
         return reason
-    return reason_to_stay_dense(layer, module) if type(layer) in TILED_TE_CLASSES else ""
+    return reason_to_stay_dense(layer, module, in_fp8) if type(layer) in TILED_TE_CLASSES else ""
 
 
 def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, is_tied: bool) -> str:

@@ -27,6 +27,7 @@ class LayerReport:
         reason: why it stayed dense, or why a tiled layer's MLP or loss is stock's.
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
+        fp8: that MLP runs in FP8, and this layer stays TransformerEngine's.
         loss_tiles: of an output layer whose logits the loss takes tile by tile, and which does not use ``grid``.
     """
 
@@ -38,6 +39,7 @@ class LayerReport:
     reason: str = ""
     mlp: str | None = None
     kept_tiles: int = 0
+    fp8: bool = False
     loss_tiles: HeadTiles | None = None
 
     @property
@@ -92,8 +94,9 @@ def note(report: LayerReport) -> str:
         notes.append(_loss_note(report.loss_tiles, report.shape[0]))
     elif report.mlp is not None:
         tiles = report.grid.tiles
-        notes.append(f"TiledMLP, keep {'all' if report.kept_tiles == tiles else report.kept_tiles}")
-        if not report.partitioned:
+        notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
+        notes.append(f"keep {'all' if report.kept_tiles == tiles else report.kept_tiles}")
+        if not (report.partitioned or report.fp8):
             notes.append(f"at most {tiles} token steps")
     elif report.module == "output":
         notes.append("logits whole")

@@ -13,6 +13,7 @@ from megatron_tiling.config import FLAGS, MODULES, argument_of
 from megatron_tiling.resident.transformer_engine import NOT_IN_TILES
 
 ON = "--use-tiled-linear"
+SWITCHES = ("--tiled-linear-fp32-accumulate", "--tiled-fp8-hold-weights")
 
 
 def parse(line: str, **megatron_args: object) -> TilingConfig | None:
@@ -32,12 +33,27 @@ def test_each_flag_sets_its_field() -> None:
     assert parse(
         f"{ON} --tile-factor 3 --tiled-linear-modules fc1 fc2 output --tiled-linear-splits fc1=2x8 fc2=8x2 "
         "--tiled-linear-fp32-accumulate --tiled-mlp-keep 2 --tiled-head-memory-mib 5 --tiled-head-tokens 7 "
-        "--tiled-linear-storage resident --tiled-head-keep 9"
-    ) == TilingConfig(3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9)
+        "--tiled-linear-storage resident --tiled-head-keep 9 --tiled-fp8-hold-weights",
+        fp8="hybrid",
+    ) == TilingConfig(
+        3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9, True
+    )
     assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules=MODULES)
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
     assert parse(f"{ON} --tiled-linear-storage auto", use_torch_fsdp2=True) == TilingConfig(storage="partitioned")
+
+
+@pytest.mark.parametrize(
+    ("megatron_args", "words"),
+    [
+        ({}, "does nothing without --fp8-format"),
+        ({"fp8": "e4m3", "disable_parameter_transpose_cache": True}, "with --di"),
+    ],
+)
+def test_held_weights_need_fp8_and_its_cache(megatron_args: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^--tiled-fp8-hold-weights {words}"):
+        parse(f"{ON} --tiled-fp8-hold-weights", **megatron_args)
 
 
 def test_megatron_deepspeeds_spelling() -> None:
@@ -77,14 +93,14 @@ def test_bad_values_are_refused_in_one_line(flag: str, values: tuple[str, ...], 
 
 
 def test_bad_values_of_every_flag_are_tried() -> None:
-    assert {flag for flag, _, _ in BAD_VALUES} == set(FLAGS.values()) - {"--tiled-linear-fp32-accumulate"}  # a switch
+    assert {flag for flag, _, _ in BAD_VALUES} == set(FLAGS.values()) - set(SWITCHES)
     options = add_tiling_args(ArgumentParser())._option_string_actions
     assert {argument_of(flag) for flag in FLAGS.values()} == {options[flag].dest for flag in FLAGS.values()}
 
 
 @pytest.mark.parametrize("flag", FLAGS.values())
 def test_a_flag_alone_is_refused(flag: str) -> None:
-    values = {"--tiled-linear-splits": "fc1=1x2", "--tiled-linear-modules": "fc1", "--tiled-linear-fp32-accumulate": ""}
+    values = {"--tiled-linear-splits": "fc1=1x2", "--tiled-linear-modules": "fc1"} | dict.fromkeys(SWITCHES, "")
     for value in {values.get(flag, "4"), values.get(flag, "0")}:
         with pytest.raises(ValueError, match=f"^{flag} does nothing without --use-tiled-linear; add that flag or"):
             parse(f"{flag} {value}")

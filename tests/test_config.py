@@ -89,6 +89,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("head_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
+        ("fp8_hold_weights", (1, 0, "yes", None), "must be True or False"),
         ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),
         (
             "modules",
@@ -134,6 +135,8 @@ def test_fuse_wgrad_has_no_flag() -> None:
         ({"modules": ("fc1",), "head_keep": 0}, "--tiled-head-keep: the output layer is not tiled"),
         ({"storage": "partitioned", "fp32_accumulate": True}, "--tiled-linear-fp32-accumulate: autograd and the"),
         ({"storage": "partitioned", "fuse_wgrad": True}, "fuse_wgrad=True: autograd and the engine"),
+        ({"storage": "partitioned", "fp8_hold_weights": True}, "--tiled-fp8-hold-weights: partitioned tiles are not"),
+        ({"modules": ("fc1",), "fp8_hold_weights": True}, "--tiled-fp8-hold-weights: fc1 and fc2 are not both tiled"),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -94,8 +94,7 @@ class TiledMLP(MLP):
         for name, tiled_classes in zip(MLP_LAYERS, self.child_classes, strict=True):
             child = getattr(self, name)
             layer = unwrapped(child)
-            reason = _reason_in_class(layer, tiled_classes) or self._reason_in_hooks(layer)
-            reason = reason or layer.reason_to_be_called()
+            reason = self._reason_in_class(layer, tiled_classes) or self._reason_in_hooks(layer)
             if child is layer and getattr(layer, "return_layernorm_output", False):
                 reason = reason or "returns its norm's output too"
             if reason := reason or self.reason_in_adapter(child):
@@ -123,6 +122,15 @@ class TiledMLP(MLP):
 
     def adopt_tiles(self) -> None:
         """Make ready for the loop, once the class is set. Resident tiles are views: there is nothing to do."""
+
+    def _reason_in_class(self, layer: Any, tiled_classes: tuple[type, ...]) -> str:
+        """Why a layer's own ``forward`` must be called, or nothing."""
+        tiled_class = next((base for base in type(layer).__mro__ if base in tiled_classes), None)
+        for method in ("forward", "_forward_impl"):
+            if method in vars(layer) or getattr(type(layer), method) is not getattr(tiled_class, method, None):
+                return "is not a tiled layer any more"
+        reason: str = layer.reason_to_be_called()
+        return reason
 
     @classmethod
     def _reason_in_hooks(cls, child: torch.nn.Module) -> str:
@@ -199,22 +207,39 @@ def reason_to_stay_stock(
     if reason := classes[type(mlp)].reason_in_grids(config, fc1_grid, fc2_grid):
         return reason
     refusals = {
+        "linear_fc1 gathers its output": getattr(fc1, "gather_output", False),  # TransformerEngine's never do
+        "linear_fc1 adds its bias itself": _adds_bias(fc1),
+        "linear_fc2 splits its input itself": not getattr(fc2, "input_is_parallel", True),
+    }
+    reason = reason_in_config(mlp) or next((reason for reason, applies in refusals.items() if applies), "")
+    if not reason:
+        check_keep(keep, fc2_grid)
+    return reason
+
+
+def reason_in_config(mlp: Any) -> str:
+    """What of its config keeps tiles from the work of an MLP, or nothing."""
+    config = mlp.config
+    refusals = {
         "--use-te-activation-func": config.use_te_activation_func,
         "the activation's input is stored in fp8": config.activation_func_fp8_input_store,
         "activations are offloaded to the CPU": config.cpu_offloading,
         "--moe-shared-expert-overlap runs fc1 and fc2 apart": (
             isinstance(mlp, SharedExpertMLP) and config.moe_shared_expert_overlap
         ),
-        "linear_fc1 gathers its output": getattr(fc1, "gather_output", False),  # TransformerEngine's never do
-        "linear_fc1 adds its bias itself": _adds_bias(fc1),
-        "linear_fc2 splits its input itself": not getattr(fc2, "input_is_parallel", True),
     }
-    if reason := next((reason for reason, applies in refusals.items() if applies), ""):
-        return reason
-    tiles = fc2_grid.in_splits
+    return next((reason for reason, applies in refusals.items() if applies), "")
+
+
+def check_keep(keep: int | None, grid: TileGrid) -> None:
+    """Refuse more kept tiles than ``grid`` has, fc2's.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    tiles = grid.in_splits
     if keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
-    return ""
 
 
 def _adds_bias(layer: Any) -> bool:
@@ -271,7 +296,7 @@ def _formula(mlp: MLP, scaled: bool) -> Formula | None:
     config, function, gated = mlp.config, mlp.activation_func, mlp.config.gated_linear_unit
     if config.bias_activation_fusion:
         clamped = config.activation_func_clamp_value is not None  # by stock's fused SwiGLU from 0.20 on alone
-        if function == F.silu and gated and not clamped and not (scaled and unwrapped(mlp.linear_fc1).bias is not None):
+        if function == F.silu and gated and not clamped and not (scaled and config.add_bias_linear):
             return Formula("silu")
         if function == F.gelu and not scaled and (gated or config.add_bias_linear):
             return Formula("gelu_tanh")
@@ -297,15 +322,6 @@ class _PassOn(torch.nn.Module):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         return input_, self._output_bias[0]
-
-
-def _reason_in_class(child: torch.nn.Module, tiled_classes: tuple[type, ...]) -> str:
-    """Why a child's own ``forward`` must be called, or nothing."""
-    tiled_class = next((base for base in type(child).__mro__ if base in tiled_classes), None)
-    for method in ("forward", "_forward_impl"):
-        if method in vars(child) or getattr(type(child), method) is not getattr(tiled_class, method, None):
-            return "is not a tiled layer any more"
-    return ""
 
 
 def _reads_no_input(hook: Callable[..., Any]) -> bool:

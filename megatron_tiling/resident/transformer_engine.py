@@ -35,10 +35,12 @@ def _offloads(part: str) -> Callable[[Any], tuple[Any, ...]]:
     return allowed
 
 
+#: Of this one layers may differ, and MLPs have a loop of their own (``fp8.py``).
+FP8 = Refused("--fp8-format", _NOT_IN_TILES, names=("fp8",))
 #: Options of a model's config that tiles do not honour, and the modules whose layers these options reach. Such a layer
 #: stays TransformerEngine's. The output layer is Megatron's own, and none of them reaches it.
 NOT_IN_TILES: tuple[tuple[Refused, tuple[str, ...]], ...] = (
-    (Refused("--fp8-format", _NOT_IN_TILES, names=("fp8",)), _LINEARS),
+    (FP8, _LINEARS),
     (Refused("--fp4-format", _NOT_IN_TILES, names=("fp4",)), _LINEARS),
     (Refused("--delay-wgrad-compute", _NOT_IN_TILES), _LINEARS),
     (Refused("--cpu-offloading-num-layers", _NOT_IN_TILES, names=OFFLOADING), _LINEARS),
@@ -50,20 +52,37 @@ NOT_IN_TILES: tuple[tuple[Refused, tuple[str, ...]], ...] = (
 )
 
 
-def reason_to_stay_dense(layer: Any, module: str) -> str:
+def reason_to_stay_dense(layer: Any, module: str, in_fp8: bool = True) -> str:
     """Why a layer of TransformerEngine's cannot be tiled though its model can, or nothing.
 
     Args:
         module: which one it is, as flags call it.
+        in_fp8: with ``--fp8-format`` this layer is in FP8, and no MLP that is tiled in FP8 runs in its place.
     """
     for row, modules in NOT_IN_TILES:
-        if module in modules and (reason := next(reasons_of_row(layer.config, row), "")):
+        if (in_fp8 or row is not FP8) and module in modules and (reason := next(reasons_of_row(layer.config, row), "")):
             return reason
     # Of these the layer knows: a recipe need not match it, and an overlap may be off for experts, fc1 or qkv alone.
     if getattr(layer, "te_quant_params", getattr(layer.config, "quant_recipe", None)) is not None:
         return f"--te-precision-config-file: {_NOT_IN_TILES}"
     overlaps = any(name.startswith("ub_") and value is True for name, value in vars(layer).items())
     return f"--tp-comm-overlap: {_NOT_IN_TILES}" if overlaps else ""
+
+
+def normalize(layer: Any, norm: Any, input_: Tensor) -> Tensor:
+    """What the norm in a ``TELayerNormColumnParallelLinear`` does.
+
+    Args:
+        layer: owns the parameters.
+        norm: a ``TENorm``, whose own are replaced.
+        input_: ``[s, b, h]``.
+    """
+    if norm.weight is not layer.layer_norm_weight:  # the first use, or after a parameter was replaced
+        norm.weight = layer.layer_norm_weight
+    if layer.layer_norm_bias is not None and norm.bias is not layer.layer_norm_bias:
+        norm.bias = layer.layer_norm_bias
+    output: Tensor = norm(input_)
+    return output
 
 
 class TiledTELinear(TiledParallelLinear):
@@ -173,13 +192,7 @@ class TiledTELayerNormColumn(TiledTEColumn):
         self._norm = (te.TENorm(self.config, self.weight.shape[1], eps=self.eps),)  # in a tuple: not a submodule
 
     def normalized(self, input_: Tensor) -> Tensor:
-        norm: Any = self._norm[0]
-        if norm.weight is not self.layer_norm_weight:  # the first use, or after a parameter was replaced
-            norm.weight = self.layer_norm_weight
-        if self.layer_norm_bias is not None and norm.bias is not self.layer_norm_bias:
-            norm.bias = self.layer_norm_bias
-        output: Tensor = norm(input_)
-        return output
+        return normalize(self, self._norm[0], input_)
 
     def forward(self, input_: Tensor) -> tuple[Any, ...]:
         """As without a norm; with ``return_layernorm_output`` the norm's output too, where stock has it.

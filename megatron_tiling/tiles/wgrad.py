@@ -20,7 +20,9 @@ class WeightGrad:
         self._weight = weight
         main_grad = getattr(weight, "main_grad", None) if fuse else None
         self.fused = main_grad is not None
-        self.tensor: Tensor = torch.empty_like(weight) if main_grad is None else main_grad
+        if main_grad is None:  # of a quantized weight too the gradient is a plain tensor
+            main_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self.tensor: Tensor = main_grad
 
     def add(
         self, rows: slice, columns: slice, grad_output: Tensor, input_: Tensor, *, accumulate: bool = False
@@ -42,7 +44,7 @@ class WeightGrad:
         self._weight.grad_added_to_main_grad = True
         # zero_out_wgrad: this one DDP adds to main_grad; anomaly detection reads it.
         if getattr(self._weight, "zero_out_wgrad", False) or torch.is_anomaly_enabled():
-            return torch.zeros_like(self._weight)
+            return torch.zeros(self._weight.shape, dtype=self._weight.dtype, device=self._weight.device)
         return _Placeholder(self._weight)
 
 

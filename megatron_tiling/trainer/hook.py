@@ -12,6 +12,7 @@ from megatron_tiling.convert import tile
 from megatron_tiling.log import logger
 from megatron_tiling.report import table
 from megatron_tiling.resident.layers import TiledParallelLinear
+from megatron_tiling.resident.mlp import TiledMLP
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
@@ -55,7 +56,7 @@ def was_tiled(chunk: torch.nn.Module) -> bool:
 def reasons_for_no_tiles(chunks: ModelChunks) -> set[str] | None:
     """Why none of the layers of these chunks, which have been through ``tile``, is tiled; ``None`` if one is."""
     modules = [module for chunk in chunks for module in chunk.modules()]
-    if any(isinstance(module, TiledParallelLinear) for module in modules):
+    if any(isinstance(module, (TiledParallelLinear, TiledMLP)) for module in modules):
         return None
     return {report.reason for module in modules for report in getattr(module, "tiling_reports", ())}
 

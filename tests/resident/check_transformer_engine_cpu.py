@@ -155,13 +155,45 @@ def check_reasons() -> None:
     overlaps = {"ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_overlap_rs_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad"}
     assert overlaps <= {name for name, value in vars(first).items() if value is False}
     for settings, words, count in (
-        ({"fp8": "hybrid"}, "dense: --fp8-format hybrid: ", 4),
+        ({"fp8": "hybrid", "ffn_hidden_size": 40}, "dense: --fp8-recipe delayed: 40 features make no 2 tiles", 4),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, "dense: --fp8-recipe mxfp8: ", 4),
         ({"symmetric_ar_type": "one_shot"}, "dense: --symmetric-ar-type one_shot: ", 2),
     ):
         grids = by_name(tile(build(**LLAMA, **settings), TilingConfig(factor=2)))
         assert sum(grid.startswith(words) for grid in grids.values()) == count, grids
         assert grids["output_layer"] == "1x2"
     print("reasons: as in options", flush=True)
+
+
+def check_fp8() -> None:
+    """MLPs in FP8 are tiled over layers that stay; those that the model's first and last layers leave out, in bf16."""
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import table
+    from megatron_tiling.resident import fp8
+    from megatron_tiling.resident.mlp import TiledMLP
+    from tests.resident.check_transformer_engine import EXPERTS, LLAMA
+
+    fp8.is_non_tn_fp8_gemm_supported = lambda: False  # there is no GPU to ask
+    settings = {"fp8": "hybrid", "fp8_recipe": "blockwise", "ffn_hidden_size": 512, "bf16": True}
+    settings |= {"params_dtype": torch.bfloat16, "num_layers": 4}
+    bf16_ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    dense, tiled = (build(**LLAMA | settings, **bf16_ends) for _ in range(2))
+    before = [type(layer.mlp.linear_fc1) for layer in tiled.decoder.layers]
+    reports = tile(tiled, TilingConfig(factor=2, mlp_keep=1))
+    mlps = [layer.mlp for layer in tiled.decoder.layers]
+    assert [type(mlp) for mlp in mlps] == [TiledMLP, fp8.TiledFP8MLP, fp8.TiledFP8MLP, TiledMLP]
+    assert all(type(mlp.linear_fc1) is kind for mlp, kind in zip(mlps[1:3], before[1:3], strict=True))
+    assert equal(tiled.state_dict(), dense.state_dict())
+    notes = table(reports)
+    assert notes.count("TiledMLP in FP8, keep 1\n") == 2 and notes.count("TiledMLP, keep 1, at most 2 token steps") == 2
+    assert table(tile(tiled, TilingConfig(factor=2, mlp_keep=1))) == notes
+    experts = build(**EXPERTS | settings | {"moe_ffn_hidden_size": 256, "moe_shared_expert_intermediate_size": 256})
+    tile(experts, TilingConfig(factor=2))
+    kinds = [type(module) for module in experts.modules() if isinstance(module, fp8.TiledFP8MLP)]
+    assert fp8.TiledFP8MLP in kinds and fp8.TiledFP8SharedExpertMLP in kinds
+    hooked = mlps[1]
+    assert hooked.reason_for_stock_forward() == "FP8 is off"
+    print("FP8: as in bf16", flush=True)
 
 
 def main() -> None:
@@ -175,6 +207,7 @@ def main() -> None:
     check_models()
     check_checkpoints()
     check_reasons()
+    check_fp8()
     torch.distributed.destroy_process_group()
     print(f"TransformerEngine {transformer_engine.__version__}: checks passed", flush=True)
 

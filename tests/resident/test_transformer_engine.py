@@ -86,11 +86,12 @@ def test_the_head_of_an_fp8_run_is_tiled(logs: dict[str, str]) -> None:
     found = losses(logs["fp8"])
     assert len(found) == ITERATIONS, logs["fp8"][-3000:]
     assert found == pytest.approx(losses(logs["dense"]), abs=2e-5, rel=0)
-    dense = r"mlp\.linear_fc\d +2 .* dense .* --fp8-format hybrid: tiles do not do this$"
+    dense = r"mlp\.linear_fc\d +2 .* dense .* --fp8-format hybrid: tiles need a newer TransformerEngine: "
     assert len(re.findall(dense, logs["fp8"], re.M)) == 2
     assert re.search(r"^output_layer .* loss in tiles of ", logs["fp8"], re.M)
 
 
 def test_nothing_but_layers_that_stay_dense_ends_the_run(logs: dict[str, str]) -> None:
-    words = "--use-tiled-linear: no layer of this model can be tiled (--fp8-format hybrid: tiles do not do this; not in"
-    assert words in logs["nothing"] and "Traceback" not in logs["nothing"] and not losses(logs["nothing"])
+    words = "--use-tiled-linear: no layer of this model can be tiled (--fp8-format hybrid: tiles need a newer "
+    assert words in logs["nothing"] and "; not in --tiled-linear-modules)" in logs["nothing"]
+    assert "Traceback" not in logs["nothing"] and not losses(logs["nothing"])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, empty_driver
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None or torch.cuda.is_available() or shutil.which("cc") is None,
@@ -24,15 +24,13 @@ NAMES = (
     "multi-latent attention",
     "checkpoints",
     "reasons",
+    "FP8",
 )
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "empty.c").write_text("int nothing;")
-    library = [folder / "libcuda.so.1", folder / "empty.c"]
-    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", *library], check=True)
+    folder = empty_driver(tmp_path_factory.mktemp("driver"))
     command = [sys.executable, "-m", "tests.resident.check_transformer_engine_cpu", folder]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.stdout + done.stderr

@@ -187,8 +187,8 @@ def test_packed_sequences() -> None:
 #: and words of the reason.
 STAYS: dict[str, tuple[dict[str, Any], set[str], str]] = {
     "default modules": ({}, {"qkv", "proj"}, "not in --tiled-linear-modules"),
-    "`--fp8-format`, tensorwise": (FP8 | {"fp8_recipe": "tensorwise"}, {"qkv", "proj", "fc1", "fc2"}, ""),
-    "`--fp8-format`, delayed": (FP8 | {"fp8_recipe": "delayed"}, {"qkv", "proj", "fc1", "fc2"}, ""),
+    "`--fp8-format`, tensorwise": (FP8 | {"fp8_recipe": "tensorwise"}, {"qkv", "proj"}, "--fp8-format hybrid: "),
+    "`--fp8-format`, delayed": (FP8 | {"fp8_recipe": "delayed"}, {"qkv", "proj"}, "--fp8-format hybrid: "),
     "`--offload-modules core_attn attn_proj`": (
         {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "attn_proj"]},
         {"proj"},
@@ -220,8 +220,8 @@ def test_what_tiles_do_not_honour_stays_and_the_rest_is_tiled(name: str, monkeyp
     assert {report.module for report in reports if report.grid is None} == modules
     assert all(report.reason.startswith(words) for report in reports if report.module in modules)
     assert next(report for report in reports if report.name == "output_layer").loss_tiles is not None
-    # FP8 gradients have two bits of mantissa: a rounding in the head moves some of them to the next number.
-    assert_close(step(tiled), step(dense), 0.2 if "fp8" in settings else 2.5e-2)
+    # FP8 gradients have two bits of mantissa: a rounding, or a tile's own scale, moves some of them to the next number.
+    assert_close(step(tiled), step(dense), 0.3 if "fp8" in settings else 2.5e-2)
     assert list(tiled.state_dict()) == list(dense.state_dict())
 
 

@@ -55,3 +55,11 @@ def torchrun(
     assert code is not None, f"not done after {TIMEOUT} seconds\n{output[-6000:]}"
     assert (code != 0) == fails, output[-6000:]
     return output
+
+
+def empty_driver(folder: Path) -> Path:
+    """``folder``, with an empty libcuda.so.1 in it, which TransformerEngine wants to load where there is no driver."""
+    (folder / "empty.c").write_text("int nothing;")
+    library = [folder / "libcuda.so.1", folder / "empty.c"]
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", *library], check=True)
+    return folder

@@ -1,0 +1,399 @@
+"""The tile loop of an MLP in FP8, as one autograd function over the weights of TransformerEngine's layers.
+
+As in ``tiles/mlp.py`` the forward pass goes by tokens, the backward pass by feature tiles. Quantizers and GEMMs are
+TransformerEngine's, whose outputs must be contiguous: gate and up of a tile are two products, and the gradient of fc2's
+weight is one product at the end, for which the activations of all tiles are kept in FP8. With current scaling the
+activation of each step of tokens, and the gradient of each half of a tile, has a scale of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformer_engine.pytorch.cpp_extensions import general_gemm
+from transformer_engine.pytorch.distributed import allreduce, gather_along_first_dim, reduce_scatter_along_first_dim
+from transformer_engine.pytorch.module.linear import _check_fp8_reduce_and_update
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+from transformer_engine.pytorch.quantized_tensor import prepare_for_saving, restore_from_func_ctx
+
+from megatron_tiling.resident.fp8_operands import (
+    Operand,
+    Quantizer,
+    WeightCopies,
+    inverse_scale,
+    joined,
+    quantized,
+    rows_of,
+    same_again,
+)
+from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.mlp import TOKEN_MULTIPLE
+from megatron_tiling.tiles.wgrad import WeightGrad
+
+
+@dataclass(frozen=True)
+class FP8Linear:
+    """One of fc1 and fc2 in one micro-batch.
+
+    Args:
+        input, grad_output: the layer's quantizers.
+        weight: its weight's copies.
+        fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
+        group: the tensor-parallel group, if the layer communicates.
+        sequence_parallel: fc1 gathers its input and scatters its gradient, fc2 the other way around.
+        save_input: keep the input for the backward pass as it was given, not in FP8.
+    """
+
+    input: Quantizer
+    grad_output: Quantizer
+    weight: WeightCopies
+    fuse_wgrad: bool
+    group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    save_input: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        return self.group is not None and self.sequence_parallel
+
+    def gathered(
+        self, quantizer: Quantizer, shard: Tensor | Operand, *, rowwise: bool, columnwise: bool
+    ) -> Callable[[], Operand]:
+        """Start to gather ``[n/tp, k]``, in FP8; the result waits for ``[n, k]``. Without a gather, quantize only."""
+        if not self.gathers:
+            if isinstance(shard, Tensor):
+                shard = quantized(quantizer, shard, rowwise=rowwise, columnwise=columnwise)
+            return lambda: shard
+        rows_only = quantizer.supports_only_rowwise_all_gather()
+        quantizer = quantizer.copy()
+        quantizer.internal = True
+        quantizer.set_usage(rowwise=rowwise or rows_only, columnwise=columnwise and not rows_only)
+        operand, work = gather_along_first_dim(shard, self.group, async_op=True, quantizer=quantizer)
+
+        def finish() -> Operand:
+            if work is not None:
+                work.wait()
+            operand.update_usage(rowwise_usage=rowwise, columnwise_usage=columnwise)
+            return operand
+
+        return finish
+
+    def reduced(self, partial: Tensor, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
+        """The sum over ranks, ``[n, k]``, with sequence parallelism ``[n/tp, k]``, and what to wait for."""
+        if self.group is None:
+            return partial, None
+        reduce = reduce_scatter_along_first_dim if self.sequence_parallel else allreduce
+        total, work = reduce(partial, self.group, async_op=async_op)
+        return total, work
+
+
+@dataclass(frozen=True)
+class FP8Loop:
+    """How ``fp8_mlp`` runs.
+
+    Args:
+        parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features.
+        activation: between fc1 and fc2.
+        keep: the first so many tiles keep their pre-activations for the backward pass.
+        fp32_accumulate: sum over tiles in float32.
+        fc1, fc2: the layers.
+        split_accumulators: of the recipe's products: forward, input gradients, weight gradients.
+    """
+
+    parts: list[int]
+    activation: Activation
+    keep: int
+    fp32_accumulate: bool
+    fc1: FP8Linear
+    fc2: FP8Linear
+    split_accumulators: tuple[bool, bool, bool]
+
+    @cached_property
+    def tiles(self) -> list[slice]:
+        return [slice(start, stop) for start, stop in pairwise(self.parts)]
+
+    def token_steps(self, tokens: int) -> list[slice]:
+        """Of the forward pass: as many as tiles, or fewer for few tokens."""
+        size = max(1, -(-tokens // (len(self.tiles) * TOKEN_MULTIPLE))) * TOKEN_MULTIPLE
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def halves(self, columns: slice) -> list[slice]:
+        """fc1's rows of these features: gate's and up's, or one range."""
+        offsets = [half * self.parts[-1] for half in range(self.activation.halves)]
+        return [slice(offset + columns.start, offset + columns.stop) for offset in offsets]
+
+    def forward(self, weight: Operand, x: Operand, out: Tensor, accumulate: bool = False) -> None:
+        """``out [n, o] (+)= x [n, k] @ weight [o, k].T``."""
+        self._gemm(weight, x, out, accumulate, "TN", self.split_accumulators[0])
+
+    def dgrad(self, weight: Operand, grad: Operand, out: Tensor, accumulate: bool = False) -> None:
+        """``out [n, k] (+)= grad [n, o] @ weight [o, k]``."""
+        self._gemm(weight, grad, out, accumulate, "NN", self.split_accumulators[1])
+
+    def wgrad(self, x: Operand, grad: Operand, out: Tensor, accumulate: bool) -> None:
+        """``out [o, k] (+)= grad [n, o].T @ x [n, k]``."""
+        self._gemm(x, grad, out, accumulate, "NT", self.split_accumulators[2])
+
+    def _gemm(self, a: Operand, b: Operand, out: Tensor, accumulate: bool, layout: str, split: bool) -> None:
+        options = {"out_dtype": out.dtype, "layout": layout, "use_split_accumulator": split, "grad": layout != "TN"}
+        general_gemm(a, b, out=out, accumulate=accumulate, **options)
+
+    def pre_activation(self, x: Operand, weight: Operand, columns: slice, like: Tensor) -> Tensor:
+        """``x [n, h]``, the whole ``weight``, some features -> ``[halves, n, width]``."""
+        halves, tokens, width = self.activation.halves, x.size()[0], columns.stop - columns.start
+        if width == self.parts[-1]:  # one matrix
+            pre = like.new_empty(tokens, halves, width)
+            self.forward(weight, x, pre.flatten(1))
+            return pre.transpose(0, 1)
+        return self.from_halves(x, [rows_of(weight, rows) for rows in self.halves(columns)], like)
+
+    def from_halves(self, x: Operand, weights: list[Operand], like: Tensor) -> Tensor:
+        """``x [n, h]``, ``[width, h]`` of each half -> ``[halves, n, width]``."""
+        pre = like.new_empty(len(weights), x.size()[0], weights[0].size()[0])
+        for out, weight in zip(pre, weights, strict=True):
+            self.forward(weight, x, out)
+        return pre
+
+    def bias_of(self, bias: Tensor | None, columns: slice) -> Tensor | None:
+        """``[halves * f]`` -> ``[halves, width]``, a view."""
+        return None if bias is None else bias.unflatten(0, (self.activation.halves, -1))[:, columns]
+
+
+def fp8_mlp(
+    hidden: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, scale: Tensor | None, loop: FP8Loop
+) -> Tensor:
+    """``(scale * activation(hidden @ fc1_weight.T + fc1_bias)) @ fc2_weight.T`` in FP8, tile after tile.
+
+    Args:
+        hidden: ``[..., h]``; under sequence parallelism the rank's tokens. In all a multiple of 8 tokens.
+        fc1_weight: ``[halves * f, h]``, gate above up, in high precision or a quantized tensor.
+        fc1_bias: ``[halves * f]`` or ``None``.
+        fc2_weight: ``[h_out, f]``, as ``fc1_weight``.
+        scale: a factor for every token, or ``None``.
+        loop: the tiles, the layers and the options.
+
+    Returns:
+        ``[..., h_out]``, reduced over tensor-parallel ranks; under sequence parallelism the rank's tokens.
+    """
+    output: Tensor = _FP8MLP.apply(hidden, fc1_weight, fc1_bias, fc2_weight, scale, loop, torch.is_grad_enabled())
+    return output
+
+
+class _FP8MLP(torch.autograd.Function):
+    """The tile loop. ``q`` marks FP8: rows, columns, or both, as the products to come want them.
+
+    Tokens ``n`` = all dimensions but the last, in steps of ``m``; ``f_i``: features of tile i, in fc1 of each half.
+
+    ==========  ==================================================  ===================================================
+    input       x ``[n/tp, h]``                                     qx ``[n, h]``, quantized, then gathered
+    fc1         qx_j ``[m, h]``, qU ``[halves * f, h]``             p_j ``[m, f]`` = x_j U^T; kept tiles of all tokens
+    activation  p_j, b ``[f]``, s_j ``[m]``                         a_j ``[m, f]`` = s_j * act(p_j + b), then qa_j
+    fc2         qa_j, qW ``[h_out, f]``                             y_j ``[m, h_out]`` = a_j W^T
+    ----------  --------------------------------------------------  ---------------------------------------------------
+    fc2 dgrad   qdy ``[n, h_out]``, qW_i ``[h_out, f_i]``           da_i ``[n, f_i]`` = dy W_i
+    fc1         qx ``[n, h]``, qU_i ``[f_i, h]``                    p_i ``[n, f_i]`` = x U_i^T, unless kept
+    activation  da_i, p_i, b_i, s                                   p_i := dp_i, da_i := a_i in place, then qdp_i, qa_i
+    fc1 dgrad   qdp_i, qU_i                                         dx ``[n, h]`` = sum over i of dp_i U_i
+    fc1 wgrad   qdp_i, qx                                           dU_i ``[f_i, h]`` = dp_i^T x
+    fc2 wgrad   qdy, all qa_i                                       dW ``[h_out, f]`` = dy^T a, at the end
+    ==========  ==================================================  ===================================================
+
+    Kept tiles come last in the backward pass, and each is freed once its gradient is in FP8. The reduction of dx starts
+    after the last dgrad and runs under the wgrads that follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        scale: Tensor | None,
+        loop: FP8Loop,
+        grad_enabled: bool,
+    ) -> Tensor:
+        fc1, fc2 = loop.fc1, loop.fc2
+        records = grad_enabled and any(ctx.needs_input_grad)
+        needs_wgrad = records and ctx.needs_input_grad[1]
+        recomputes = records and loop.keep < len(loop.tiles)
+        rows_only = fc1.gathers and fc1.input.supports_only_rowwise_all_gather()
+        columnwise = needs_wgrad and not fc1.save_input and not rows_only
+        shard = quantized(fc1.input, flat(hidden), rowwise=True, columnwise=columnwise)
+        x = fc1.gathered(fc1.input, shard, rowwise=True, columnwise=False)()
+        fc1_weights, fc2_weights = fc1.weight.whole(fc1_weight), fc2.weight.whole(fc2_weight)
+        keep = loop.keep if records else 0
+        kept = [loop.pre_activation(x, fc1_weights, tile, hidden) for tile in loop.tiles[:keep]]
+        rest = slice(loop.parts[keep], loop.parts[-1])
+        if keep == len(loop.tiles):
+            del fc1_weights
+        y = hidden.new_empty(x.size()[0], fc2_weight.shape[0])
+        inverses = []
+        for step in loop.token_steps(x.size()[0]):
+            spans = [(tile, pre[:, step]) for tile, pre in zip(loop.tiles, kept, strict=False)]
+            if rest.start < rest.stop:
+                spans.append((rest, loop.pre_activation(rows_of(x, step), fc1_weights, rest, hidden)))
+            activated = hidden.new_empty(step.stop - step.start, loop.parts[-1])
+            for columns, pre in spans:
+                operands = pre, loop.bias_of(fc1_bias, columns), _tokens(scale, step)
+                loop.activation.forward(*operands, activated[:, columns])
+            del spans, pre, operands
+            operand = quantized(fc2.input, activated, rowwise=True)
+            inverses.append(inverse_scale(operand))
+            loop.forward(fc2_weights, operand, y[step])
+            del activated, operand  # before the next ones are made, or there would be two of each
+        if records:
+            ctx.loop, ctx.activation_quantizer = loop, same_again(fc2.input, inverses)
+            ctx.updates_amax = _check_fp8_reduce_and_update()  # as TransformerEngine's first module does for all
+            # Parameters carry main_grad, which saved tensors may lose.
+            ctx.fc1_param = fc1_weight if ctx.needs_input_grad[1] else None
+            ctx.fc2_param = fc2_weight if ctx.needs_input_grad[3] else None
+            saved = hidden if fc1.save_input else shard
+            if not (needs_wgrad or recomputes):
+                saved = None
+            elif not fc1.save_input:
+                shard.update_usage(rowwise_usage=recomputes or rows_only, columnwise_usage=columnwise)
+            tensors, ctx.tensor_objects = prepare_for_saving(saved, fc1_weight, fc1_bias, fc2_weight, scale, *kept)
+            ctx.save_for_backward(*tensors)
+        output = fc2.reduced(y)[0]
+        return output.view(-1, *hidden.shape[1:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.tensor_objects is None:
+            raise RuntimeError("a second backward pass through an MLP in FP8: leave retain_graph=True out")
+        gradients = _Backward(ctx, grad_output).run()
+        if ctx.updates_amax:
+            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+        return gradients
+
+
+class _Backward:
+    """One backward pass of ``_FP8MLP``: what its steps share."""
+
+    def __init__(self, ctx: Any, grad_output: Tensor) -> None:
+        self.ctx, self.like = ctx, grad_output
+        self.loop: FP8Loop = ctx.loop
+        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
+        self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
+        saved, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.scale, *self.kept = restore_from_func_ctx(ctx)
+        fc1, fc2 = self.loop.fc1, self.loop.fc2
+        if saved is not None:
+            saved = flat(saved) if isinstance(saved, Tensor) else saved
+            recomputes = len(self.kept) < len(self.loop.tiles)
+            self.gathering = fc1.gathered(fc1.input, saved, rowwise=recomputes, columnwise=self.needs_fc1)
+        dy = flat(grad_output).contiguous()
+        self.dy = fc2.gathered(fc2.grad_output, dy, rowwise=True, columnwise=self.needs_fc2)()
+        self.activations: list[Operand] = [None] * len(self.loop.tiles)
+        self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
+        self.scale_grad: Tensor | None = None
+        self.dgrad: Tensor | None = None
+        self.reducing: dist.Work | None = None
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments of ``_FP8MLP``."""
+        kept = len(self.kept)
+        order = [*range(kept, len(self.loop.tiles)), *range(kept)]
+        for index in order:
+            self._through_tile(index, is_last=index == order[-1])
+        if self.needs_fc2:
+            gradient, self.activations = self.fc2_grad, [joined(self.activations)]
+            self.loop.wgrad(self.activations[0], self.dy, gradient.tensor, accumulate=gradient.fused)
+        if self.reducing is not None:
+            self.reducing.wait()
+        return (
+            None if self.dgrad is None else self.dgrad.view(-1, *self.like.shape[1:-1], self.dgrad.shape[1]),
+            self.fc1_grad.result() if self.needs_fc1 else None,
+            self.bias_grad,
+            self.fc2_grad.result() if self.needs_fc2 else None,
+            None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype).view_as(self.scale),
+            None,
+            None,
+        )
+
+    def _through_tile(self, index: int, is_last: bool) -> None:
+        tile = self.loop.tiles[index]
+        halves = self.loop.halves(tile)
+        weights = pre = None
+        if index < len(self.kept):
+            pre = self.kept[index]
+        grad = self.like.new_empty(self.dy.size()[0], tile.stop - tile.start)  # of the activation
+        if self.needs_activation_grad:
+            self.loop.dgrad(self.loop.fc2.weight.columns(self.fc2_rows, tile), self.dy, grad)
+        if pre is None:  # after a product that a gather of the input runs under
+            weights = [self._fc1_copy(rows) for rows in halves]
+            pre = self.loop.from_halves(self.input, weights, self.like)
+        self._activation_backward(tile, pre, grad)
+        if self.needs_fc2:
+            self.activations[index] = quantized(self.ctx.activation_quantizer, grad, columnwise=True)
+        del grad  # before more is made; so are those below
+        if not (self.needs_dgrad or self.needs_fc1):
+            return
+        for half, rows in enumerate(halves):
+            pre_grad = quantized(self.loop.fc1.grad_output, pre[half], rowwise=True, columnwise=self.needs_fc1)
+            if rows is halves[-1]:
+                pre.untyped_storage().resize_(0)  # whoever holds it
+            if self.needs_dgrad:
+                weight = self._fc1_copy(rows) if weights is None else weights[half]
+                self._add_dgrad(weight, pre_grad)
+                del weight
+                if is_last and rows is halves[-1]:
+                    assert self.dgrad is not None
+                    self.dgrad, self.reducing = self.loop.fc1.reduced(self.dgrad.to(self.like.dtype), async_op=True)
+            if self.needs_fc1:
+                gradient = self.fc1_grad
+                self.loop.wgrad(self.input, pre_grad, gradient.tensor[rows], accumulate=gradient.fused)
+            del pre_grad
+
+    def _fc1_copy(self, rows: slice) -> Operand:
+        return self.loop.fc1.weight.rows(self.fc1_weight, rows)
+
+    def _activation_backward(self, tile: slice, pre: Tensor, grad: Tensor) -> None:
+        """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
+        operands = pre, self.loop.bias_of(self.fc1_bias, tile), _tokens(self.scale, slice(None)), grad
+        if not self.needs_activation_grad:
+            self.loop.activation.forward(*operands)
+            return
+        bias_grad, scale_grad = self.loop.activation.backward(
+            *operands, bias_grad=self.needs_bias, scale_grad=self.needs_scale
+        )
+        if bias_grad is not None and self.bias_grad is not None:
+            self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
+        if scale_grad is not None:
+            self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
+
+    def _add_dgrad(self, weight: Operand, pre_grad: Operand) -> None:
+        first = self.dgrad is None
+        if self.dgrad is None:
+            dtype = torch.float32 if self.loop.fp32_accumulate else self.like.dtype
+            self.dgrad = self.like.new_empty(self.dy.size()[0], self.fc1_weight.shape[1], dtype=dtype)
+        self.loop.dgrad(weight, pre_grad, self.dgrad, accumulate=not first)
+
+    @cached_property
+    def fc2_rows(self) -> Operand:
+        return self.loop.fc2.weight.whole(self.fc2_weight)
+
+    @cached_property
+    def input(self) -> Operand:
+        """``[n, h]``, once the gather has ended."""
+        return self.gathering()
+
+    @cached_property
+    def fc1_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.fc1_param, self.loop.fc1.fuse_wgrad)
+
+    @cached_property
+    def fc2_grad(self) -> WeightGrad:
+        return WeightGrad(self.ctx.fc2_param, self.loop.fc2.fuse_wgrad)
+
+
+def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
+    return None if scale is None else scale.reshape(-1).contiguous()[step]
