@@ -209,7 +209,7 @@ def main() -> None:
             runs.append(json.loads(path.read_text()))
     origin = Origin.now(PACKAGES, runs[0]["gpu"])
     record = {"origin": asdict(origin), "tokens": args.tokens, "repeats": args.repeats, "runs": runs}
-    path = args.results / f"{origin.date}-te-mlp.json"
+    path = args.results / f"{origin.date}-mlp-te.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     print(markdown(record), flush=True)
