@@ -60,12 +60,11 @@ def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
     yield "stock, full recompute", full, None
     yield "tiled: output alone", {}, head
     yield "tiled: output alone, recompute mlp", selective("mlp"), head
-    mlp_and_head: dict[str, Any] = {"modules": ("fc1", "fc2", "output")}
-    yield "tiled: default", {}, mlp_and_head
-    yield "tiled: keep 0", {}, mlp_and_head | {"mlp_keep": 0}
-    yield "tiled: keep 0, recompute core_attn", selective("core_attn"), mlp_and_head | {"mlp_keep": 0}
+    yield "tiled: default", {}, {}
+    yield "tiled: keep 0", {}, {"mlp_keep": 0}
+    yield "tiled: keep 0, recompute core_attn", selective("core_attn"), {"mlp_keep": 0}
     yield "tiled: output alone, full recompute", full, head
-    yield "tiled: keep 0, full recompute", full, mlp_and_head | {"mlp_keep": 0}
+    yield "tiled: keep 0, full recompute", full, {"mlp_keep": 0}
 
 
 class Trainer:

@@ -29,7 +29,6 @@ from megatron_tiling.config import MODULES
 
 MIB = 2**20
 DENSE = "dense"
-RESIDENT = ("fc1", "fc2", "output")
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
     (
@@ -66,16 +65,16 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], di
     mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     yield DENSE, {}, None
     yield "dense, recompute mlp", mlp, None
-    yield "tiled: default", {}, {"modules": RESIDENT}
-    yield "tiled: keep 0", {}, {"modules": RESIDENT, "mlp_keep": 0}
+    yield "tiled: default", {}, {}
+    yield "tiled: keep 0", {}, {"mlp_keep": 0}
     yield "tiled: output alone", {}, {"modules": ("output",)}
     if args.more:
         yield "tiled: all modules", {}, {"modules": MODULES}
-        yield "tiled: no head tiles kept", {}, {"modules": RESIDENT, "head_keep": 0}
-        yield "tiled: head within 600 MiB", {}, {"modules": RESIDENT, "head_memory_mib": 600}
+        yield "tiled: no head tiles kept", {}, {"head_keep": 0}
+        yield "tiled: head within 272 MiB", {}, {"head_memory_mib": 272}
         yield "tiled: fc1 fc2 alone", {}, {"modules": ("fc1", "fc2")}
-        yield "tiled: factor 2", {}, {"modules": RESIDENT, "factor": 2}
-        yield "tiled: factor 8, keep 0", {}, {"modules": RESIDENT, "factor": 8, "mlp_keep": 0}
+        yield "tiled: factor 2", {}, {"factor": 2}
+        yield "tiled: factor 8, keep 0", {}, {"factor": 8, "mlp_keep": 0}
 
 
 def candidates(args: argparse.Namespace) -> tuple[list[Candidate], Any]:
