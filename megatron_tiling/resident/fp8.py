@@ -37,7 +37,8 @@ RECIPES = {Fp8Recipe.delayed: FEATURE_ALIGNMENT, Fp8Recipe.tensorwise: FEATURE_A
 class TiledFP8MLP(TiledMLP):
     """``MLP`` over TransformerEngine's layers whose intermediate never exists whole, in FP8.
 
-    Communication is TransformerEngine's: with sequence parallelism inputs and gradients are gathered in FP8.
+    Communication is TransformerEngine's: with sequence parallelism inputs and gradients are gathered in FP8. The output
+    of a fused norm is made again, as without FP8, but with delayed scaling, which would not quantize it so again.
 
     Attributes:
         parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features.
@@ -96,8 +97,7 @@ class TiledFP8MLP(TiledMLP):
             run_weight_hooks(layer)
         normalized = self._normalized(hidden_states)
         recipe = FP8GlobalStateManager.get_fp8_recipe()
-        # Delayed scaling would not quantize it the same again.
-        remake = _remakes_norm(self) and normalized is not hidden_states and not recipe.delayed()
+        remake = normalized is not hidden_states and not recipe.delayed()
         remade = made_again(normalized, self._normalized, hidden_states) if remake else nullcontext()
         with fc1.prepare_forward_ctx(normalized) as x, fc2.prepare_forward_ctx(normalized), remade:
             tiles = len(self.parts) - 1
@@ -173,13 +173,6 @@ def convert_fp8_mlp(mlp: Any, grid: TileGrid, keep: int | None, fp32_accumulate:
     has_norm = isinstance(fc1, te.TELayerNormColumnParallelLinear)
     mlp._norm = (te.TENorm(mlp.config, fc1.weight.shape[1], eps=fc1.eps),) if has_norm else None
     mlp._copies = {}
-
-
-def _remakes_norm(mlp: TiledFP8MLP) -> bool:
-    """Whether the output of fc1's norm, otherwise kept in FP8, is made again: for the least memory, or by a flag."""
-    config = mlp.config
-    selective = config.recompute_granularity == "selective" and config.recompute_modules
-    return mlp.keep == 0 or bool(selective and "layernorm" in config.recompute_modules)
 
 
 def _split_accumulators(recipe: Any) -> tuple[bool, bool, bool]:

@@ -9,7 +9,6 @@ activation of each step of tokens, and the gradient of each half of a tile, has 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +31,8 @@ from megatron_tiling.resident.fp8_operands import (
     rows_of,
     same_again,
 )
-from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import flat
-from megatron_tiling.tiles.mlp import TOKEN_MULTIPLE
+from megatron_tiling.tiles.mlp_loop import ActivationBackward, TileLoop, scale_of
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 
@@ -94,35 +92,18 @@ class FP8Linear:
         return total, work
 
 
-@dataclass(frozen=True)
-class FP8Loop:
-    """How ``fp8_mlp`` runs.
+@dataclass(frozen=True, kw_only=True)
+class FP8Loop(TileLoop):
+    """How ``fp8_mlp`` runs; beside the arguments of a ``TileLoop``.
 
     Args:
-        parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features.
-        activation: between fc1 and fc2.
-        keep: the first so many tiles keep their pre-activations for the backward pass.
-        fp32_accumulate: sum over tiles in float32.
         fc1, fc2: the layers.
         split_accumulators: of the recipe's products: forward, input gradients, weight gradients.
     """
 
-    parts: list[int]
-    activation: Activation
-    keep: int
-    fp32_accumulate: bool
     fc1: FP8Linear
     fc2: FP8Linear
     split_accumulators: tuple[bool, bool, bool]
-
-    @cached_property
-    def tiles(self) -> list[slice]:
-        return [slice(start, stop) for start, stop in pairwise(self.parts)]
-
-    def token_steps(self, tokens: int) -> list[slice]:
-        """Of the forward pass: as many as tiles, or fewer for few tokens."""
-        size = max(1, -(-tokens // (len(self.tiles) * TOKEN_MULTIPLE))) * TOKEN_MULTIPLE
-        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def halves(self, columns: slice) -> list[slice]:
         """fc1's rows of these features: gate's and up's, or one range."""
@@ -160,10 +141,6 @@ class FP8Loop:
         for out, weight in zip(pre, weights, strict=True):
             self.forward(weight, x, out)
         return pre
-
-    def bias_of(self, bias: Tensor | None, columns: slice) -> Tensor | None:
-        """``[halves * f]`` -> ``[halves, width]``, a view."""
-        return None if bias is None else bias.unflatten(0, (self.activation.halves, -1))[:, columns]
 
 
 def fp8_mlp(
@@ -242,7 +219,7 @@ class _FP8MLP(torch.autograd.Function):
                 spans.append((rest, loop.pre_activation(rows_of(x, step), fc1_weights, rest, hidden)))
             activated = hidden.new_empty(step.stop - step.start, loop.parts[-1])
             for columns, pre in spans:
-                operands = pre, loop.bias_of(fc1_bias, columns), _tokens(scale, step)
+                operands = pre, loop.bias_of(fc1_bias, columns), scale_of(scale, step)
                 loop.activation.forward(*operands, activated[:, columns])
             del spans, pre, operands
             operand = quantized(fc2.input, activated, rowwise=True)
@@ -282,9 +259,9 @@ class _Backward:
     def __init__(self, ctx: Any, grad_output: Tensor) -> None:
         self.ctx, self.like = ctx, grad_output
         self.loop: FP8Loop = ctx.loop
-        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale, *_ = ctx.needs_input_grad
-        self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias or self.needs_scale
-        saved, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.scale, *self.kept = restore_from_func_ctx(ctx)
+        self.needs_dgrad, self.needs_fc1, needs_bias, self.needs_fc2, needs_scale, *_ = ctx.needs_input_grad
+        self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or needs_bias or needs_scale
+        saved, self.fc1_weight, fc1_bias, self.fc2_weight, scale, *self.kept = restore_from_func_ctx(ctx)
         fc1, fc2 = self.loop.fc1, self.loop.fc2
         if saved is not None:
             saved = flat(saved) if isinstance(saved, Tensor) else saved
@@ -293,8 +270,8 @@ class _Backward:
         dy = flat(grad_output).contiguous()
         self.dy = fc2.gathered(fc2.grad_output, dy, rowwise=True, columnwise=self.needs_fc2)()
         self.activations: list[Operand] = [None] * len(self.loop.tiles)
-        self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
-        self.scale_grad: Tensor | None = None
+        needs = self.needs_activation_grad, needs_bias, needs_scale
+        self.activation = ActivationBackward(self.loop, fc1_bias, scale, *needs)
         self.dgrad: Tensor | None = None
         self.reducing: dist.Work | None = None
 
@@ -312,9 +289,9 @@ class _Backward:
         return (
             None if self.dgrad is None else self.dgrad.view(-1, *self.like.shape[1:-1], self.dgrad.shape[1]),
             self.fc1_grad.result() if self.needs_fc1 else None,
-            self.bias_grad,
+            self.activation.bias_grad,
             self.fc2_grad.result() if self.needs_fc2 else None,
-            None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype).view_as(self.scale),
+            self.activation.scale_grad,
             None,
             None,
         )
@@ -331,7 +308,7 @@ class _Backward:
         if pre is None:  # after a product that a gather of the input runs under
             weights = [self._fc1_copy(rows) for rows in halves]
             pre = self.loop.from_halves(self.input, weights, self.like)
-        self._activation_backward(tile, pre, grad)
+        self.activation.through_tile(tile, pre, grad)
         if self.needs_fc2:
             self.activations[index] = quantized(self.ctx.activation_quantizer, grad, columnwise=True)
         del grad  # before more is made; so are those below
@@ -356,20 +333,6 @@ class _Backward:
     def _fc1_copy(self, rows: slice) -> Operand:
         return self.loop.fc1.weight.rows(self.fc1_weight, rows)
 
-    def _activation_backward(self, tile: slice, pre: Tensor, grad: Tensor) -> None:
-        """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
-        operands = pre, self.loop.bias_of(self.fc1_bias, tile), _tokens(self.scale, slice(None)), grad
-        if not self.needs_activation_grad:
-            self.loop.activation.forward(*operands)
-            return
-        bias_grad, scale_grad = self.loop.activation.backward(
-            *operands, bias_grad=self.needs_bias, scale_grad=self.needs_scale
-        )
-        if bias_grad is not None and self.bias_grad is not None:
-            self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
-        if scale_grad is not None:
-            self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
-
     def _add_dgrad(self, weight: Operand, pre_grad: Operand) -> None:
         first = self.dgrad is None
         if self.dgrad is None:
@@ -393,7 +356,3 @@ class _Backward:
     @cached_property
     def fc2_grad(self) -> WeightGrad:
         return WeightGrad(self.ctx.fc2_param, self.loop.fc2.fuse_wgrad)
-
-
-def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
-    return None if scale is None else scale.reshape(-1).contiguous()[step]

@@ -11,10 +11,8 @@ Low-rank adapters beside fc1 and fc2 (LoRA) go along: their wide factors tile by
 Depends on torch alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,48 +20,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
+from megatron_tiling.tiles.mlp_loop import ActivationBackward, TileLoop, scale_of
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
-TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
 
 
 @dataclass(frozen=True)
-class MLPLoop:
-    """How ``tiled_mlp`` runs.
+class MLPLoop(TileLoop):
+    """How ``tiled_mlp`` runs; beside the arguments of a ``TileLoop``.
 
     Args:
-        parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features; for a gated linear unit
-            fc1's tile has these features of gate and of up.
-        activation: between fc1 and fc2.
-        keep: the first so many tiles keep their pre-activations for the backward pass.
         fuse_fc1_wgrad, fuse_fc2_wgrad: add the weight gradient to ``weight.main_grad`` in place, and give autograd
             none.
-        fp32_accumulate: sum the input gradient over tiles in float32.
         comm: collectives of fc1 with tensor parallelism.
         fuse_up_wgrad, fuse_down_wgrad: the same for the factors of adapters.
         saves_weights: as autograd does; else the parameters are read again in the backward pass, where an engine that
             swaps or frees them in between has put them back.
     """
 
-    parts: Sequence[int]
-    activation: Activation
-    keep: int
     fuse_fc1_wgrad: bool = False
     fuse_fc2_wgrad: bool = False
-    fp32_accumulate: bool = False
     comm: ColumnComm | None = None
     fuse_up_wgrad: bool = False
     fuse_down_wgrad: bool = False
     saves_weights: bool = True
-
-    @cached_property
-    def tiles(self) -> list[slice]:
-        return [slice(start, stop) for start, stop in pairwise(self.parts)]
 
     @property
     def kept(self) -> list[Span]:
@@ -80,12 +64,6 @@ class MLPLoop:
     def backward_spans(self) -> list[Span]:
         """Tile by tile those that are recomputed, then the kept ones at once."""
         return [self._span([tile], kept=False) for tile in self.tiles[self.keep :]] + self.kept
-
-    def token_steps(self, tokens: int) -> list[slice]:
-        """The tokens of each step of the forward pass: as many steps as tiles, or fewer for few tokens."""
-        size = -(-tokens // len(self.tiles))
-        size = max(1, -(-size // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
-        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _span(self, tiles: list[slice], kept: bool) -> Span:
         return Span(tiles, self.activation.halves, self.parts[-1], kept)
@@ -196,7 +174,7 @@ class _TiledMLP(torch.autograd.Function):
                     pre = kept[:, step]
                 else:
                     pre = span.fc1([(x[step], weight) for x, weight in factors])
-                operands = pre, _columns(fc1_bias, span.columns, span.halves), _tokens(scale, step)
+                operands = pre, loop.bias_of(fc1_bias, span.columns), scale_of(scale, step)
                 loop.activation.forward(*operands, activated[:, span.columns])
                 del pre, operands
             for output, weight in zip(outputs, weights, strict=True):
@@ -223,7 +201,7 @@ class _Backward:
         self.ctx = ctx
         self.loop: MLPLoop = ctx.loop
         needs = ctx.needs_input_grad
-        self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2, self.needs_scale = needs[:5]
+        self.needs_dgrad, self.needs_fc1, _, self.needs_fc2, _ = needs[:5]
         self.needs_low, self.needs_up, self.needs_down = needs[5:8]
         self.needs_activation_grad = any((*needs[:3], *needs[4:7]))
         self.hidden, self.fc1_bias, self.scale, self.kept, self.low, self.up, self.down, *weights = ctx.saved_tensors
@@ -237,8 +215,8 @@ class _Backward:
         self.gathering: dist.Work | None = None
         self.dgrad: Tensor | None = None
         self.low_grad: Tensor | None = None
-        self.bias_grad = torch.empty_like(self.fc1_bias) if self.needs_bias else None
-        self.scale_grad: Tensor | None = None
+        needed = self.needs_activation_grad, needs[2], needs[4]
+        self.activation = ActivationBackward(self.loop, self.fc1_bias, self.scale, *needed)
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients of all arguments of ``_TiledMLP``."""
@@ -265,9 +243,9 @@ class _Backward:
         return (
             self.dgrad,
             self.fc1_grad.result() if self.needs_fc1 else None,
-            self.bias_grad,
+            self.activation.bias_grad,
             self.fc2_grad.result() if self.needs_fc2 else None,
-            None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype).view_as(self.scale),
+            self.activation.scale_grad,
             None if self.low_grad is None else self.low_grad.to(self.dy.dtype),
             self.up_grad.result() if self.needs_up else None,
             self.down_grad.result() if self.needs_down else None,
@@ -291,27 +269,13 @@ class _Backward:
             if pre is None:  # after a product that a gather of the input runs under
                 low = [] if self.low is None else [(flat(self.low), self.up)]
                 pre = span.fc1([(self.input, self.fc1_weight), *low])
-            self._activation_backward(span, tile, span.of_tile(pre, tile), activated)
+            self.activation.through_tile(tile, span.of_tile(pre, tile), activated)
             if not span.kept:
                 return pre, activated
             self._add_fc2_wgrads(tile, activated)
             del activated
         assert pre is not None
         return pre, None
-
-    def _activation_backward(self, span: Span, tile: slice, pre: Tensor, grad: Tensor) -> None:
-        """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
-        operands = pre, _columns(self.fc1_bias, tile, span.halves), _tokens(self.scale, WHOLE), grad
-        if not self.needs_activation_grad:
-            self.loop.activation.forward(*operands)
-            return
-        bias_grad, scale_grad = self.loop.activation.backward(
-            *operands, bias_grad=self.needs_bias, scale_grad=self.needs_scale
-        )
-        if bias_grad is not None and self.bias_grad is not None:
-            self.bias_grad.unflatten(0, (span.halves, -1))[:, tile] = bias_grad
-        if scale_grad is not None:
-            self.scale_grad = scale_grad if self.scale_grad is None else self.scale_grad.add_(scale_grad)
 
     def _add_fc2_wgrads(self, columns: slice, activated: Tensor) -> None:
         if self.needs_fc2:
@@ -372,12 +336,3 @@ class _Backward:
         if self.gathering is not None:
             self.gathering.wait()
         return flat(self.hidden)
-
-
-def _columns(bias: Tensor | None, columns: slice, halves: int) -> Tensor | None:
-    """``[halves * f]`` -> ``[halves, columns]``, a view."""
-    return None if bias is None else bias.unflatten(0, (halves, -1))[:, columns]
-
-
-def _tokens(scale: Tensor | None, step: slice) -> Tensor | None:
-    return None if scale is None else scale.reshape(-1).contiguous()[step]

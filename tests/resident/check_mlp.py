@@ -162,7 +162,7 @@ def check(case: dict[str, Any]) -> None:
 
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP, expert_tensor_parallel_size=TP):
-        from megatron_tiling.tiles import mlp as mlp_loop
+        from megatron_tiling.tiles import mlp_loop
 
         mlp_loop.TOKEN_MULTIPLE = 2
         cases = [case | {"storage": "resident"} for seed in range(4) for case in all_pairs(OPTIONS, seed)]

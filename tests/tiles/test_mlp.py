@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.resident.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
-from megatron_tiling.tiles import mlp as mlp_loop
+from megatron_tiling.tiles import mlp as fused_mlp
+from megatron_tiling.tiles import mlp_loop
 
 HIDDEN, FFN = 6, 11  # 11 features: uneven tiles for every number of tiles but 1
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -137,13 +138,13 @@ class Loops:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        stock_forward = mlp_loop._TiledMLP.forward
+        stock_forward = fused_mlp._TiledMLP.forward
 
         def forward(*args: Any) -> Tensor:
             self.count += 1
             return stock_forward(*args)
 
-        monkeypatch.setattr(mlp_loop._TiledMLP, "forward", staticmethod(forward))
+        monkeypatch.setattr(fused_mlp._TiledMLP, "forward", staticmethod(forward))
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""What the tile loops of an MLP have in common, in bf16 (``mlp.py``) and in FP8. Depends on torch alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tiling.tiles.activation import Activation
+
+TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
+
+
+@dataclass(frozen=True)
+class TileLoop:
+    """The tiles of an MLP.
+
+    Args:
+        parts: boundaries ``(0, ..., f)`` of the tiles over the rank's intermediate features; for a gated linear unit
+            fc1's tile has these features of gate and of up.
+        activation: between fc1 and fc2.
+        keep: the first so many tiles keep their pre-activations for the backward pass.
+        fp32_accumulate: sum over tiles in float32.
+    """
+
+    parts: Sequence[int]
+    activation: Activation
+    keep: int
+    fp32_accumulate: bool = False
+
+    @cached_property
+    def tiles(self) -> list[slice]:
+        return [slice(start, stop) for start, stop in pairwise(self.parts)]
+
+    def token_steps(self, tokens: int) -> list[slice]:
+        """The tokens of each step of the forward pass: as many steps as tiles, or fewer for few tokens."""
+        size = max(1, -(-tokens // (len(self.tiles) * TOKEN_MULTIPLE))) * TOKEN_MULTIPLE
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def bias_of(self, bias: Tensor | None, columns: slice) -> Tensor | None:
+        """``[halves * f]`` -> ``[halves, width]``, a view."""
+        return None if bias is None else bias.unflatten(0, (self.activation.halves, -1))[:, columns]
+
+
+def scale_of(scale: Tensor | None, tokens: slice) -> Tensor | None:
+    """``[n]`` in any shape -> ``[m]``."""
+    return None if scale is None else scale.reshape(-1).contiguous()[tokens]
+
+
+class ActivationBackward:
+    """The activation in a backward pass, tile by tile, and the gradients of fc1's bias and of the scale.
+
+    Args:
+        loop: the tiles.
+        bias, scale: ``[halves * f]``, and a factor for every token, or ``None``.
+        needs_grad, needs_bias, needs_scale: which gradients are needed, the first that of the pre-activation.
+    """
+
+    def __init__(
+        self,
+        loop: TileLoop,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        needs_grad: bool,
+        needs_bias: bool,
+        needs_scale: bool,
+    ) -> None:
+        self._loop, self._bias, self._scale, self._needs_grad = loop, bias, scale, needs_grad
+        self._needs: Any = {"bias_grad": needs_bias, "scale_grad": needs_scale}
+        self.bias_grad = torch.empty_like(bias) if bias is not None and needs_bias else None
+        self._scale_grad: Tensor | None = None
+
+    def through_tile(self, tile: slice, pre: Tensor, grad: Tensor) -> None:
+        """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
+        operands = pre, self._loop.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
+        if not self._needs_grad:
+            self._loop.activation.forward(*operands)
+            return
+        bias_grad, scale_grad = self._loop.activation.backward(*operands, **self._needs)
+        if bias_grad is not None and self.bias_grad is not None:
+            self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
+        if scale_grad is not None:
+            self._scale_grad = scale_grad if self._scale_grad is None else self._scale_grad.add_(scale_grad)
+
+    @property
+    def scale_grad(self) -> Tensor | None:
+        if self._scale is None or self._scale_grad is None:
+            return None
+        return self._scale_grad.to(self._scale.dtype).view_as(self._scale)
