@@ -113,8 +113,8 @@ def _is_number_to_keep(value: Any) -> bool:
 
 
 def _are_modules(value: Any) -> bool:
-    named = isinstance(value, (tuple, list)) and all(module in MODULES for module in value)
-    return named and 0 < len(set(value)) == len(value)
+    named = isinstance(value, tuple) and all(module in MODULES for module in value)
+    return value in (None, "all") or (named and 0 < len(set(value)) == len(value))
 
 
 def _are_grids(value: Any) -> bool:
@@ -156,7 +156,7 @@ class TilingConfig:
     """
 
     factor: int = DEFAULT_FACTOR
-    modules: tuple[str, ...] = None  # type: ignore[assignment]  # __post_init__ fills it in
+    modules: tuple[str, ...] | Literal["all"] | None = None
     splits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fuse_wgrad: bool | None = None
     fp32_accumulate: bool = False
@@ -169,10 +169,8 @@ class TilingConfig:
 
     def __post_init__(self) -> None:
         modules: Any = self.modules
-        if modules is None:
-            object.__setattr__(self, "modules", MODULES if self.partitioned else RESIDENT_MODULES)
-        elif modules in ("all", ("all",), ["all"]):
-            object.__setattr__(self, "modules", MODULES)
+        if isinstance(modules, (tuple, list)):
+            object.__setattr__(self, "modules", "all" if [*modules] == ["all"] else tuple(modules))
         for name, fine, wanted in (
             ("factor", _is_whole(self.factor, 1), f"{_WHOLE} 1"),
             ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once, or all"),
@@ -193,22 +191,21 @@ class TilingConfig:
             if _is_whole(value, 0):
                 object.__setattr__(self, name, int(value))  # NumPy's too
         grids = {module: (int(in_splits), int(out_splits)) for module, (in_splits, out_splits) in self.splits.items()}
-        object.__setattr__(self, "modules", tuple(self.modules))
         object.__setattr__(self, "splits", _ReadOnlyDict(grids))
         for module, (in_splits, out_splits) in self.splits.items():
-            if module not in self.modules:
+            if module not in self.tiled_modules:
                 raise ValueError(
                     f"--tiled-linear-splits {module}={in_splits}x{out_splits}: {module} is not among the modules "
-                    f"to tile ({', '.join(self.modules)}); add it to --tiled-linear-modules"
+                    f"to tile ({', '.join(self.tiled_modules)}); add it to --tiled-linear-modules"
                 )
         self._refuse_without_effect()
 
     def _refuse_without_effect(self) -> None:
         resident = "leave it out, or give --tiled-linear-storage resident"
         engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
-        untiled_mlp = not {"fc1", "fc2"} <= set(self.modules) and "fc1 and fc2 are not both tiled; leave it out"
+        untiled_mlp = not {"fc1", "fc2"} <= set(self.tiled_modules) and "fc1 and fc2 are not both tiled; leave it out"
         not_in_fp8 = self.partitioned and f"partitioned tiles are not in FP8; {resident}"
-        head = "output" not in self.modules and "the output layer is not tiled; leave it out"
+        head = "output" not in self.tiled_modules and "the output layer is not tiled; leave it out"
         if not head and self.partitioned:
             head = f"a partitioned output layer makes whole logits; {resident}"
         for setting, given, reason in (
@@ -226,6 +223,13 @@ class TilingConfig:
     @property
     def partitioned(self) -> bool:
         return self.storage == "partitioned"
+
+    @property
+    def tiled_modules(self) -> tuple[str, ...]:
+        """Those that ``modules`` means."""
+        if self.modules is None:
+            return MODULES if self.partitioned else RESIDENT_MODULES
+        return MODULES if self.modules == "all" else self.modules
 
     @property
     def kept_tiles(self) -> int | None:

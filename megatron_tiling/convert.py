@@ -64,7 +64,7 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     plan = _Plan(model, config)
     plan.carry_out()
     reports = list(plan.reports.values())
-    asked = [report for report in reports if report.module in config.modules and report.module != "output"]
+    asked = [report for report in reports if report.module in config.tiled_modules and report.module != "output"]
     if asked and all(report.grid is None for report in asked):
         reasons = ", ".join(dict.fromkeys(report.reason for report in asked))
         log_on_rank_0(f"warning: none of the {len(asked)} linear layers of {type(model).__name__} is tiled: {reasons}")
@@ -178,7 +178,7 @@ class _Plan:
 
     def _plan_fp8_mlp(self, name: str, mlp: Any, layers: list[Any]) -> None:
         """Its layers stay TransformerEngine's, and it runs in their place, where it can."""
-        if not {"fc1", "fc2"} <= set(self.config.modules):
+        if not {"fc1", "fc2"} <= set(self.config.tiled_modules):
             return
         reports = [self.reports[layer] for layer in layers]
         grids = [_grid(report.name, report.module, report.shape, self.config, paired=False) for report in reports]
@@ -282,7 +282,7 @@ def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: Til
         return f"{type(layer).__name__} is not a stock column or row layer"
     if module is None:
         return "not one of the modules that are tiled"
-    if module not in config.modules:
+    if module not in config.tiled_modules:
         return "not in --tiled-linear-modules"
     if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
         return reason

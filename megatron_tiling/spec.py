@@ -64,7 +64,7 @@ class TiledSpecProvider:
         module = MODULE_OF_ATTRIBUTE.get(attribute)
         classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
         replacements: dict[Any, Any] = {}
-        if module in self.config.modules:
+        if module in self.config.tiled_modules:
             splits = self.config.splits_of(module)
             replacements |= {stock: tiled.with_splits(*splits) for stock, tiled in classes.items()}
             replacements |= {} if self.config.partitioned else spec_classes(module, splits)

@@ -9,7 +9,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_tiling import TilingConfig, arguments
 from megatron_tiling.arguments import REFUSED, Refused, add_tiling_args, reasons, refuse, validate_tiling_args
-from megatron_tiling.config import FLAGS, MODULES, argument_of
+from megatron_tiling.config import FLAGS, argument_of
 from megatron_tiling.resident.transformer_engine import NOT_IN_TILES
 
 ON = "--use-tiled-linear"
@@ -38,7 +38,7 @@ def test_each_flag_sets_its_field() -> None:
     ) == TilingConfig(
         3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9, True
     )
-    assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules=MODULES)
+    assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules="all")
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
     assert parse(f"{ON} --tiled-linear-storage auto", use_torch_fsdp2=True) == TilingConfig(storage="partitioned")

@@ -43,7 +43,7 @@ def tile_provider[P](provider: P, config: TilingConfig | None = None, *, native_
     if getattr(model, "cross_entropy_loss_fusion", False) and model.cross_entropy_fusion_impl == "te":
         if native_loss:
             model.cross_entropy_fusion_impl = "native"
-        elif "output" in config.modules:
+        elif "output" in config.tiled_modules:
             log_on_rank_0(
                 "cross_entropy_fusion_impl te takes whole logits: the output layer's stay whole; "
                 "tile_provider(provider, config, native_loss=True) computes the loss in tiles"

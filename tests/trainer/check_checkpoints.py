@@ -119,8 +119,8 @@ def gpt(variant: Variant, tiling: str, seed: int = 3) -> GPTModel:
     )
     if (plan := TILINGS[tiling]) is not None:
         tile(model, plan)
-        assert isinstance(model.output_layer, TiledOutputLayer) == ("output" in plan.modules)
-        assert any(isinstance(module, TiledMLP) for module in model.modules()) == ("output" in plan.modules)
+        assert isinstance(model.output_layer, TiledOutputLayer) == ("output" in plan.tiled_modules)
+        assert any(isinstance(module, TiledMLP) for module in model.modules()) == ("output" in plan.tiled_modules)
     return model
 
 
