@@ -7,7 +7,9 @@ is copied into its tiles and freed, one layer after another. To be called before
 DDP, FSDP or an engine. Adapters around layers stay where they are.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +37,7 @@ from megatron_tiling.resident.mlp import (
     MLP_LAYERS,
     TILED_MLP_CLASSES,
     TiledMLP,
-    check_keep,
     convert_mlp,
-    reason_in_config,
     reason_to_stay_stock,
 )
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
@@ -80,8 +80,7 @@ class _Plan:
         reports: what each layer of the model will be.
         tiled: layers to be tiled.
         heads: language models whose loss is to be computed in tiles.
-        mlps: MLPs to become tiled ones, and the table of their classes.
-        fp8_mlps: MLPs whose layers stay TransformerEngine's, and the grid of fc2.
+        mlps: what turns an MLP into a tiled one, each.
         in_bf16: modules of layers that ``--first-last-layers-bf16`` leaves out of FP8.
     """
 
@@ -90,8 +89,7 @@ class _Plan:
         self.reports: dict[torch.nn.Module, LayerReport] = {}
         self.tiled: list[torch.nn.Module] = []
         self.heads: list[LanguageModule] = []
-        self.mlps: list[tuple[MLP, Any]] = []
-        self.fp8_mlps: list[tuple[MLP, TileGrid]] = []
+        self.mlps: list[Callable[[], Any]] = []
         self.in_bf16 = _modules_in_bf16(model)
         models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
         ties = "share_embeddings_and_output_weights"
@@ -145,14 +143,16 @@ class _Plan:
     def _plan_mlp(self, name: str, mlp: Any) -> None:
         layers: list[Any] = [unwrapped(getattr(mlp, child, None)) for child in MLP_LAYERS]
         reports = [self.reports.get(layer) for layer in layers]
-        if self._is_in_fp8(layers):
-            self._plan_fp8_mlp(name, mlp, layers)
-            return
-        grids = [None if report is None else report.grid for report in reports]
+        in_fp8 = self._is_in_fp8(layers)
+        grids: list[Any] = [None if report is None else report.grid for report in reports]
+        if in_fp8:
+            grids = self._fp8_grids(mlp, layers)
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
         if isinstance(mlp, TiledMLP):
             keep = mlp.keep
+        elif in_fp8:
+            reason = self._plan_fp8_loop(mlp, layers, grids)
         elif len(partitioned) == 2:
             reason = "the tiles of one of its layers alone are partitioned"
         elif partitioned:
@@ -163,79 +163,60 @@ class _Plan:
             if self.config.partitioned:
                 reason = reason or adapted
             if not reason:
-                self.mlps.append((mlp, classes))
+                self.mlps.append(partial(convert_mlp, mlp, keep, classes))
                 reason = adapted  # the MLP runs the loop once that adapter is gone
         for layer, report, grid in zip(layers, reports, grids, strict=True):
-            if report is not None and grid is not None:
+            if report is None or grid is None:
+                continue
+            if reason:
+                self.reports[layer] = replace(report, reason=reason)
+            else:
                 kept = grid.tiles if keep is None else keep
-                how: dict[str, Any] = {"reason": reason} if reason else {"mlp": name, "kept_tiles": kept}
-                self.reports[layer] = replace(report, **how)
+                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, kept_tiles=kept, fp8=in_fp8)
 
     def _is_in_fp8(self, layers: list[Any]) -> bool:
-        return all(
+        """Whether two layers stay TransformerEngine's, and an MLP that is tiled in FP8 may run in their place."""
+        return {"fc1", "fc2"} <= set(self.config.tiled_modules) and all(
             type(layer) in TILED_TE_CLASSES and layer.config.fp8 and layer not in self.in_bf16 for layer in layers
         )
 
-    def _plan_fp8_mlp(self, name: str, mlp: Any, layers: list[Any]) -> None:
-        """Its layers stay TransformerEngine's, and it runs in their place, where it can."""
-        if not {"fc1", "fc2"} <= set(self.config.tiled_modules):
-            return
-        reports = [self.reports[layer] for layer in layers]
-        grids = [_grid(report.name, report.module, report.shape, self.config, paired=False) for report in reports]
-        keep, reason = self.config.kept_tiles, ""
+    def _fp8_grids(self, mlp: Any, layers: list[Any]) -> list[TileGrid]:
+        grids = []
+        for layer in layers:
+            report = self.reports[layer]
+            grids.append(_grid(report.name, report.module, report.shape, self.config, paired=False))
         if isinstance(mlp, TiledMLP):  # tiled before
-            keep, tiles = mlp.keep, len(mlp.parts) - 1
+            tiles = len(mlp.parts) - 1
             grids = [replace(grids[0], out_splits=tiles), replace(grids[1], in_splits=tiles)]
-        else:
-            reason, grids[1] = self._fp8_tiles(mlp, layers, grids)
-        for layer, report, grid in zip(layers, reports, grids, strict=True):
-            kept = grid.tiles if keep is None else keep
-            how: dict[str, Any] = (
-                {"reason": reason, "grid": None} if reason else {"reason": "", "grid": grid, "mlp": name}
-            )
-            self.reports[layer] = replace(report, **how, fp8=not reason, kept_tiles=kept)
+        return grids
 
-    def _fp8_tiles(self, mlp: Any, layers: list[Any], grids: list[TileGrid]) -> tuple[str, TileGrid]:
-        """Why there are none, or nothing; and those of fc2."""
+    def _plan_fp8_loop(self, mlp: Any, layers: list[Any], grids: list[TileGrid]) -> str:
+        """Why there is none, or nothing."""
         try:
             from megatron_tiling.resident import fp8
         except ImportError as error:
-            return f"--fp8-format {mlp.config.fp8}: tiles need a newer TransformerEngine: {error}", grids[1]
-        grid = fp8.aligned(grids[1], mlp.config)
+            return f"--fp8-format {mlp.config.fp8}: tiles need a newer TransformerEngine: {error}"
+        grids[1] = fp8.aligned(grids[1], mlp.config)
         adapted = [name for name, layer in zip(MLP_LAYERS, layers, strict=True) if getattr(mlp, name) is not layer]
-        reasons = [
+        reasons = (
             f"an adapter is around {' and '.join(adapted)}" if adapted else "",
             "tiles in FP8 cannot be partitioned" if self.config.partitioned else "",
-            *(
-                reason_to_stay_dense(layer, module, in_fp8=False)
-                for layer, module in zip(layers, ("fc1", "fc2"), strict=True)
-            ),
-            "" if type(mlp) in fp8.FP8_MLP_CLASSES else f"{type(mlp).__name__} is not a stock MLP",
-            TiledMLP.reason_in_grids(mlp.config, *grids),
-            reason_in_config(mlp),
-            fp8.reason_for_no_fp8_tiles(mlp, grid),
-        ]
+            *map(partial(reason_to_stay_dense, in_fp8=False), layers, ("fc1", "fc2")),
+            fp8.reason_for_no_fp8_tiles(mlp, grids[1]),
+        )
         reason = next(filter(None, reasons), "")
+        reason = reason or reason_to_stay_stock(mlp, self.config.kept_tiles, fp8.FP8_MLP_CLASSES, layers, grids)
         if not reason:
-            check_keep(self.config.kept_tiles, grid)
-            self.fp8_mlps.append((mlp, grid))
-        return reason, grid
+            self.mlps.append(partial(fp8.convert_fp8_mlp, mlp, grids[1], self.config))
+        return reason
 
     def carry_out(self) -> None:
         for layer in self.tiled:
             self._make_tiled(layer, self.reports[layer].grid)
         for model in self.heads:
             convert_head(model, self.config)
-        for mlp, classes in self.mlps:
-            convert_mlp(mlp, self.config.kept_tiles, classes)
-        for mlp, grid in self.fp8_mlps:
-            from megatron_tiling.resident.fp8 import convert_fp8_mlp
-
-            config = self.config
-            if config.fuse_wgrad is not None:
-                for name in MLP_LAYERS:
-                    getattr(mlp, name).fuse_wgrad_accumulation = config.fuse_wgrad
-            convert_fp8_mlp(mlp, grid, config.kept_tiles, config.fp32_accumulate, config.fp8_hold_weights)
+        for convert in self.mlps:
+            convert()
 
     def _make_tiled(self, layer: Any, grid: Any) -> None:
         """Turn a stock layer into a tiled one, in place."""

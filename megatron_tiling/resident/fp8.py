@@ -23,6 +23,7 @@ from transformer_engine.pytorch.module.base import _2X_ACC_DGRAD, _2X_ACC_FPROP,
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
+from megatron_tiling.config import TilingConfig
 from megatron_tiling.resident.fp8_loop import FP8Linear, FP8Loop, fp8_mlp
 from megatron_tiling.resident.fp8_operands import BLOCK, WeightCopies
 from megatron_tiling.resident.mlp import TiledMLP, activation_of, run_weight_hooks
@@ -159,17 +160,21 @@ def reason_for_no_fp8_tiles(mlp: Any, grid: TileGrid) -> str:
     return "FP8 tiles have the operands of Hopper GPUs alone" if is_non_tn_fp8_gemm_supported() else ""
 
 
-def convert_fp8_mlp(mlp: Any, grid: TileGrid, keep: int | None, fp32_accumulate: bool, holds_weights: bool) -> None:
+def convert_fp8_mlp(mlp: Any, grid: TileGrid, config: TilingConfig) -> None:
     """Turn a stock MLP over TransformerEngine's layers into a ``TiledFP8MLP``, in place. Its layers stay.
 
     Args:
         mlp: without a ``reason_for_no_fp8_tiles``.
         grid: fc2's tiles.
-        keep, fp32_accumulate, holds_weights: see ``TiledFP8MLP``.
+        config: the options.
     """
     fc1 = mlp.linear_fc1
+    for layer in (fc1, mlp.linear_fc2):
+        if config.fuse_wgrad is not None:
+            layer.fuse_wgrad_accumulation = config.fuse_wgrad
     mlp.__class__ = FP8_MLP_CLASSES[type(mlp)]
-    mlp.parts, mlp.keep, mlp.fp32_accumulate, mlp.holds_weights = grid.in_parts, keep, fp32_accumulate, holds_weights
+    mlp.parts, mlp.keep = grid.in_parts, config.kept_tiles
+    mlp.fp32_accumulate, mlp.holds_weights = config.fp32_accumulate, config.fp8_hold_weights
     has_norm = isinstance(fc1, te.TELayerNormColumnParallelLinear)
     mlp._norm = (te.TENorm(mlp.config, fc1.weight.shape[1], eps=fc1.eps),) if has_norm else None
     mlp._copies = {}

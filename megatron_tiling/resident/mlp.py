@@ -210,17 +210,6 @@ def reason_to_stay_stock(
         "linear_fc1 gathers its output": getattr(fc1, "gather_output", False),  # TransformerEngine's never do
         "linear_fc1 adds its bias itself": _adds_bias(fc1),
         "linear_fc2 splits its input itself": not getattr(fc2, "input_is_parallel", True),
-    }
-    reason = reason_in_config(mlp) or next((reason for reason, applies in refusals.items() if applies), "")
-    if not reason:
-        check_keep(keep, fc2_grid)
-    return reason
-
-
-def reason_in_config(mlp: Any) -> str:
-    """What of its config keeps tiles from the work of an MLP, or nothing."""
-    config = mlp.config
-    refusals = {
         "--use-te-activation-func": config.use_te_activation_func,
         "the activation's input is stored in fp8": config.activation_func_fp8_input_store,
         "activations are offloaded to the CPU": config.cpu_offloading,
@@ -228,18 +217,11 @@ def reason_in_config(mlp: Any) -> str:
             isinstance(mlp, SharedExpertMLP) and config.moe_shared_expert_overlap
         ),
     }
-    return next((reason for reason, applies in refusals.items() if applies), "")
-
-
-def check_keep(keep: int | None, grid: TileGrid) -> None:
-    """Refuse more kept tiles than ``grid`` has, fc2's.
-
-    Raises:
-        ValueError: naming the limit.
-    """
-    tiles = grid.in_splits
-    if keep is not None and not 0 <= keep <= tiles:
+    reason = next((reason for reason, applies in refusals.items() if applies), "")
+    tiles = fc2_grid.in_splits
+    if not reason and keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
+    return reason
 
 
 def _adds_bias(layer: Any) -> bool:
