@@ -7,15 +7,10 @@ time/memory frontier). Every size has a process of its own: a compiled activatio
 slow dynamic-shape kernel. Needs deepspeed and liger-kernel; a peer that cannot be imported is left out, by name.
 """
 
-import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
-from benchmarks.record import RESULTS, Origin
+from benchmarks.each_size import measured
 
 PACKAGES = ("torch", "triton", "megatron-core", "deepspeed", "liger-kernel")
 DENSE = "dense Megatron-core"
@@ -74,28 +69,7 @@ def spread(milliseconds: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    if args.one_size_into:
-        (size,) = sizes
-        args.one_size_into.write_text(json.dumps(run_size(*size, args.tokens, args.repeats)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        runs = []
-        for index, size in enumerate(args.sizes):
-            path = Path(folder) / f"{index}.json"
-            command = [sys.executable, "-m", "benchmarks.mlp", "--sizes", size, "--tokens", str(args.tokens)]
-            subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
-            runs.append(json.loads(path.read_text()))
-    options = f"--sizes {' '.join(args.sizes)} --tokens {args.tokens} --repeats {args.repeats}"
-    origin = Origin.now(PACKAGES, runs[0]["gpu"], options)
-    args.results.mkdir(parents=True, exist_ok=True)
+    args, origin, runs = measured(__doc__, PACKAGES, 25, run_size)
     path = args.results / f"{origin.date}-mlp.json"
     path.write_text(json.dumps({"origin": asdict(origin), "runs": runs}))
     from benchmarks import mlp_report

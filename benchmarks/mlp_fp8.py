@@ -7,20 +7,15 @@ Writes ``<date>-mlp-fp8.md``: time and memory of dense and tiled FP8 in each rec
 kept. Memory is the peak of both, with copies of weights as they are held. Every size has a process of its own.
 """
 
-import argparse
-import json
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.record import RESULTS, Origin
+from benchmarks.each_size import measured
+from benchmarks.record import Origin
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer_engine")
 RECIPES = ("tensorwise", "blockwise", "delayed")
@@ -206,8 +201,8 @@ def errors_of(run: Run, grads: dict[str, Any], expected: dict[str, Any]) -> dict
     return {name: float((found[name].double() - exact).norm() / exact.norm()) for name, exact in expected.items()}
 
 
-def page(record: dict[str, Any], origin: Origin) -> str:
-    lines = origin.head("FP8 in tiles, one SwiGLU MLP", f"{record['runs'][0]['tokens']} tokens")
+def page(runs: list[dict[str, Any]], origin: Origin) -> str:
+    lines = origin.head("FP8 in tiles, one SwiGLU MLP", f"{runs[0]['tokens']} tokens")
     lines += [
         "Forward and backward, `main_grad` (float32) held. Milliseconds are medians, in the first micro-batch of an",
         "optimizer step, whose weights are quantized, and in later ones. MiB are the peak of both beyond weights,",
@@ -216,7 +211,7 @@ def page(record: dict[str, Any], origin: Origin) -> str:
         "Error is the largest ratio of an RMS error against float64 to dense's, of output and gradients.",
         "",
     ]
-    for size in record["runs"]:
+    for size in runs:
         lines += [f"## h={size['hidden_size']}, ffn={size['ffn_hidden_size']}", ""]
         lines += ["| recipe | run | first, ms | ratio | later, ms | ratio | host, ms | MiB | ratio | error |"]
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]
@@ -245,29 +240,9 @@ def page(record: dict[str, Any], origin: Origin) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one_size_into:
-        (size,) = (tuple(map(int, size.split("x"))) for size in args.sizes)
-        args.one_size_into.write_text(json.dumps(run_size(*size, args.tokens, args.repeats)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        runs = []
-        for index, size in enumerate(args.sizes):
-            path = Path(folder) / f"{index}.json"
-            command = [sys.executable, "-m", "benchmarks.mlp_fp8", "--sizes", size, "--tokens", str(args.tokens)]
-            subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
-            runs.append(json.loads(path.read_text()))
-    options = f"--sizes {' '.join(args.sizes)} --tokens {args.tokens} --repeats {args.repeats}"
-    origin = Origin.now(PACKAGES, runs[0]["gpu"], options)
-    args.results.mkdir(parents=True, exist_ok=True)
+    args, origin, runs = measured(__doc__, PACKAGES, 15, run_size)
     path = args.results / f"{origin.date}-mlp-fp8.md"
-    path.write_text(page({"runs": runs}, origin))
+    path.write_text(page(runs, origin))
     print(path.read_text())
 
 

@@ -54,15 +54,7 @@ def measure(
         results[candidate.name].memory_mib = peak_memory(candidate, hidden, grad_output)
         with main_grads(candidate):
             results[candidate.name].memory_with_main_grad_mib = peak_memory(candidate, hidden, grad_output, held=True)
-    order = list(candidates)
-    for _ in range(repeats):
-        random.shuffle(order)
-        for candidate in order:
-            results[candidate.name].milliseconds.append(time_once(candidate, hidden, grad_output))
-    for candidate in candidates:
-        if candidate.name in profiled:
-            results[candidate.name].kernels = kernel_table(candidate, hidden, grad_output)
-    return list(results.values())
+    return _timed(results, candidates, hidden, grad_output, repeats, profiled)
 
 
 def measure_held(
@@ -74,6 +66,18 @@ def measure_held(
         for _ in range(3):
             step(candidate, hidden, grad_output)
         results[candidate.name].memory_with_main_grad_mib = peak_memory(candidate, hidden, grad_output, held=True)
+    return _timed(results, candidates, hidden, grad_output, repeats, profiled)
+
+
+def _timed(
+    results: dict[str, Measurement],
+    candidates: list[Candidate],
+    hidden: Tensor,
+    grad_output: Tensor,
+    repeats: int,
+    profiled: set[str],
+) -> list[Measurement]:
+    """Times, in random order, and kernels."""
     order = list(candidates)
     for _ in range(repeats):
         random.shuffle(order)

@@ -7,19 +7,15 @@ add to them within their GEMMs, peers by a hook. Every size has a process of its
 random order.
 """
 
-import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, Origin, machine
+from benchmarks.each_size import measured
+from benchmarks.record import Origin, machine
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "liger-kernel", "quack-kernels", "deepspeed")
 DENSE = "TransformerEngine"
@@ -116,13 +112,14 @@ def add_to_main_grad(parameter: Any) -> None:
     parameter.grad = None
 
 
-def run_size(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str, Any]:
+def run_size(hidden_size: int, ffn_hidden_size: int, tokens: int, repeats: int) -> dict[str, Any]:
     import torch
 
     from benchmarks import gpt
     from benchmarks import mlp_measure as measure
     from benchmarks.mlp_candidates import Candidate
 
+    shape = hidden_size, ffn_hidden_size
     gpt.initialize()
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -195,25 +192,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one_size_into:
-        hidden_size, ffn_hidden_size = map(int, args.sizes[0].split("x"))
-        args.one_size_into.write_text(json.dumps(run_size((hidden_size, ffn_hidden_size), args.tokens, args.repeats)))
-        return
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for size in args.sizes:
-            path = Path(folder) / size
-            command = [sys.executable, "-m", "benchmarks.te_mlp", "--sizes", size, "--tokens", str(args.tokens)]
-            subprocess.run([*command, "--repeats", str(args.repeats), "--one-size-into", str(path)], check=True)
-            runs.append(json.loads(path.read_text()))
-    origin = Origin.now(PACKAGES, runs[0]["gpu"])
+    args, origin, runs = measured(__doc__, PACKAGES, 20, run_size)
     record = {"origin": asdict(origin), "tokens": args.tokens, "repeats": args.repeats, "runs": runs}
     path = args.results / f"{origin.date}-mlp-te.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
