@@ -87,5 +87,6 @@ def test_a_caller_that_is_not_megatron_gets_no_lazy_logits():
     assert stock_caller(sys._getframe()) == ""
 
 
-def test_whoever_looks_sees_dense():
-    assert "whoever looks sees dense" in torchrun("-m", "tests.resident.check_lazy_logits", world=2)
+@pytest.mark.parametrize(("who", "check"), [("looks", "lazy_logits"), ("replaces the loss", "replaced_losses")])
+def test_sees_dense(who, check):
+    assert f"whoever {who} sees dense" in torchrun("-m", f"tests.resident.check_{check}", world=2)
