@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.head_memory import InputGrad, LogitsBuffers
-from megatron_tiling.tiles.head_reduce import Largest, reduce_scores
+from megatron_tiling.tiles.head_reduce import HeadScores, Largest, reduce_scores
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -62,24 +62,6 @@ class HeadLoop:
     def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of logits whose operands have ``dtype``."""
         return _wide(dtype) if self.logits_in_fp32 else dtype
-
-
-class HeadScores(NamedTuple):
-    """What ``head_scores`` returns of ``n`` tokens; ``None`` is not wanted.
-
-    Attributes:
-        log_probs: ``[n, k]``, float32 or the input's own dtype if wider; differentiable.
-        entropy: ``[n]``, likewise.
-        top_log_probs, top_columns: ``[n, top_k]``, the largest first, of the whole vocabulary.
-        largest, argmax: ``[n]``, each token's largest logit on this rank, and its column there.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor | None
-    top_log_probs: Tensor | None
-    top_columns: Tensor | None
-    largest: Tensor | None
-    argmax: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -178,9 +160,8 @@ class _TiledHead(torch.autograd.Function):
             if top is not None:
                 top.add(tokens, logits, first_column + part.start)
         ctx.kept = buffers if cut.kept else None
-        scores = reduce_scores(statistics, columns, top, len(weight), loop.group)
-        ctx.save_for_backward(hidden, weight, columns, rows, scores.log_sum_exp, scores.entropy)
-        found = HeadScores(*scores[1:], None, None)
+        log_sum_exp, found = reduce_scores(statistics, columns, top, len(weight), loop.group)
+        ctx.save_for_backward(hidden, weight, columns, rows, log_sum_exp, found.entropy)
         if statistics.argmax is not None:
             found = found._replace(largest=statistics.largest.to(x.dtype), argmax=statistics.argmax)
         ctx.mark_non_differentiable(*(value for value in found[2:] if value is not None))

@@ -35,27 +35,28 @@ class Largest:
         return rows.flatten(0, 2)
 
 
-class Scores(NamedTuple):
-    """Over the whole vocabulary; ``None`` where nothing was asked for.
+class HeadScores(NamedTuple):
+    """What is asked of ``n`` tokens; ``None`` is not wanted.
 
     Attributes:
-        log_sum_exp: ``[n]``.
-        log_probs: ``[n, k]``.
-        entropy: ``[n]``.
-        top_log_probs, top_columns: ``[n, top_k]``.
+        log_probs: ``[n, k]``, float32 or the input's own dtype if wider; differentiable.
+        entropy: ``[n]``, likewise.
+        top_log_probs, top_columns: ``[n, top_k]``, the largest first, of the whole vocabulary.
+        largest, argmax: ``[n]``, each token's largest logit on this rank, and its column there.
     """
 
-    log_sum_exp: Tensor
     log_probs: Tensor
     entropy: Tensor | None
     top_log_probs: Tensor | None
     top_columns: Tensor | None
+    largest: Tensor | None = None
+    argmax: Tensor | None = None
 
 
 def reduce_scores(
     statistics: Statistics, columns: Tensor, top: Largest | None, vocabulary: int, group: dist.ProcessGroup | None
-) -> Scores:
-    """Two collectives, whatever is asked for; Megatron's loss takes three.
+) -> tuple[Tensor, HeadScores]:
+    """The log-sum-exp ``[n]`` and scores, but for ``largest``. Two collectives; Megatron's loss takes three.
 
     Args:
         statistics: of all of this rank's ``vocabulary`` logits.
@@ -92,4 +93,4 @@ def reduce_scores(
         logits, of_these = logits.topk(k, dim=0)
         top_log_probs = (logits - largest - log_sum).t().contiguous()
         top_columns = of_ranks.gather(0, of_these).t().contiguous().to(torch.int64)
-    return Scores(log_sum + largest, log_probs, entropy, top_log_probs, top_columns)
+    return log_sum + largest, HeadScores(log_probs, entropy, top_log_probs, top_columns)
