@@ -32,7 +32,7 @@ from megatron_tiling.resident.fp8_operands import (
     same_again,
 )
 from megatron_tiling.tiles.comm import flat
-from megatron_tiling.tiles.mlp_loop import ActivationBackward, TileLoop, scale_of
+from megatron_tiling.tiles.mlp_tiles import ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 
@@ -93,8 +93,8 @@ class FP8Linear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP8Loop(TileLoop):
-    """How ``fp8_mlp`` runs; beside the arguments of a ``TileLoop``.
+class FP8Loop(MLPTiles):
+    """How ``fp8_mlp`` runs; beside the arguments of ``MLPTiles``.
 
     Args:
         fc1, fc2: the layers.

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.mlp_loop import ActivationBackward, TileLoop, scale_of
+from megatron_tiling.tiles.mlp_tiles import ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -30,8 +30,8 @@ WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
-class MLPLoop(TileLoop):
-    """How ``tiled_mlp`` runs; beside the arguments of a ``TileLoop``.
+class MLPLoop(MLPTiles):
+    """How ``tiled_mlp`` runs; beside the arguments of ``MLPTiles``.
 
     Args:
         fuse_fc1_wgrad, fuse_fc2_wgrad: add the weight gradient to ``weight.main_grad`` in place, and give autograd

@@ -162,9 +162,9 @@ def check(case: dict[str, Any]) -> None:
 
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP, expert_tensor_parallel_size=TP):
-        from megatron_tiling.tiles import mlp_loop
+        from megatron_tiling.tiles import mlp_tiles
 
-        mlp_loop.TOKEN_MULTIPLE = 2
+        mlp_tiles.TOKEN_MULTIPLE = 2
         cases = [case | {"storage": "resident"} for seed in range(4) for case in all_pairs(OPTIONS, seed)]
         cases += [case | {"storage": "partitioned"} for seed in (4, 5) for case in all_pairs(OPTIONS, seed)]
         for case in cases:

@@ -35,7 +35,7 @@ from megatron_tiling import __main__ as runner
 from megatron_tiling import cpu
 from megatron_tiling.tiles import gemm, head_memory, wgrad
 from megatron_tiling.tiles import linear as functional
-from megatron_tiling.tiles import mlp as mlp_loop
+from megatron_tiling.tiles import mlp as mlp_tiles
 from megatron_tiling.zero3.engine import import_deepspeed
 
 
@@ -47,7 +47,7 @@ def count_gemms() -> None:
         counts["gemm"] += 1
         stock(*args, **kwargs)
 
-    for module in (functional, wgrad, mlp_loop, head_memory):
+    for module in (functional, wgrad, mlp_tiles, head_memory):
         module.gemm_into = counted
     torch.distributed.destroy_process_group = lambda stop=torch.distributed.destroy_process_group: (
         print(f"GEMMs: {counts['gemm']}"),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tiling.tiles import mlp_loop
+from megatron_tiling.tiles import mlp_tiles
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 
@@ -18,7 +18,7 @@ PARTS = (0, 4, 8, 11)
 
 @pytest.fixture(autouse=True)
 def small_token_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_loop, "TOKEN_MULTIPLE", 2)
+    monkeypatch.setattr(mlp_tiles, "TOKEN_MULTIPLE", 2)
 
 
 def swiglu(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.resident.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
 from megatron_tiling.tiles import mlp as fused_mlp
-from megatron_tiling.tiles import mlp_loop
+from megatron_tiling.tiles import mlp_tiles
 
 HIDDEN, FFN = 6, 11  # 11 features: uneven tiles for every number of tiles but 1
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -130,7 +130,7 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
 
 @pytest.fixture(autouse=True)
 def small_token_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_loop, "TOKEN_MULTIPLE", 2)
+    monkeypatch.setattr(mlp_tiles, "TOKEN_MULTIPLE", 2)
 
 
 class Loops:

@@ -15,7 +15,7 @@ TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
 
 
 @dataclass(frozen=True)
-class TileLoop:
+class MLPTiles:
     """The tiles of an MLP.
 
     Args:
@@ -54,32 +54,32 @@ class ActivationBackward:
     """The activation in a backward pass, tile by tile, and the gradients of fc1's bias and of the scale.
 
     Args:
-        loop: the tiles.
+        tiles: the tiles, and the activation.
         bias, scale: ``[halves * f]``, and a factor for every token, or ``None``.
         needs_grad, needs_bias, needs_scale: which gradients are needed, the first that of the pre-activation.
     """
 
     def __init__(
         self,
-        loop: TileLoop,
+        tiles: MLPTiles,
         bias: Tensor | None,
         scale: Tensor | None,
         needs_grad: bool,
         needs_bias: bool,
         needs_scale: bool,
     ) -> None:
-        self._loop, self._bias, self._scale, self._needs_grad = loop, bias, scale, needs_grad
+        self._tiles, self._bias, self._scale, self._needs_grad = tiles, bias, scale, needs_grad
         self._needs: Any = {"bias_grad": needs_bias, "scale_grad": needs_scale}
         self.bias_grad = torch.empty_like(bias) if bias is not None and needs_bias else None
         self._scale_grad: Tensor | None = None
 
     def through_tile(self, tile: slice, pre: Tensor, grad: Tensor) -> None:
         """In place: ``pre`` becomes its gradient and ``grad`` the activation."""
-        operands = pre, self._loop.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
+        operands = pre, self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
         if not self._needs_grad:
-            self._loop.activation.forward(*operands)
+            self._tiles.activation.forward(*operands)
             return
-        bias_grad, scale_grad = self._loop.activation.backward(*operands, **self._needs)
+        bias_grad, scale_grad = self._tiles.activation.backward(*operands, **self._needs)
         if bias_grad is not None and self.bias_grad is not None:
             self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
         if scale_grad is not None:
