@@ -50,21 +50,26 @@ def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
     def selective(*modules: str) -> dict[str, Any]:
         return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    def full(layers: int) -> dict[str, Any]:
+        """Inputs of every so many layers are kept."""
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": layers}
+
     head: dict[str, Any] = {"modules": ("output",)}
     yield "stock", {}, None
     yield "stock, recompute core_attn", selective("core_attn"), None
     yield "stock, recompute mlp", selective("mlp"), None
     yield "stock, recompute core_attn mlp", selective("core_attn", "mlp"), None
     yield "stock, 4 MLP chunks", {"mlp_chunks_for_training": 4}, None
-    yield "stock, full recompute", full, None
+    yield "stock, full recompute", full(1), None
+    yield "stock, full recompute by 2 layers", full(2), None
     yield "tiled: output alone", {}, head
     yield "tiled: output alone, recompute mlp", selective("mlp"), head
     yield "tiled: default", {}, {}
     yield "tiled: keep 0", {}, {"mlp_keep": 0}
     yield "tiled: keep 0, recompute core_attn", selective("core_attn"), {"mlp_keep": 0}
-    yield "tiled: output alone, full recompute", full, head
-    yield "tiled: keep 0, full recompute", full, {"mlp_keep": 0}
+    yield "tiled: output alone, full recompute", full(1), head
+    yield "tiled: keep 0, full recompute", full(1), {"mlp_keep": 0}
+    yield "tiled: keep 0, full recompute by 2 layers", full(2), {"mlp_keep": 0}
 
 
 class Trainer:

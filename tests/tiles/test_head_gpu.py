@@ -27,7 +27,7 @@ def test_kernels_equal_float64(dtype, shape, scale, k):
     for ours, exact in zip(*found, strict=True):
         if ours.is_floating_point():
             tolerance = DTYPES[dtype] if ours.dtype == dtype else 2e-6
-            assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+            assert (ours.double() - exact).norm() <= tolerance * exact.norm() + 1e-6  # of one logit, most are 0
         else:
             assert torch.equal(ours, exact)
 
