@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.resident import check_mlp
-from tests.support.harness import Counter, megatron, relative_error
+from tests.support.harness import Counter, megatron, naming, relative_error
 
 TILES, SEQUENCE, BATCH, VOCABULARY = 3, 8, 2, 64
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -170,10 +170,8 @@ def main() -> None:
             model_parallel_cuda_manual_seed(11)
             check_mlp.TP = tp
             for check in checks:
-                try:
+                with naming(f"{check.__name__} at TP={tp}"):
                     check()
-                except Exception as error:
-                    raise AssertionError(f"{check.__name__} at TP={tp}: {error}") from error
             if dist.get_rank() == 0:
                 print(f"{len(checks)} checks passed at TP={tp}", flush=True)
 

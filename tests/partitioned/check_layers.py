@@ -32,7 +32,7 @@ from megatron_tiling.resident.mlp import TiledMLP
 from megatron_tiling.spec import TiledSpecProvider
 from tests.check_models import assert_same, batch, expect_error, gpt, make_config
 from tests.resident.check_layers import weight_grad, weights
-from tests.support.harness import megatron, relative_error
+from tests.support.harness import megatron, naming, relative_error
 
 SIZES = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 SWIGLU = {"gated_linear_unit": True, "activation_func": F.silu}
@@ -396,10 +396,8 @@ def main() -> None:
     with megatron(**SIZES):
         checks = [check for name, check in globals().items() if name.startswith("check_")]
         for check in checks:
-            try:
+            with naming(check.__name__):
                 check()
-            except Exception as error:
-                raise AssertionError(f"{check.__name__}: {error}") from error
         if dist.get_rank() == 0:
             print(f"{len(checks)} checks of partitioned models passed")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.support.harness import Counter, all_pairs, megatron, relative_error
+from tests.support.harness import Counter, all_pairs, megatron, naming, relative_error
 
 TP = int(os.environ.get("WORLD_SIZE", "1"))
 IN, OUT, SEQUENCE, BATCH = 24, 40, 8, 2
@@ -297,10 +297,8 @@ def main() -> None:
             cases += [case | {"storage": "partitioned"} for case in all_pairs(options, seed=3)]
             for case in cases:
                 case = valid(case, kind)
-                try:
+                with naming(f"{kind} layer, TP={TP}, {case}"):
                     check(case, kind)
-                except Exception as error:
-                    raise AssertionError(f"{kind} layer, TP={TP}, {case}: {error}") from error
                 count += 1
         if torch.distributed.get_rank() == 0:
             print(f"{count} cases passed at TP={TP}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.harness import Counter, all_pairs, megatron, relative_error
+from tests.support.harness import Counter, all_pairs, megatron, naming, relative_error
 
 TP = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -263,10 +263,8 @@ def main() -> None:
         check_refusals()
         cases = all_pairs(OPTIONS)
         for case in cases:
-            try:
+            with naming(f"rank {RANK}, {case}"):
                 check(case)
-            except Exception as error:
-                raise AssertionError(f"rank {RANK}, {case}") from error
     if RANK == 0:
         print(f"{len(cases)} cases at TP={TP}: tiled equals stock")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.resident.check_layers import weight_grad, weights
-from tests.support.harness import GEMMS, Counter, all_pairs, megatron, relative_error
+from tests.support.harness import GEMMS, Counter, all_pairs, megatron, naming, relative_error
 
 TP = int(os.environ.get("WORLD_SIZE", "1"))
 HIDDEN, FFN, SEQUENCE, BATCH = 12, 40, 8, 2
@@ -169,10 +169,8 @@ def main() -> None:
         cases += [case | {"storage": "partitioned"} for seed in (4, 5) for case in all_pairs(OPTIONS, seed)]
         for case in cases:
             case["bias"] &= not case["expert"]  # stock refuses it under expert tensor parallelism
-            try:
+            with naming(f"TP={TP}, {case}"):
                 check(case)
-            except Exception as error:
-                raise AssertionError(f"TP={TP}, {case}: {error}") from error
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 

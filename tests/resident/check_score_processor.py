@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tiling import TilingConfig, score_processor, tile
 from tests.resident.check_lm_head import BATCH, RANK, SEQUENCE, TP, VOCABULARY, batch, build
-from tests.support.harness import Counter, all_pairs, megatron, relative_error
+from tests.support.harness import Counter, all_pairs, megatron, naming, relative_error
 
 OPTIONS: dict[str, list[Any]] = {
     "tiled": [False, True],
@@ -166,10 +166,8 @@ def main() -> None:
         check_refusals()
         cases = all_pairs(OPTIONS)
         for case in cases:
-            try:
+            with naming(f"rank {RANK}, {case}"):
                 check(case)
-            except Exception as error:
-                raise AssertionError(f"rank {RANK}, {case}") from error
     if RANK == 0:
         print(f"{len(cases)} cases at TP={TP}: scores equal those of whole logits")
 

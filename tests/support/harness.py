@@ -36,6 +36,15 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def naming(case: object) -> Iterator[None]:
+    """What fails within says on which case."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{case}: {error}") from error
+
+
 class _LiveBytes(TorchDispatchMode):
     """Bytes of the storages of numbers that operations return, for as long as they live.
 
