@@ -14,10 +14,8 @@ optimizer and random states are not.
 """
 
 import argparse
-import os
 import pickle
 import re
-import shutil
 import sys
 import tempfile
 import types
@@ -257,10 +255,9 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
         raise Refused(f"{target} exists, and is left as it is: give a new folder")
     files = find_ranks(source)
     layouts: list[dict[str, str]] = []
-    new_folders = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    place = next(folder for folder in target.parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}.") as temporary:
+        made = Path(temporary, "checkpoint")
         for number, path in enumerate(files):
             rank = read(path)
             _check(rank, path, len(files), wants_tiles=splits is None)
@@ -270,20 +267,16 @@ def convert(source: Path, target: Path, splits: deepspeed_keys.Splits | None = N
                 content = dense_rank(rank, len(files)) if splits is None else tiled_rank(rank, len(files), splits, core)
             except ValueError as error:
                 raise Refused(f"{path}: {error}") from None
-            file = temporary / _place(rank.iteration, number, dense=splits is None)
+            file = made / _place(rank.iteration, number, dense=splits is None)
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, file)
-        (temporary / MEGATRON_TRACKER).write_text(str(rank.iteration))  # Megatron-DeepSpeed reads it too
+        (made / MEGATRON_TRACKER).write_text(str(rank.iteration))  # Megatron-DeepSpeed reads it too
         if splits is not None:
-            (temporary / DEEPSPEED_TRACKER).write_text(f"global_step{rank.iteration}")
-        temporary.chmod(0o755)  # mkdtemp lets nobody else in
+            (made / DEEPSPEED_TRACKER).write_text(f"global_step{rank.iteration}")
         if target.exists():
             raise Refused(f"{target} has come to exist, and is left as it is")
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in new_folders if not target.exists() else []:
-            folder.rmdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(target)
     what = f"{source} is converted to {target}, {len(files)} tensor-parallel rank{'s' if len(files) > 1 else ''}"
     if splits is None:
         what += "; load it with --load and --finetune, or --no-load-optim --no-load-rng to go on at its iteration"
