@@ -36,13 +36,15 @@ class Patch:
     Attributes:
         tag: the Megatron-LM tag, ``core_v0.19.0``.
         before, after: git blob hashes of the script without and with the lines.
-        hunks: ``(lines that precede, inserted bytes)``, counted in the script without the lines, in order.
+        position: how many lines precede them.
+        added: the lines.
     """
 
     tag: str
     before: str
     after: str
-    hunks: tuple[tuple[int, bytes], ...]
+    position: int
+    added: bytes
 
     @property
     def version(self) -> Version:
@@ -51,15 +53,13 @@ class Patch:
     def apply(self, script: bytes) -> bytes:
         """The script with the lines."""
         lines = script.splitlines(keepends=True)
-        for position, added in reversed(self.hunks):
-            lines.insert(position, added)
+        lines.insert(self.position, self.added)
         return b"".join(lines)
 
     def undo(self, script: bytes) -> bytes:
         """The script without the lines, given the one with them."""
         lines = script.splitlines(keepends=True)
-        for position, added in self.hunks:
-            del lines[position : position + added.count(b"\n")]
+        del lines[self.position : self.position + self.added.count(b"\n")]
         return b"".join(lines)
 
 
@@ -76,19 +76,17 @@ def parse(tag: str, text: bytes) -> Patch:
     """A patch file's content.
 
     Raises:
-        ValueError: it does more than add lines to the script.
+        ValueError: it does not add lines to the script in one place, and no more.
     """
-    head, *parts = re.split(rb"^@@ -(\d+),0 \+\d+,(\d+) @@\n", text, flags=re.MULTILINE)
+    head, *hunk = re.split(rb"^@@ -(\d+),0 \+\d+,(\d+) @@\n", text, flags=re.MULTILINE)
     hashes = re.search(rb"^index ([0-9a-f]{40})\.\.([0-9a-f]{40}) ", head, re.MULTILINE)
-    hunks = []
-    for position, count, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        lines = body.splitlines(keepends=True)
-        if len(lines) != int(count) or not all(line.startswith(b"+") and line.endswith(b"\n") for line in lines):
-            raise ValueError(f"{tag}.patch: not a diff of additions without context")
-        hunks.append((int(position), b"".join(line[1:] for line in lines)))
-    if hashes is None or not hunks:
-        raise ValueError(f"{tag}.patch: no full blob hashes, or no additions")
-    return Patch(tag, hashes[1].decode(), hashes[2].decode(), tuple(hunks))
+    if hashes is None or len(hunk) != 3:
+        raise ValueError(f"{tag}.patch: no full blob hashes, or not one place without context")
+    position, count, body = hunk
+    lines = body.splitlines(keepends=True)
+    if len(lines) != int(count) or not all(line.startswith(b"+") and line.endswith(b"\n") for line in lines):
+        raise ValueError(f"{tag}.patch: not a diff of additions")
+    return Patch(tag, hashes[1].decode(), hashes[2].decode(), int(position), b"".join(line[1:] for line in lines))
 
 
 def known_patches(folder: Path | None = None) -> list[Patch]:
@@ -130,7 +128,7 @@ def run(tree: Path, patches: list[Patch], undo: bool = False, check: bool = Fals
 
 
 def _why_unknown(tree: Path, script: Path, content: bytes, patches: list[Patch]) -> str:
-    if any(all(added in content for _, added in patch.hunks) for patch in patches):
+    if any(patch.added in content for patch in patches):
         return f"{script} has the plugin's lines, and was changed besides: edit it by hand"
     version = read_version(tree)
     if version is None:
