@@ -5,8 +5,7 @@
 * ``sharded_state_dict`` has one entry a tile, under the tile's name, that points at the place of the tile, or of the
   rows of it that FSDP2 leaves this rank, in the dense weight: the key, global shape and replica ids are stock's.
   Nothing is merged or copied, and optimizers find the parameter they hold.
-* ``load_state_dict`` takes dense weights as well as tiles.
-* ``dense_weight`` and ``load_dense_weight`` are for engines: one tile is gathered at a time.
+* ``load_state_dict`` takes dense weights as well as tiles; under ZeRO-3 one tile is gathered at a time.
 
 A layer here is a partitioned layer: it has a ``grid`` and modules ``tiles.linears[o][i]`` with a ``weight`` each.
 """
@@ -33,14 +32,13 @@ def tile_parameters(layer: Any) -> Iterator[tuple[int, int, Parameter]]:
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """The rank's dense shard ``[out, in]`` of a partitioned layer, stock's order of rows; under ZeRO-3 a collective."""
+    """The rank's dense shard ``[out, in]`` of a partitioned layer whose tiles are in memory, stock's order of rows."""
     grid: TileGrid = layer.grid
     _, _, some = next(tile_parameters(layer))
     dense = torch.empty(grid.out_features, grid.in_features, dtype=some.dtype, device=some.device)
     for o, i, tile in tile_parameters(layer):
-        with gathered(tile):
-            for rows, own_rows in _row_pieces(grid, o):
-                dense[rows, grid.columns(i)] = tile.detach()[own_rows]
+        for rows, own_rows in _row_pieces(grid, o):
+            dense[rows, grid.columns(i)] = tile.detach()[own_rows]
     return dense
 
 
