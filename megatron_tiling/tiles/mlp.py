@@ -50,6 +50,11 @@ class MLPLoop(MLPTiles):
     saves_weights: bool = True
 
     @property
+    def fuses(self) -> tuple[bool, ...]:
+        """Of fc1, fc2, and the factors of adapters beside them."""
+        return self.fuse_fc1_wgrad, self.fuse_fc2_wgrad, self.fuse_up_wgrad, self.fuse_down_wgrad
+
+    @property
     def kept(self) -> list[Span]:
         """The kept tiles, if any: fc1 computes them at once."""
         return [self._span(self.tiles[: self.keep], kept=True)] if self.keep else []
@@ -206,6 +211,7 @@ class _Backward:
         self.needs_activation_grad = any((*needs[:3], *needs[4:7]))
         self.hidden, self.fc1_bias, self.scale, self.kept, self.low, self.up, self.down, *weights = ctx.saved_tensors
         self.fc1_weight, self.fc2_weight = weights if self.loop.saves_weights else ctx.params[:2]
+        self.fc1_grad, self.fc2_grad, self.up_grad, self.down_grad = map(WeightGrad, ctx.params, self.loop.fuses)
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = None
         ctx.kept_is_intact = False
@@ -300,22 +306,6 @@ class _Backward:
             return None
         self.dgrad, work = self.loop.comm.reduce(self.dgrad)
         return work
-
-    @cached_property
-    def fc1_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.params[0], self.loop.fuse_fc1_wgrad)
-
-    @cached_property
-    def fc2_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.params[1], self.loop.fuse_fc2_wgrad)
-
-    @cached_property
-    def up_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.params[2], self.loop.fuse_up_wgrad)
-
-    @cached_property
-    def down_grad(self) -> WeightGrad:
-        return WeightGrad(self.ctx.params[3], self.loop.fuse_down_wgrad)
 
     def _start_gather(self) -> None:
         comm = self.loop.comm

@@ -18,11 +18,15 @@ class WeightGrad:
 
     def __init__(self, weight: Tensor, fuse: bool) -> None:
         self._weight = weight
-        main_grad = getattr(weight, "main_grad", None) if fuse else None
-        self.fused = main_grad is not None
-        if main_grad is None:  # of a quantized weight too the gradient is a plain tensor
-            main_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        self.tensor: Tensor = main_grad
+        self._tensor: Tensor | None = getattr(weight, "main_grad", None) if fuse else None
+        self.fused = self._tensor is not None
+
+    @property
+    def tensor(self) -> Tensor:
+        """Where slices go: memory of its own is there from the first one on."""
+        if self._tensor is None:  # of a quantized weight too the gradient is a plain tensor
+            self._tensor = torch.empty(self._weight.shape, dtype=self._weight.dtype, device=self._weight.device)
+        return self._tensor
 
     def add(
         self, rows: slice, columns: slice, grad_output: Tensor, input_: Tensor, *, accumulate: bool = False
