@@ -1,13 +1,14 @@
-"""Run Megatron-LM's own unit tests of layers, models and checkpoints on gloo, stock and tiled, and compare.
+"""Run Megatron-LM's own unit tests of layers, models and checkpoints, stock and tiled, and compare.
 
-    python tests/upstream/megatron_unit_tests.py [--checkout MEGATRON_LM] [--world 8] [--factor 3] [FILE ...]
+    python tests/upstream/megatron_unit_tests.py [--checkout MEGATRON_LM] [--world 8] [--factor 3] [--gpus] [FILE ...]
 
 Takes the tests of a core_v0.19.0 checkout, by default out of the git directory that MEGATRON_LM_GIT names, and runs
-all or some files of them twice with the installed megatron-core: with Megatron's local layers, and with every linear
-layer, MLP and LM head replaced by a tiled one. A test that passes with stock layers on every rank must pass with tiled
-ones. Differences: gloo for NCCL, ``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's,
-longer timeouts, no download of data, and ``EDITS``. What only a GPU or TransformerEngine can do fails or is skipped in
-both runs, and the table at the end says why.
+all or some files of them twice with the installed megatron-core: with stock layers, and with every linear layer, MLP
+and LM head replaced by a tiled one. A test that passes with stock layers on every rank must pass with tiled ones.
+
+With ``--gpus`` the tests run as they are, on TransformerEngine, one GPU a rank, but for ``GPU_EDITS``: no download of
+data. Without, on a CPU: gloo for NCCL, ``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's, longer
+timeouts, and ``EDITS``. What cannot run there fails or is skipped in both runs, and the table at the end says why.
 """
 
 import argparse
@@ -37,11 +38,14 @@ FILES = (
     "tests/unit_tests/dist_checkpointing/models/test_gpt_model.py",
 )
 #: File, pattern, replacement, and how often it occurs.
-EDITS = (
-    ("tests/unit_tests/test_utilities.py", r"backend='nccl'", "backend='gloo'", 1),
-    ("tests/unit_tests/test_utilities.py", r"timedelta\(minutes=1\)", "timedelta(minutes=20)", 2),
+GPU_EDITS = (
     ("tests/unit_tests/conftest.py", r"from tests\.test_utils.*download_and_extract_asset\n", "", 1),
     ("tests/unit_tests/conftest.py", r", autouse=True(?=\)\ndef ensure_test_data)", "", 1),
+)
+EDITS = (
+    *GPU_EDITS,
+    ("tests/unit_tests/test_utilities.py", r"backend='nccl'", "backend='gloo'", 1),
+    ("tests/unit_tests/test_utilities.py", r"timedelta\(minutes=1\)", "timedelta(minutes=20)", 2),
     ("tests/unit_tests/transformer/test_mlp.py", r"device\.type == 'cuda'", "device.type == 'cpu'", 2),
     (  # one generator is the CPU's and the GPU's here: the seed that is to count comes last
         "tests/unit_tests/tensor_parallel/test_initialization.py",
@@ -65,12 +69,12 @@ EDITS = (
 PYTEST = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 
 
-def adapted(checkout: Path, folder: Path) -> None:
+def adapted(checkout: Path, folder: Path, edits: tuple[tuple[str, str, str, int], ...]) -> None:
     """Copy the checkout's tests into ``folder`` and edit them."""
     (folder / "tests").mkdir()
     for name in ("__init__.py", "unit_tests", "test_utils"):
         subprocess.run(["cp", "-r", str(checkout / "tests" / name), str(folder / "tests")], check=True)
-    for name, pattern, replacement, wanted in EDITS:
+    for name, pattern, replacement, wanted in edits:
         path = folder / name
         text, found = re.subn(pattern, replacement, path.read_text())
         if found != wanted:
@@ -84,15 +88,16 @@ def adapted(checkout: Path, folder: Path) -> None:
 class Outcomes:
     """Pytest plugin: the outcome of each test, with the reason of a skip or a failure."""
 
-    def __init__(self, factor: int | None) -> None:
+    def __init__(self, factor: int | None, gpus: bool) -> None:
         self.factor = factor
+        self.gpus = gpus
         self.found: dict[str, tuple[str, str]] = {}
         self.made: collections.Counter[str] = collections.Counter()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.factor:  # now that the tests are imported: they know the classes by name
             use_tiled_layers(self.factor, self.made)
-        for item in items:
+        for item in [] if self.gpus else items:
             for mark in item.own_markers + (item.parent.own_markers if item.parent else []):
                 if mark.name == "skipif" and re.search("cuda|gpu", mark.kwargs.get("reason", ""), re.I):
                     object.__setattr__(mark, "args", (False,))  # the CPU stands for the GPU
@@ -160,20 +165,29 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
     from megatron_tiling.resident.layers import shard_shape
     from megatron_tiling.resident.lm_head import convert_head
     from megatron_tiling.resident.mlp import convert_mlp
+    from megatron_tiling.resident.transformer_engine import TILED_CLASSES
 
-    class Column(TiledColumnParallelLinear):
-        def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-            super().set_tiles(in_splits, min(factor, shard_shape(self)[0] // 2 or 1), **options)
-            made[f"ColumnParallelLinear: {self.grid.out_splits} tiles"] += 1
+    def clipped(tiled: Any) -> Any:
+        """A tiled class whose layers have ``factor`` tiles, or as many as they have features for."""
 
-    class Row(TiledRowParallelLinear):
-        def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
-            super().set_tiles(min(factor, shard_shape(self)[1]), out_splits, **options)
-            made[f"RowParallelLinear: {self.grid.in_splits} tiles"] += 1
+        class Clipped(tiled):
+            def set_tiles(self, in_splits: int, out_splits: int, **options: Any) -> None:
+                rows, columns = shard_shape(self)
+                if tiled.input_is_already_split:
+                    in_splits = min(factor, columns)
+                else:
+                    out_splits = min(factor, rows // 2 or 1)
+                super().set_tiles(in_splits, out_splits, **options)
+                made[f"{tiled.__name__}: {in_splits}x{out_splits} tiles"] += 1
 
-    replacements: dict[Any, Any] = {ColumnParallelLinear: Column, RowParallelLinear: Row}
+        return Clipped
+
+    column = clipped(TiledColumnParallelLinear)
+    replacements: dict[Any, Any] = {ColumnParallelLinear: column, RowParallelLinear: clipped(TiledRowParallelLinear)}
+    replacements |= {stock: clipped(tiled) for stock, tiled in TILED_CLASSES.items()}
+    owners = {stock.__module__ for stock in replacements}
     for name, module in list(sys.modules.items()):
-        if name.startswith(("megatron.core", "tests.")) and name != ColumnParallelLinear.__module__:
+        if name.startswith(("megatron.core", "tests.")) and name not in owners:
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, type) and value in replacements:
                     setattr(module, attribute, replacements[value])
@@ -190,7 +204,7 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
 
     def head(model: Any) -> str:
         layer = getattr(model, "output_layer", None)
-        if type(layer) is Column:
+        if type(layer) is column:
             layer.__class__ = TiledColumnParallelLinear  # convert_head takes the package's classes only
         return convert_head(model, TilingConfig())
 
@@ -205,11 +219,12 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
     from megatron_tiling import cpu
 
     torch.set_num_threads(1)
-    cpu.install()
-    use_local_specs()
-    destroy_groups_too()
+    if not options.gpus:
+        cpu.install()
+        use_local_specs()
+        destroy_groups_too()
     rank = os.environ["RANK"]
-    outcomes = Outcomes(options.factor if options.tiles else None)
+    outcomes = Outcomes(options.factor if options.tiles else None, options.gpus)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     pytest.main([*PYTEST, "--rootdir", str(folder), *options.files], plugins=[outcomes])
@@ -226,6 +241,7 @@ def run_all(options: argparse.Namespace, folder: Path, tiles: bool) -> dict[str,
         file.unlink()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.world)]
     command = [*launcher, __file__, "--rank-folder", str(folder), "--factor", str(options.factor), *options.files]
+    command += ["--gpus"] if options.gpus else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
     log = Path(options.log or folder, f"{'tiled' if tiles else 'stock'}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -291,6 +307,7 @@ def main() -> int:
     parser.add_argument("--checkout", type=Path, help="of Megatron-LM; by default the tag's out of MEGATRON_LM_GIT")
     parser.add_argument("--world", type=int, default=8, help="ranks")
     parser.add_argument("--factor", type=int, default=3, help="tiles a layer")
+    parser.add_argument("--gpus", action="store_true", help="one a rank, with TransformerEngine")
     parser.add_argument("--log", type=Path, help="folder that keeps both runs' output")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tiles", action="store_true", help=argparse.SUPPRESS)
@@ -301,7 +318,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "run")
         folder.mkdir()
-        adapted(options.checkout or checkout_of_tag(Path(place, "checkout")), folder)
+        adapted(
+            options.checkout or checkout_of_tag(Path(place, "checkout")), folder, GPU_EDITS if options.gpus else EDITS
+        )
         return report(run_all(options, folder, tiles=False), run_all(options, folder, tiles=True))
 
 
