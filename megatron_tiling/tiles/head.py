@@ -91,6 +91,8 @@ def head_scores(
         loop: tiles, collectives and options.
         rows: ``[n]`` int64, which tokens of all ranks' ``hidden`` are meant, in rising order; ``None`` is all.
     """
+    if not torch.is_grad_enabled():  # which autograd functions are not told: the cut is for one pass then
+        hidden, weight = hidden.detach(), weight.detach()
     return HeadScores(*_TiledHead.apply(hidden, weight, columns, rows, loop))
 
 

@@ -36,7 +36,7 @@ class HeadSizes(NamedTuple):
             1 if each rank gets all of it.
         sums_wgrad: whether the weight gradient can be summed over token tiles; one narrower than float32 loses
             precision.
-        dgrad, wgrad: which gradients there are.
+        dgrad, wgrad: which gradients there are; without any there is no backward pass, and no tile stays for it.
         chosen_from: of how many tokens these were chosen; 0 if they are all.
     """
 
@@ -126,7 +126,8 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         cut = HeadCut(token_parts, column_parts, 0)
         beside = _beside_logits(sizes, cut.height, bound, several=len(column_parts) > 1)
         tile = cut.height * cut.width * sizes.logit_bytes
-        cuts.append((cut._replace(kept=_kept(tiles, cut, bound - beside, tile)), beside + tile))
+        kept = _kept(tiles, cut, bound - beside, tile) if sizes.dgrad or sizes.wgrad else 0
+        cuts.append((cut._replace(kept=kept), beside + tile))
     fitting = [(_time(cut, sizes), index) for index, (cut, memory) in enumerate(cuts) if memory <= bound]
     least = min(fitting or [(memory, index) for index, (_, memory) in enumerate(cuts)])
     return cuts[least[1]][0]
@@ -168,7 +169,8 @@ def _widest(sizes: HeadSizes, height: int, bound: int) -> int:
 
 def _time(cut: HeadCut, sizes: HeadSizes) -> float:
     """What depends on the cut, in operations: logits made again, tiles, sums of the weight gradient."""
-    remade = 2 * sizes.hidden * (sizes.tokens * sizes.vocabulary - cut.kept * cut.height * cut.width)
+    dropped = sizes.tokens * sizes.vocabulary - cut.kept * cut.height * cut.width
+    remade = 2 * sizes.hidden * dropped if sizes.dgrad or sizes.wgrad else 0
     summed = 8 * sizes.hidden * sizes.vocabulary * (len(cut.tokens) - 1) if sizes.wgrad else 0
     return remade + OPERATIONS_PER_BYTE * summed + OPERATIONS_PER_TILE * len(cut.tiles)
 

@@ -115,6 +115,17 @@ def test_frozen_inputs_get_no_gradient(frozen):
     assert (hidden if frozen == "hidden" else weight).grad is None
 
 
+def test_without_gradients_the_cut_is_for_one_pass(monkeypatch):
+    sizes = []
+    cut = HeadTiles.cut
+    monkeypatch.setattr(HeadTiles, "cut", lambda tiles, of: sizes.append(of) or cut(tiles, of))
+    hidden, weight, labels, _ = problem((5, 2), 11, 4, seed=2)
+    with torch.no_grad():
+        losses = tiled_linear_cross_entropy(hidden, weight, labels, HeadLoop(HeadTiles())).loss
+    assert (sizes[0].dgrad, sizes[0].wgrad) == (False, False)
+    torch.testing.assert_close(losses, dense_losses(hidden, weight, labels).detach(), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("tiles", [HeadTiles(tokens=4, vocabulary_tiles=3), HeadTiles()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weight_gradient_is_added_to_main_grad(tiles, dtype):

@@ -81,6 +81,11 @@ def test_frozen_sides_need_less() -> None:
     assert HeadTiles().cut(LLAMA._replace(dgrad=False)).width > HeadTiles().cut(LLAMA).width
 
 
+def test_without_a_backward_pass_the_bound_is_for_one_tile() -> None:
+    cut = HeadTiles(272).cut(LLAMA._replace(dgrad=False, wgrad=False))
+    assert cut.kept == 0 and cut.height * cut.width * 2 == 272 * MIB
+
+
 def test_the_last_tile_is_a_whole_one() -> None:
     cut = HeadTiles(320).cut(LLAMA)
     assert cut.columns[-1].stop - cut.columns[-1].start == cut.width == 12288
