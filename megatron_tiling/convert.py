@@ -7,6 +7,7 @@ is copied into its tiles and freed, one layer after another. To be called before
 DDP, FSDP or an engine. Adapters around layers stay where they are.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,7 @@ from megatron_tiling.resident.mlp import (
     convert_mlp,
     reason_to_stay_stock,
 )
+from megatron_tiling.resident.stock_code import replaced_in_products
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
@@ -81,6 +83,7 @@ class _Plan:
         tiled: layers to be tiled.
         heads: language models whose loss is to be computed in tiles.
         mlps: what turns an MLP into a tiled one, each.
+        owners: how many modules have a parameter.
         in_bf16: modules of layers that ``--first-last-layers-bf16`` leaves out of FP8.
     """
 
@@ -91,6 +94,7 @@ class _Plan:
         self.heads: list[LanguageModule] = []
         self.mlps: list[Callable[[], Any]] = []
         self.in_bf16 = _modules_in_bf16(model)
+        self.owners = Counter(weight for module in model.modules() for weight in module.parameters(recurse=False))
         models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
         ties = "share_embeddings_and_output_weights"
         tied = [unwrapped(getattr(one, "output_layer", None)) for one in models if getattr(one, ties, False)]
@@ -114,7 +118,7 @@ class _Plan:
             return replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
         if not reason and self.config.partitioned:
-            reason = _reason_not_to_partition(layer, module, is_tied)
+            reason = _reason_not_to_partition(layer, module, is_tied, self.owners)
         if module is None or reason:
             return replace(report, reason=reason)
         check_layer(layer)
@@ -267,13 +271,15 @@ def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: Til
         return "not in --tiled-linear-modules"
     if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
         return reason
-    return reason_to_stay_dense(layer, module, in_fp8) if type(layer) in TILED_TE_CLASSES else ""
+    return reason_to_stay_dense(layer, module, in_fp8) if type(layer) in TILED_TE_CLASSES else replaced_in_products()
 
 
-def _reason_not_to_partition(layer: torch.nn.Module, module: str | None, is_tied: bool) -> str:
+def _reason_not_to_partition(layer: Any, module: str | None, is_tied: bool, owners: Counter[torch.nn.Parameter]) -> str:
     """Where Megatron reads the whole weight."""
     if is_tied or getattr(layer, "weight", None) is None:
         return "tied to the embedding, whose weight stays whole" if is_tied else "has no weight of its own"
+    if owners[layer.weight] > 1:
+        return "its weight is another module's too"
     if module == "output" and getattr(layer.config, "mtp_detach_heads", False):
         return "--mtp-detach-heads reads the whole weight"
     if module == "qkv" and getattr(layer.config, "qk_clip", False):

@@ -209,3 +209,49 @@ def test_a_model_without_tiles_is_said_once(capsys: pytest.CaptureFixture[str]) 
     tile(gpt(), TilingConfig(factor=2))
     tile(gpt(), TilingConfig(modules=("output",)))
     assert not capsys.readouterr().out
+
+
+def test_a_weight_that_another_module_has_too_is_not_partitioned() -> None:
+    model = gpt()
+    first, second = (layer.mlp.linear_fc1 for layer in model.decoder.layers)
+    second.weight = first.weight
+    reports = {report.name: report for report in tile(model, TilingConfig(storage="partitioned"))}
+    for index in range(2):
+        assert reports[f"decoder.layers.{index}.mlp.linear_fc1"].reason == "its weight is another module's too"
+        assert reports[f"decoder.layers.{index}.mlp.linear_fc2"].partitioned
+    assert first.weight is second.weight is not None
+
+
+@pytest.mark.parametrize("name", ["linear_fc1", "linear_fc2"])
+def test_a_weight_that_a_partitioned_layer_is_given_is_refused(name: str) -> None:
+    model = gpt()
+    tile(model, TilingConfig(storage="partitioned"))
+    mlp = model.decoder.layers[0].mlp
+    layer = getattr(mlp, name)
+    layer.weight = torch.nn.Parameter(torch.ones(1, 1))
+    for call in (lambda: mlp(torch.ones(2, 1, 32)), lambda: layer(torch.ones(2, 1, layer.grid.in_features))):
+        with pytest.raises(RuntimeError, match="was given a weight, which nothing reads"):
+            call()
+
+
+def test_a_product_that_somebody_replaced_keeps_layers_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ColumnParallelLinear, "_forward_impl", lambda self, **call: call["input"])
+    reports = tile(gpt(), TilingConfig())
+    assert {report.grid for report in reports} == {None}
+    (fc1, *_) = (report for report in reports if report.module == "fc1")
+    assert fc1.reason.startswith("ColumnParallelLinear._forward_impl is not Megatron's own, but of ")
+
+
+def test_an_output_layer_of_another_vocabulary() -> None:
+    """Rows that are added after the model was tiled."""
+    logits = []
+    for tiled in (False, True):
+        torch.manual_seed(0)
+        model = gpt()
+        if tiled:
+            tile(model, TilingConfig())
+        model.output_layer.weight = torch.nn.Parameter(torch.linspace(-1, 1, 80 * 32).view(80, 32))
+        hidden = torch.linspace(-1, 1, 3 * 32).view(3, 1, 32)
+        logits.append(model.output_layer(hidden)[0])
+    assert logits[1].shape == (3, 1, 80)
+    assert torch.allclose(*logits, atol=1e-5)

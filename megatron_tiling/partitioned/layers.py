@@ -127,9 +127,17 @@ class PartitionedParallelLinear(TiledParallelLinear):
         """The modules that own the tiles, ``tiles.linears[o][i].weight``."""
         return self._modules["tiles"]  # type: ignore[return-value]
 
+    def reason_to_be_called(self) -> str:
+        return "" if self.weight is None else "was given a weight"
+
     def _product(  # type: ignore[override]
         self, input_: Tensor | Sequence[Tensor], weight: None, bias: Tensor | None, comm: ColumnComm | None
     ) -> Tensor | list[Tensor]:
+        if self.weight is not None:
+            raise RuntimeError(
+                "a partitioned layer, whose tiles are its parameters, was given a weight, which nothing reads; give it "
+                "before the model is tiled, or load it with load_state_dict"
+            )
         saving: AbstractContextManager[None] = nullcontext()
         if isinstance(input_, Tensor):
             input_, saving = column_input(input_, comm)

@@ -22,8 +22,9 @@ from megatron_tiling.partitioned.layers import (
     column_input,
 )
 from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
+from megatron_tiling.resident.activation import activation_of
 from megatron_tiling.resident.layers import comm_of
-from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, activation_of, run_weight_hooks
+from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, run_weight_hooks
 from megatron_tiling.tiles.grid import TileGrid
 
 #: Modules whose hooks gather and release parameters, and look at nothing else.

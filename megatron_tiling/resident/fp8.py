@@ -24,9 +24,10 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
 from megatron_tiling.config import TilingConfig
+from megatron_tiling.resident.activation import activation_of
 from megatron_tiling.resident.fp8_loop import FP8Linear, FP8Loop, fp8_mlp
 from megatron_tiling.resident.fp8_operands import BLOCK, WeightCopies
-from megatron_tiling.resident.mlp import TiledMLP, activation_of, run_weight_hooks
+from megatron_tiling.resident.mlp import TiledMLP, run_weight_hooks
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES, normalize
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.remade import made_again

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.distributed import allreduce, gather_along_first_dim, reduce_scatter_along_first_dim
 from transformer_engine.pytorch.module.linear import _check_fp8_reduce_and_update
@@ -32,6 +31,7 @@ from megatron_tiling.resident.fp8_operands import (
     same_again,
 )
 from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.mlp_tiles import ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -243,7 +243,7 @@ class _FP8MLP(torch.autograd.Function):
         return output.view(-1, *hidden.shape[1:-1], output.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.tensor_objects is None:
             raise RuntimeError("a second backward pass through an MLP in FP8: leave retain_graph=True out")

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
+from megatron_tiling.resident.stock_code import replaced_in_products
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
@@ -105,7 +106,7 @@ class TiledParallelLinear(torch.nn.Module):
 
     def reason_to_be_called(self) -> str:
         """Why a ``TiledMLP`` must call this layer's ``forward`` now, or nothing."""
-        return ""
+        return "" if fits(self.grid, self.weight) else "has a weight of another shape than its tiles"
 
     @property
     def tiles(self) -> TiledLinearReturnBias:
@@ -131,9 +132,23 @@ class TiledParallelLinear(torch.nn.Module):
         module.in_parts, module.out_parts = grid.in_parts, grid.out_parts
         return module
 
-    def _forward_impl(
+    def _forward_impl(self, input: Tensor | Sequence[Tensor], weight: Tensor, **options: Any) -> Tensor | list[Tensor]:
+        """What stock's ``forward`` calls: the tile loop, or what somebody has put in the place of stock's product.
+
+        Raises:
+            RuntimeError: there is such a product, and parts or partitioned tiles to give it.
+        """
+        replaced = replaced_in_products()
+        if not replaced:
+            return self._tiled_product(input, weight, **options)
+        if not isinstance(input, Tensor) or not self.combine_out_splits or self.weight is None:
+            raise RuntimeError(f"{replaced}: it takes whole weights and inputs; leave this layer dense")
+        product: Tensor = super()._forward_impl(input=input, weight=weight, **options)  # type: ignore[misc]
+        return product
+
+    def _tiled_product(
         self,
-        input: Tensor | Sequence[Tensor],
+        input_: Tensor | Sequence[Tensor],
         weight: Tensor,
         *,
         bias: Tensor | None,
@@ -146,20 +161,23 @@ class TiledParallelLinear(torch.nn.Module):
         gtp_remat_size: int = 1,
         output_dtype: torch.dtype | None = None,
     ) -> Tensor | list[Tensor]:
-        """What stock's ``forward`` calls, by these keywords.
+        """The tile loop, by the keywords of stock's product.
 
         Raises:
             ValueError: the output is wanted in another dtype than the parameters have.
         """
         if reason := reason_in_output_dtype(output_dtype, self.config.params_dtype):
             raise ValueError(reason)
-        return self._product(input, weight, bias, column_comm(tp_group, sequence_parallel, allreduce_dgrad))
+        return self._product(input_, weight, bias, column_comm(tp_group, sequence_parallel, allreduce_dgrad))
 
     def _product(
         self, input_: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None, comm: ColumnComm | None
     ) -> Tensor | list[Tensor]:
         fuse_wgrad = self.gradient_accumulation_fusion
-        loop = TileLoop(self.grid, self.combine_out_splits, fuse_wgrad, self.fp32_accumulate, comm)
+        grid = self.grid
+        if not fits(grid, weight):  # somebody has given the layer another one
+            grid = replace(grid, out_features=weight.shape[0], in_features=weight.shape[1])
+        loop = TileLoop(grid, self.combine_out_splits, fuse_wgrad, self.fp32_accumulate, comm)
         return tiled_linear(input_, weight, bias, loop)
 
     def extra_repr(self) -> str:
@@ -327,6 +345,11 @@ RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
     ColumnParallelLinear: TiledColumnParallelLinear,
     RowParallelLinear: TiledRowParallelLinear,
 }
+
+
+def fits(grid: TileGrid, weight: Tensor) -> bool:
+    """Whether a weight is of the shape that ``grid`` divides."""
+    return (grid.out_features, grid.in_features) == tuple(weight.shape)
 
 
 def reason_in_output_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> str:

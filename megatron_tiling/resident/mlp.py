@@ -13,33 +13,21 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.activations import quick_gelu as unfused_quick_gelu
-from megatron.core.activations import squared_relu
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from megatron_tiling.resident.activation import activation_of, reason_in_activation
 from megatron_tiling.resident.adapters import looped_adapter, reason_outside_loop, unwrapped
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, comm_of, reduced
+from megatron_tiling.resident.stock_code import replaced_in_layers, replaced_in_mlp
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
-from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 from megatron_tiling.tiles.remade import made_again
 
-#: Activation functions that the kernels know, outside Megatron's fused ones.
-FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.relu: "relu",
-    quick_gelu: "quick_gelu",
-    unfused_quick_gelu: "quick_gelu",
-    squared_relu: "squared_relu",
-}
 MLP_LAYERS = ("linear_fc1", "linear_fc2")
 _TE_CLASSES = {dim: tuple(tiled for tiled in TILED_TE_CLASSES.values() if tiled.partition_dim == dim) for dim in (0, 1)}
 
@@ -91,6 +79,8 @@ class TiledMLP(MLP):
             return "autocast is on"
         if _has_any_global_hook():
             return "there are hooks for all modules"
+        if reason := replaced_in_mlp() or replaced_in_layers() or reason_in_activation(self):
+            return reason
         for name, tiled_classes in zip(MLP_LAYERS, self.child_classes, strict=True):
             child = getattr(self, name)
             layer = unwrapped(child)
@@ -217,7 +207,7 @@ def reason_to_stay_stock(
             isinstance(mlp, SharedExpertMLP) and config.moe_shared_expert_overlap
         ),
     }
-    reason = next((reason for reason, applies in refusals.items() if applies), "")
+    reason = next((reason for reason, applies in refusals.items() if applies), "") or reason_in_activation(mlp)
     tiles = fc2_grid.in_splits
     if not reason and keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
@@ -262,48 +252,6 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
         adapters = LowRank(low, *wide)
         return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
-
-
-def activation_of(mlp: MLP, scaled: bool) -> Activation:
-    """What stands between fc1 and fc2 in stock's ``MLP.forward``: that very code, and the formula for GPU kernels."""
-
-    def stock(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        output: Tensor = MLP.forward(_BetweenLayers(mlp, bias), pre, scale)[0]
-        return output
-
-    return Activation(mlp.config.gated_linear_unit, stock, _formula(mlp, scaled))
-
-
-def _formula(mlp: MLP, scaled: bool) -> Formula | None:
-    config, function, gated = mlp.config, mlp.activation_func, mlp.config.gated_linear_unit
-    if config.bias_activation_fusion:
-        clamped = config.activation_func_clamp_value is not None  # by stock's fused SwiGLU from 0.20 on alone
-        if function == F.silu and gated and not clamped and not (scaled and config.add_bias_linear):
-            return Formula("silu")
-        if function == F.gelu and not scaled and (gated or config.add_bias_linear):
-            return Formula("gelu_tanh")
-        return None  # stock's code says what it does, if anything
-    kind = FORMULA_KINDS.get(function)
-    if kind is None:
-        return None
-    return Formula(kind, config.activation_func_clamp_value, config.glu_linear_offset) if gated else Formula(kind)
-
-
-class _BetweenLayers:
-    """Stands for an MLP whose linear layers pass on what they are given."""
-
-    def __init__(self, mlp: MLP, fc1_bias: Tensor | None) -> None:
-        self.config, self.activation_func = mlp.config, mlp.activation_func
-        self.linear_fc1, self.linear_fc2 = _PassOn(fc1_bias), _PassOn(None)
-
-
-class _PassOn(torch.nn.Module):
-    def __init__(self, bias: Tensor | None) -> None:
-        super().__init__()
-        self._output_bias = (bias,)  # in a tuple: not a parameter
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        return input_, self._output_bias[0]
 
 
 def _reads_no_input(hook: Callable[..., Any]) -> bool:

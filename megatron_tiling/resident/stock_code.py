@@ -1,23 +1,25 @@
-"""Whether logits go from the output layer to the loss through Megatron's own code, and no other.
+"""Whether what tiles stand in for is still Megatron's own code, and no other.
 
-The tiled head computes that loss and never makes the logits; where somebody has put other code in its way, they are
-made. A function is Megatron's own if its code lies in the file of its module, under its name: it does not matter who
-replaced it, on an instance, a class or a module, before this package came or after. Hazard: a Megatron whose files were
-edited passes for the original.
+The tiled head computes Megatron's loss and never makes the logits; a tiled MLP calls neither its layers nor Megatron's
+``MLP.forward``. Where somebody has put other code in the way, that code runs. A function is Megatron's own if its code
+lies in the file of its module, under its name: it does not matter who replaced it, on an instance, a class or a module,
+before this package came or after. Hazard: a Megatron whose files were edited passes for the original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
+import torch
 from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.fusions import fused_cross_entropy
 from megatron.core.models.common.language_module import language_module
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import cross_entropy
-from megatron.core.transformer import multi_token_prediction
+from megatron.core.tensor_parallel import cross_entropy, layers, mappings
+from megatron.core.transformer import mlp, multi_token_prediction
 
 SCALE_LOGITS = f"{LanguageModule.__module__}.LanguageModule._scale_logits"
 PREDICTION_LOSSES = f"{multi_token_prediction.__name__}.process_mtp_loss"
@@ -30,6 +32,15 @@ CALLERS = frozenset(
         PREDICTION_LOSSES,
     )
 )
+
+_LAYERS = ("ColumnParallelLinear", "RowParallelLinear")
+_PRODUCTS = (
+    *(f"{layer}._forward_impl" for layer in _LAYERS),
+    "linear_with_grad_accumulation_and_async_allreduce",
+    "linear_with_frozen_weight",
+)
+_FORWARDS = tuple(f"{layer}.forward" for layer in _LAYERS)
+_REGIONS = tuple(name for name in vars(layers) if name.endswith("_parallel_region"))
 
 
 def origin(code: CodeType, namespace: Mapping[str, Any]) -> str:
@@ -47,7 +58,7 @@ def reason_for_whole_logits(model: LanguageModule) -> str:
     for found, name in _parts(model):
         if found is not None and not is_stock(found, name):
             return f"{name.rpartition('.')[2]} is not Megatron's own{_place(found)}"
-    return ""
+    return replaced_in_layers()
 
 
 def calls_the_loss(model: LanguageModule) -> bool:
@@ -62,6 +73,37 @@ def is_stock(function: Any, name: str) -> bool:
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     return code is not None and origin(code, function.__globals__) == name
+
+
+def is_own_function(function: Any) -> bool:
+    """Whether a function, or what an autograd function applies, lies in the module and under the name that it says."""
+    function = getattr(getattr(function, "__self__", None), "forward", function)
+    name = getattr(function, "__qualname__", "")
+    return function.__module__.startswith("megatron.core.") and is_stock(function, f"{function.__module__}.{name}")
+
+
+@torch.compiler.assume_constant_result
+def replaced_in_products() -> str:
+    """What somebody has replaced of the matrix products in Megatron's own layers, or nothing."""
+    return _replaced(layers, _PRODUCTS)
+
+
+def replaced_in_layers() -> str:
+    """What somebody has replaced of Megatron's own layers, for all that a call of theirs does, or nothing."""
+    return replaced_in_products() or _replaced(layers, _FORWARDS) or _replaced(mappings, _REGIONS, found_on=layers)
+
+
+def replaced_in_mlp() -> str:
+    """``MLP.forward``, if somebody has replaced it, or nothing."""
+    return _replaced(mlp, ("MLP.forward",))
+
+
+def _replaced(owner: Any, names: Sequence[str], found_on: Any = None) -> str:
+    for name in names:
+        found = attrgetter(name)(found_on or owner)
+        if not is_stock(found, f"{owner.__name__}.{name}"):
+            return f"{name} is not Megatron's own{_place(found)}"
+    return ""
 
 
 def _parts(model: LanguageModule) -> Iterator[tuple[Any, str]]:

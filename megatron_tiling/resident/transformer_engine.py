@@ -146,7 +146,8 @@ class TiledTELinear(TiledParallelLinear):
         self.fuse_wgrad_accumulation = fuse
 
     def reason_to_be_called(self) -> str:
-        return "is in a region of FP8, which it refuses" if te.FP8GlobalStateManager.is_fp8_enabled() else ""
+        in_fp8 = te.FP8GlobalStateManager.is_fp8_enabled()
+        return "is in a region of FP8, which it refuses" if in_fp8 else super().reason_to_be_called()
 
     def _product(self, input_: Any, weight: Tensor, bias: Tensor | None, comm: ColumnComm | None) -> Any:
         """The tile loop.

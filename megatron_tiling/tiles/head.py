@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.head_memory import InputGrad, LogitsBuffers
 from megatron_tiling.tiles.head_reduce import HeadScores, Largest, reduce_scores
@@ -170,7 +170,7 @@ class _TiledHead(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, of_columns: Tensor | None, of_entropy: Tensor | None, *unused: Tensor | None
     ) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.wgrad import WeightGrad
@@ -113,7 +113,7 @@ class _TiledLinear(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         loop: TileLoop = ctx.loop

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.mlp_tiles import ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.spans import Span, padded
@@ -194,7 +194,7 @@ class _TiledMLP(torch.autograd.Function):
         return outputs[0], None if down is None else outputs[1]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor, low_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return _Backward(ctx, grad_output, low_grad).run()
 

@@ -2,12 +2,15 @@
 
 # ruff: noqa: F401, F811 - the fixtures of test_mlp are used by name
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
@@ -80,6 +83,59 @@ def test_stock_path_of_changed_children(change: str, loops: Loops) -> None:
     assert mlp.reason_for_stock_forward().startswith("linear_fc")
     found, expected = ({name: done[name] for name in ("output", "hidden")} for done in (step(mlp), step(stock)))
     assert_same(found, expected)
+    assert loops.count == 0
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+    return run
+
+
+REPLACED = {
+    "the MLP": (MLP, "forward"),
+    "column layers": (ColumnParallelLinear, "forward"),
+    "row layers": (RowParallelLinear, "forward"),
+    "products of column layers": (ColumnParallelLinear, "_forward_impl"),
+    "the product": (layers, "linear_with_grad_accumulation_and_async_allreduce"),
+    "the copy to ranks": (layers, "copy_to_tensor_model_parallel_region"),
+    "the reduction": (layers, "reduce_from_tensor_model_parallel_region"),
+}
+
+
+@pytest.mark.parametrize("where", REPLACED)
+def test_what_somebody_replaced_in_megatron_runs(where: str, loops: Loops, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_mlp(**SWIGLU)
+    mlp = tiled(stock, 3)
+    plain = step(stock)
+    owner, name = REPLACED[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, doubled(getattr(owner, name)))
+        assert name in mlp.reason_for_stock_forward()
+        expected = step(stock)
+        assert_same(step(mlp), expected)
+        assert loops.count == 0
+        with pytest.raises(AssertionError):
+            assert_same(expected, plain)
+    assert_same(step(mlp), plain)
+    assert loops.count == 1
+
+
+@pytest.mark.parametrize("features", [7, 13])
+def test_weights_of_another_shape_are_computed_whole(features: int, loops: Loops) -> None:
+    """Features that are cut away or added after the model was tiled."""
+    stock = stock_mlp(add_bias_linear=True, **SWIGLU)
+    mlp = tiled(stock, 3)
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(shape, generator=generator).double() for shape in ((2 * features, 6), (6, features))]
+    for one in (stock, mlp):
+        one.linear_fc1.weight, one.linear_fc2.weight = (torch.nn.Parameter(weight.clone()) for weight in weights)
+        one.linear_fc1.bias = torch.nn.Parameter(torch.linspace(-1, 1, 2 * features).double())
+    assert mlp.reason_for_stock_forward() == "linear_fc1 has a weight of another shape than its tiles"
+    assert_same(step(mlp), step(stock))
     assert loops.count == 0
 
 
