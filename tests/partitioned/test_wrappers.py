@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import TRAIN_MANY, torchrun
-from tests.support.training import COMMON, EVALUATING, ITERATIONS, LLAMA, SCRIPTS, free_port, losses, validation_losses
+from tests.support.training import (
+    COMMON,
+    DETACHED_HEADS,
+    EVALUATING,
+    ITERATIONS,
+    LLAMA,
+    SCRIPTS,
+    free_port,
+    losses,
+    validation_losses,
+)
 
 KINDS = {
     "dense": "--no-gradient-accumulation-fusion",
@@ -26,6 +36,11 @@ LAYOUTS = {
     "TP=2, DP=2": (
         4,
         f"--global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {GELU} {NO_DROPOUT}",
+        "",
+    ),
+    "DP=2, detached next-token heads": (
+        2,
+        f"--global-batch-size 8 {GELU} {DETACHED_HEADS}",
         "",
     ),
 }

@@ -23,6 +23,9 @@ EVALUATING = "--eval-interval 6 --eval-iters 2".split()  # stands behind COMMON
 LLAMA = "--swiglu --disable-bias-linear --normalization RMSNorm --group-query-attention --num-query-groups 2 " \
     "--position-embedding-type rope --untie-embeddings-and-output-weights"  # fmt: skip
 
+#: Their gradients have a norm of their own, and are clipped by it.
+DETACHED_HEADS = "--mtp-num-layers 1 --mtp-detach-heads --mtp-loss-scaling-factor 2.0 --clip-grad 0.05"
+
 
 def free_port() -> int:
     """For a run that starts later. Not one that connections are given by themselves: they would take it by then."""
@@ -36,6 +39,11 @@ def free_port() -> int:
 def validation_losses(log: str) -> list[float]:
     """Of each evaluation on the way, and of the two at the end, on the validation and the test set."""
     return [float(loss) for loss in re.findall(r"lm loss value: ([0-9.E+-]+)", log)]
+
+
+def gradient_norms(log: str) -> list[float]:
+    """Of each step, to three decimals."""
+    return [float(norm) for norm in re.findall(r"grad norm: ([0-9.]+)", log)]
 
 
 def losses(log: str) -> list[float]:

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import TRAIN_MANY, torchrun
-from tests.support.training import COMMON, EVALUATING, ITERATIONS, LLAMA, SCRIPTS, free_port, losses, validation_losses
+from tests.support.training import (
+    COMMON,
+    DETACHED_HEADS,
+    EVALUATING,
+    ITERATIONS,
+    LLAMA,
+    SCRIPTS,
+    free_port,
+    gradient_norms,
+    losses,
+    validation_losses,
+)
 
 ALL = "--use-tiled-linear --tiled-linear-modules all"
 
@@ -87,6 +98,14 @@ LAYOUTS = [
         "--tensor-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope "
         "--untie-embeddings-and-output-weights",
         table=ATTENTION | MLP | {"mtp.layers.*.eh_proj": "dense", "mtp.layers.*.mtp_model_layer.mlp.linear_fc1": "1x4"},
+    ),
+    Layout(
+        "detached next-token heads, tiles partitioned",
+        2,
+        f"--tensor-model-parallel-size 2 {DETACHED_HEADS} --position-embedding-type rope "
+        "--untie-embeddings-and-output-weights",
+        f"{ALL} --tiled-linear-storage partitioned",
+        ATTENTION | MLP | {"mtp.layers.*.mtp_model_layer.mlp.linear_fc1": "1x4"},
     ),
     Layout(
         "full recompute, float32 accumulation, bf16",
@@ -178,6 +197,9 @@ def test_loss_equals_dense(layout: Layout, logs: Path) -> None:
     assert dense[-1] < dense[0] - 0.3, "it learns nothing: equal losses would say little"
     difference = max(abs(a - b) for a, b in zip(dense, tiled, strict=True))
     assert difference <= layout.tolerance, f"largest difference {difference:.1e}"
+    norms = gradient_norms(dense_log)
+    assert len(norms) == ITERATIONS
+    assert gradient_norms(tiled_log) == pytest.approx(norms, abs=2e-3, rel=10 * layout.tolerance)
     evaluated = validation_losses(dense_log)
     assert len(evaluated) == ITERATIONS // int(EVALUATING[1]) + 2
     assert validation_losses(tiled_log) == pytest.approx(evaluated, abs=layout.tolerance, rel=0)

@@ -3,10 +3,12 @@
 import importlib.util
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.support.hosts import torchrun
 from tests.support.training import SCRIPTS, losses
@@ -57,7 +59,21 @@ LAYOUTS = {
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
     "FP8": (1, "--fp8-format hybrid --fp8-recipe tensorwise"),
     "experts, EP=2": (2, f"{EXPERTS} --expert-model-parallel-size 2"),
+    "CP=2": (2, "--context-parallel-size 2"),
+    "CP=2, all-gathered": (2, "--context-parallel-size 2 --cp-comm-type all_gather"),
 }
+#: Context parallelism needs an attention kernel that goes with it.
+ATTENTION = {name: "flash" if name.startswith("CP") else "unfused" for name in LAYOUTS}
+
+
+def lacks_flash_attention() -> bool:
+    """Whether TransformerEngine (2.20 or newer with flash-attn-4, any with flash-attn 2 or 3) finds none."""
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils as Found
+
+    takes_4 = Version(version("transformer_engine")) >= Version("2.20") and Found.v4_is_installed
+    return not (takes_4 or Found.is_installed or Found.v3_is_installed)
+
+
 #: Flags of ``COMMON`` that a layout does not want.
 WITHOUT = {
     "GPT, biases, tied": "--disable-bias-linear --untie-embeddings-and-output-weights",
@@ -78,7 +94,7 @@ def train(name: str, kind: str, extra: Iterable[str], folder: Path) -> str:
     log = folder / kind
     common = " ".join(COMMON).replace(WITHOUT.get(name, "nothing"), "").split()
     command = ["-m", "megatron_tiling", str(SCRIPTS / "pretrain_gpt.py"), *common, *flags.split(), *extra]
-    command += ["--attention-backend", "unfused"]
+    command += ["--attention-backend", ATTENTION[name]]
     connections = "1" if world > 1 else "8"
     # Userbuffers without NVLink's multicast, which not every machine has.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": connections, "UB_SKIPMC": "1"}
@@ -97,6 +113,8 @@ def evaluated(log: str) -> list[float]:
 def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
     if LAYOUTS[name][0] > GPUS:
         pytest.skip(f"needs {LAYOUTS[name][0]} GPUs")
+    if ATTENTION[name] == "flash" and lacks_flash_attention():
+        pytest.skip("needs flash attention that TransformerEngine takes")
     dense = train(name, "dense", (), tmp_path)
     tiled = train(name, "tiled", f"--use-tiled-linear {TILING.get(name, ALL)}".split(), tmp_path)
     tolerance = LOOSER if "experts" in name or "FP8" in name else TOLERANCE
