@@ -16,15 +16,11 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     if out.dtype != a.dtype and not out.is_cuda:  # the CPU has no product of one dtype into another
         a, b = a.to(out.dtype), b.to(out.dtype)
     batched = out.dim() == 3
-    if out.dtype != a.dtype:
-        if accumulate:
-            (torch.baddbmm if batched else torch.addmm)(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            (torch.bmm if batched else torch.mm)(a, b, out_dtype=out.dtype, out=out)
-    elif accumulate:
-        (out.baddbmm_ if batched else out.addmm_)(a, b)
+    widening = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if accumulate:  # not addmm_, which torch's FlopCounterMode does not know
+        (torch.baddbmm if batched else torch.addmm)(out, a, b, out=out, **widening)
     else:
-        (torch.bmm if batched else torch.mm)(a, b, out=out)
+        (torch.bmm if batched else torch.mm)(a, b, out=out, **widening)
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 from megatron_tiling.tiles.mlp import MLPLoop, tiled_mlp
 
 
@@ -40,3 +43,14 @@ def test_mlp(dtype: torch.dtype, keep: int) -> None:
     output = tiled_mlp(hidden, fc1, None, fc2, None, loop)
     grads = torch.autograd.grad(output.sum(), (hidden, fc1, fc2))
     assert all(tensor.isfinite().all() for tensor in (output, *grads))
+
+
+def test_flops_are_counted_as_of_a_dense_layer() -> None:
+    counts = []
+    for grid in (None, TileGrid(24, 20, 3, 2)):
+        x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(20, 24, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            output = x @ weight.t() if grid is None else tiled_linear(x, weight, None, TileLoop(grid))
+            output.backward(torch.ones(4, 20))  # type: ignore[union-attr]
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 4 * 20 * 24
