@@ -1,5 +1,7 @@
 """Matrix products that write into, or add to, a view of an existing tensor: no copies, no temporaries."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     if out.dtype != a.dtype and not out.is_cuda:  # the CPU has no product of one dtype into another
         a, b = a.to(out.dtype), b.to(out.dtype)
     batched = out.dim() == 3
-    widening = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    widening: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if accumulate:  # not addmm_, which torch's FlopCounterMode does not know
         (torch.baddbmm if batched else torch.addmm)(out, a, b, out=out, **widening)
     else:
