@@ -240,9 +240,9 @@ class _Backward:
             if activated is not None:
                 self._add_fc2_wgrads(span.columns, activated)
             if self.needs_fc1:
-                span.wgrad(self.fc1_grad, pre_grad, self.input)
+                span.wgrad(self.fc1_grad.tensor, pre_grad, self.input, accumulate=self.fc1_grad.fused)
             if self.needs_up:
-                span.wgrad(self.up_grad, pre_grad, flat(self.low))
+                span.wgrad(self.up_grad.tensor, pre_grad, flat(self.low), accumulate=self.up_grad.fused)
             del pre_grad, activated  # before the next ones are made, or there would be two of each
         if reducing is not None:
             reducing.wait()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT
-from megatron_tiling.tiles.wgrad import WeightGrad
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class Span:
             for half in range(self.halves):
                 gemm_into(total, grad[half], rows[half], accumulate=accumulate or half > 0)
 
-    def wgrad(self, gradient: WeightGrad, grad: Tensor, x: Tensor) -> None:
-        """``grad``, shaped as ``pre``, and ``x [n, h]`` -> this span's rows of the gradient."""
-        rows = self._rows(gradient.tensor)
+    def wgrad(self, total: Tensor, grad: Tensor, x: Tensor, accumulate: bool) -> None:
+        """``grad``, shaped as ``pre``, and ``x [n, h]`` -> this span's rows of ``total``, shaped as the weight."""
+        rows = self._rows(total)
         if self.one_matrix:
-            gemm_into(rows.flatten(0, 1), _side_by_side(grad).t(), x, accumulate=gradient.fused)
+            gemm_into(rows.flatten(0, 1), _side_by_side(grad).t(), x, accumulate=accumulate)
         else:
-            gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=gradient.fused)
+            gemm_into(rows, grad.transpose(1, 2), x.expand(self.halves, -1, -1), accumulate=accumulate)
 
     def _rows(self, weight: Tensor) -> Tensor:
         """``[halves * f, h]`` -> ``[halves, width, h]``, a view."""

@@ -1,0 +1,97 @@
+"""Which experts make a tile: groups of about as many rows each, and experts that are larger than that.
+
+Pure Python. The rows of a rank are sorted by expert, so neighbouring experts are one range of rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid, partition_uniform
+
+
+class Segment(NamedTuple):
+    """Rows of one expert."""
+
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Group:
+    """One tile of neighbouring experts, or several tiles of one expert, each with some of its features.
+
+    Args:
+        segments: the experts and their rows, none of which are empty.
+        parts: boundaries ``(0, ..., f)`` of the tiles over the intermediate features.
+        kept: the first so many tiles keep their pre-activations for the backward pass.
+    """
+
+    segments: tuple[Segment, ...]
+    parts: tuple[int, ...]
+    kept: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.segments[0].rows.start, self.segments[-1].rows.stop)
+
+    @property
+    def columns(self) -> list[slice]:
+        return [slice(start, stop) for start, stop in pairwise(self.parts)]
+
+    @property
+    def kept_columns(self) -> int:
+        return self.parts[self.kept]
+
+    @property
+    def steps(self) -> list[tuple[Segment, ...]]:
+        """What the forward pass computes at once, with all features: as many rows as hold the bytes of a tile."""
+        if len(self.parts) == 2:
+            return [self.segments]
+        ((expert, rows),) = self.segments
+        bounds = partition_uniform(rows.stop - rows.start, len(self.parts) - 1)
+        return [(Segment(expert, slice(rows.start + a, rows.start + b)),) for a, b in pairwise(bounds)]
+
+
+def expert_groups(rows: Sequence[int], features: int, tiles: int, keep: int) -> list[Group]:
+    """At most ``tiles`` tiles, balanced by their rows times features; none of experts without rows.
+
+    Args:
+        rows: of each local expert.
+        features: intermediate features of an expert on this rank.
+        tiles: at least 1.
+        keep: the first so many of them keep their pre-activations.
+
+    >>> [(len(group.segments), group.parts) for group in expert_groups([1, 1, 0, 6, 4], 32, 4, keep=0)]
+    [(2, (0, 32)), (1, (0, 16, 32)), (1, (0, 32))]
+    """
+    limit = max(1, -(-sum(rows) // tiles))
+    found = _within(limit, rows, features)
+    while sum(cuts for _, cuts in found) > tiles:
+        limit += -(-limit // 16)
+        found = _within(limit, rows, features)
+    groups = []
+    for segments, cuts in found:
+        parts = TileGrid(features, 1, in_splits=cuts, alignment=FEATURE_ALIGNMENT).in_parts
+        groups.append(Group(tuple(segments), tuple(parts), min(keep, cuts)))
+        keep -= groups[-1].kept
+    return groups
+
+
+def _within(limit: int, rows: Sequence[int], features: int) -> list[tuple[list[Segment], int]]:
+    """Groups of at most ``limit`` rows, and experts with more rows than that, with their tiles."""
+    found: list[tuple[list[Segment], int]] = []
+    start = held = 0
+    for expert, count in enumerate(rows):
+        segment = Segment(expert, slice(start, start + count))
+        start += count
+        if not count:
+            continue
+        if found and held + count <= limit:
+            found[-1][0].append(segment)
+        else:
+            held = 0
+            found.append(([segment], min(-(-count // limit), features)))
+        held += count
+    return found

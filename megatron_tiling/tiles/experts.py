@@ -1,0 +1,342 @@
+"""The tile loop of grouped experts whose weights are resident, as one autograd function over their weights.
+
+Rows are sorted by expert. A tile is a group of neighbouring experts: fc1, activation with the router's probabilities
+and fc2 of these experts, each a grouped GEMM, then the next tile. An expert with more rows than a tile should have is
+several tiles, as in ``tiles/mlp.py``: the forward pass takes some of its rows at a time, the backward pass some of its
+features. The activation is always computed again, the fc1 product where its pre-activation was not kept.
+
+Depends on torch alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.expert_groups import Group, Segment
+from megatron_tiling.tiles.gemm import gemm_into, scratch
+from megatron_tiling.tiles.spans import Span, padded
+from megatron_tiling.tiles.wgrad import WeightGrad
+
+
+class GroupedGemm(Protocol):
+    """``out[i] = a[i] @ b[i]``, or ``+=``, in place. Each matrix is dense, possibly transposed; rows may be none."""
+
+    def __call__(
+        self, out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool
+    ) -> None: ...
+
+
+def one_by_one(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
+    """A ``GroupedGemm`` of torch's products."""
+    for operands in zip(out, a, b, strict=True):
+        gemm_into(*operands, accumulate=accumulate)
+
+
+@dataclass(frozen=True)
+class ExpertsLoop:
+    """How ``tiled_experts`` runs.
+
+    Args:
+        groups: the tiles.
+        features: intermediate features of an expert on this rank.
+        activation: between fc1 and fc2.
+        gemm: multiplies experts of a group.
+        fuse_wgrad: add weight gradients to ``weight.main_grad`` in place, and give autograd none.
+        fp32_accumulate: sum the input gradient of an expert in several tiles in float32.
+        fc1_of_experts, fc2_of_experts: views ``[halves * f, h]`` and ``[h_out, f]`` of each expert in a sequence of
+            tensors shaped as the parameters.
+    """
+
+    groups: Sequence[Group]
+    features: int
+    activation: Activation
+    gemm: GroupedGemm = one_by_one
+    fuse_wgrad: bool = False
+    fp32_accumulate: bool = False
+    fc1_of_experts: Callable[[Sequence[Tensor]], list[Tensor]] = list
+    fc2_of_experts: Callable[[Sequence[Tensor]], list[Tensor]] = list
+
+
+def tiled_experts(
+    hidden: Tensor,
+    scale: Tensor,
+    fc1: Sequence[Tensor],
+    fc1_biases: Sequence[Tensor],
+    fc2: Sequence[Tensor],
+    loop: ExpertsLoop,
+) -> Tensor:
+    """``(scale * activation(hidden @ fc1.T + fc1_bias)) @ fc2.T`` of every expert and its rows, tile after tile.
+
+    Args:
+        hidden: ``[n, h]``, sorted by expert.
+        scale: ``[n]``, the router's probabilities.
+        fc1, fc2: the parameters: one ``[halves * f, h]`` and one ``[h_out, f]`` an expert, gate above up, or what
+            ``loop`` makes these of.
+        fc1_biases: ``[halves * f]`` of each expert, or none.
+        loop: the tiles and the options.
+
+    Returns:
+        ``[n, h_out]``.
+    """
+    counts = len(fc1), len(fc1_biases), len(fc2)
+    output: Tensor = _TiledExperts.apply(hidden, scale, counts, loop, torch.is_grad_enabled(), *fc1, *fc1_biases, *fc2)
+    return output
+
+
+class _TiledExperts(torch.autograd.Function):
+    """The tile loop. ``n`` rows of a tile, ``n_e`` those of one of its experts, for each of which the GEMMs stand.
+
+    ==========  ==================================================  ===================================================
+    fc1         x ``[n_e, h]``, U ``[f, h]``                        p ``[n, f]`` = x U^T
+    activation  p, b ``[f]``, s ``[n]``                             a ``[n, f]`` = s * act(p + b)
+    fc2         a, W ``[h_out, f]``                                 y ``[n_e, h_out]`` = a W^T
+    ----------  --------------------------------------------------  ---------------------------------------------------
+    fc1         x, U                                                p = x U^T, unless kept
+    fc2 dgrad   dy ``[n_e, h_out]``, W                              da ``[n, f]`` = dy W
+    activation  da, p, b, s                                         p := dp, da := a, both in place
+    fc1 dgrad   dp, U                                               dx ``[n_e, h]`` = dp U
+    fc2 wgrad   dy, a                                               dW ``[h_out, f]`` = dy^T a
+    fc1 wgrad   dp, x                                               dU ``[f, h]`` = dp^T x
+    ==========  ==================================================  ===================================================
+
+    In fc1 ``f`` is gate and up if gated. Of an expert in several tiles, forward rows are those of a step, and backward
+    features those of a tile: dx is the sum over them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        scale: Tensor,
+        counts: tuple[int, int, int],
+        loop: ExpertsLoop,
+        grad_enabled: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        fc1, biases, fc2 = _of_experts(parameters, counts, loop)
+        output = hidden.new_empty(hidden.shape[0], fc2[0].shape[0])
+        records = grad_enabled and any(ctx.needs_input_grad)
+        kept = [_forward(loop, group, hidden, scale, fc1, biases, fc2, output, records) for group in loop.groups]
+        if records:
+            recomputes = any(group.kept < len(group.columns) for group in loop.groups)
+            needs_fc1 = any(ctx.needs_input_grad[5 : 5 + counts[0]])
+            ctx.loop, ctx.counts, ctx.kept_is_intact = loop, counts, True
+            ctx.parameters = parameters  # they carry main_grad, which saved tensors may lose
+            ctx.save_for_backward(hidden if needs_fc1 or recomputes else None, scale, *parameters, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _Backward(ctx, grad_output).run()
+
+
+def _of_experts(
+    tensors: Sequence[Tensor], counts: tuple[int, int, int], loop: ExpertsLoop
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """fc1, its bias and fc2 of each expert, out of the parameters or tensors of their shapes."""
+    fc1, biases = counts[0], counts[0] + counts[1]
+    return loop.fc1_of_experts(tensors[:fc1]), list(tensors[fc1:biases]), loop.fc2_of_experts(tensors[biases:])
+
+
+def _forward(
+    loop: ExpertsLoop,
+    group: Group,
+    hidden: Tensor,
+    scale: Tensor,
+    fc1: list[Tensor],
+    biases: list[Tensor],
+    fc2: list[Tensor],
+    output: Tensor,
+    records: bool,
+) -> Tensor | None:
+    """The rows of a group, into ``output``; ``[n, halves, f_kept]``, the pre-activations that are kept, if any."""
+    halves, rows = loop.activation.halves, group.rows
+    keeps = group.kept if records else 0
+    kept = scratch(hidden, rows.stop - rows.start, halves, group.kept_columns) if keeps else None
+    for step in group.steps:
+        start, stop = step[0].rows.start, step[-1].rows.stop
+        here = slice(start - rows.start, stop - rows.start)
+        if kept is not None and keeps == len(group.columns):
+            pre = kept[here]
+        else:
+            pre = scratch(hidden, stop - start, halves, loop.features)
+        _fc1(loop, step, hidden, fc1, pre)
+        if kept is not None and keeps < len(group.columns):
+            kept[here].copy_(pre[:, :, : group.kept_columns])
+        activated = scratch(hidden, stop - start, loop.features)
+        for segment in _of_one_bias(step, biases):
+            part = slice(segment.rows.start - start, segment.rows.stop - start)
+            bias = _bias(biases, segment, slice(None), halves)
+            loop.activation.forward(pre[part].transpose(0, 1), bias, scale[segment.rows], activated[part])
+        outputs, factors = _rows_of(output, step), [fc2[expert].t() for expert, _ in step]
+        loop.gemm(outputs, _rows_of(activated, step, start), factors, accumulate=False)
+        del pre, activated  # before the next ones are made, or there would be two of each
+    return kept
+
+
+def _fc1(loop: ExpertsLoop, segments: Sequence[Segment], hidden: Tensor, fc1: list[Tensor], pre: Tensor) -> None:
+    """``pre [n, halves, f]`` of these rows."""
+    products = _rows_of(pre.flatten(1), segments, segments[0].rows.start)
+    loop.gemm(products, _rows_of(hidden, segments), [fc1[expert].t() for expert, _ in segments], accumulate=False)
+
+
+def _rows_of(tensor: Tensor, segments: Iterable[Segment], start: int = 0) -> list[Tensor]:
+    """The rows of each segment, of a tensor that begins at row ``start``."""
+    return [tensor[rows.start - start : rows.stop - start] for _, rows in segments]
+
+
+def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[Segment]:
+    """What the activation takes at once: the rows of one expert, or all of them where there are no biases."""
+    if biases:
+        return segments
+    return [Segment(segments[0].expert, slice(segments[0].rows.start, segments[-1].rows.stop))]
+
+
+def _bias(biases: list[Tensor], segment: Segment, columns: slice, halves: int) -> Tensor | None:
+    """``[halves, columns]``, a view."""
+    return biases[segment.expert].unflatten(0, (halves, -1))[:, columns] if biases else None
+
+
+class _WeightGrads:
+    """The weight gradients of fc1 or fc2, one view an expert."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], of_experts: Callable[[Sequence[Tensor]], list[Tensor]], fuse: bool
+    ) -> None:
+        fuse = fuse and all(getattr(parameter, "main_grad", None) is not None for parameter in parameters)
+        self._grads = [WeightGrad(parameter, fuse) for parameter in parameters]
+        self.fused = fuse
+        self.tensors = of_experts([grad.tensor for grad in self._grads])
+
+    def clear(self, experts: Iterable[int]) -> None:
+        """Those of experts without rows."""
+        for expert in () if self.fused else experts:
+            self.tensors[expert].zero_()
+
+    def of(self, segments: Iterable[Segment]) -> list[Tensor]:
+        return [self.tensors[expert] for expert, _ in segments]
+
+    def results(self) -> list[Tensor | None]:
+        return [grad.result() for grad in self._grads]
+
+
+class _Backward:
+    """One backward pass of ``_TiledExperts``: what its steps share."""
+
+    def __init__(self, ctx: Any, grad_output: Tensor) -> None:
+        self.loop: ExpertsLoop = ctx.loop
+        self.halves = self.loop.activation.halves
+        fc1, biases = ctx.counts[0], ctx.counts[0] + ctx.counts[1]
+        self.needs_dgrad, self.needs_scale = ctx.needs_input_grad[:2]
+        needs = ctx.needs_input_grad[5:]
+        self.needs_bias = any(needs[fc1:biases])
+        self.hidden, self.scale, *saved = ctx.saved_tensors
+        parameters, self.kept = saved[: len(needs)], saved[len(needs) :]
+        if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
+            self.kept = [None] * len(self.kept)
+            if self.hidden is None:
+                raise RuntimeError(
+                    "a second backward pass through tiled experts whose fc1 is frozen, after the first one used up the "
+                    "kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+                )
+        ctx.kept_is_intact = False
+        self.fc1, self.biases, self.fc2 = _of_experts(parameters, ctx.counts, self.loop)
+        self.dy = grad_output.contiguous()
+        self.dgrad = self.dy.new_empty(self.dy.shape[0], self.fc1[0].shape[1]) if self.needs_dgrad else None
+        wide = torch.promote_types(self.scale.dtype, torch.float32)
+        self.scale_grad = torch.zeros_like(self.scale, dtype=wide) if self.needs_scale else None
+        self.bias_grads = [torch.zeros_like(bias) if self.needs_bias else None for bias in self.biases]
+        weights, fuse = ctx.parameters, self.loop.fuse_wgrad
+        self.fc1_grads = _WeightGrads(weights[:fc1], self.loop.fc1_of_experts, fuse) if any(needs[:fc1]) else None
+        self.fc2_grads = _WeightGrads(weights[biases:], self.loop.fc2_of_experts, fuse) if any(needs[biases:]) else None
+        self.shares = fc1, len(needs) - biases
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments of ``_TiledExperts``."""
+        busy = {expert for group in self.loop.groups for expert, _ in group.segments}
+        for grads in (self.fc1_grads, self.fc2_grads):
+            if grads is not None:
+                grads.clear(expert for expert in range(len(self.fc1)) if expert not in busy)
+        for group, kept in zip(self.loop.groups, self.kept, strict=True):
+            kept = None if kept is None else kept.detach().data
+            (self._one_tile if len(group.columns) == 1 else self._tiles_of_one)(group, kept)
+        fc1, fc2 = (
+            [None] * share if grads is None else grads.results()
+            for grads, share in zip((self.fc1_grads, self.fc2_grads), self.shares, strict=True)
+        )
+        scale = None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype)
+        return self.dgrad, scale, None, None, None, *fc1, *self.bias_grads, *fc2
+
+    def _one_tile(self, group: Group, kept: Tensor | None) -> None:
+        """A group of experts, or one, with all features."""
+        segments, gemm = group.segments, self.loop.gemm
+        start, count = group.rows.start, group.rows.stop - group.rows.start
+        pre = scratch(self.dy, count, self.halves, self.loop.features) if kept is None else kept
+        if kept is None:
+            _fc1(self.loop, segments, self.hidden, self.fc1, pre)
+        activated = scratch(self.dy, count, self.loop.features)  # its gradient at first
+        dy, activations = _rows_of(self.dy, segments), _rows_of(activated, segments, start)
+        gemm(activations, dy, [self.fc2[expert] for expert, _ in segments], accumulate=False)
+        self._activation_backward(segments, slice(None), pre.transpose(0, 1), activated)
+        pre_grads = _rows_of(pre.flatten(1), segments, start)
+        if self.dgrad is not None:
+            factors = [self.fc1[expert] for expert, _ in segments]
+            gemm(_rows_of(self.dgrad, segments), pre_grads, factors, accumulate=False)
+        for grads, gradients, inputs in (
+            (self.fc2_grads, dy, activations),
+            (self.fc1_grads, pre_grads, () if self.hidden is None else _rows_of(self.hidden, segments)),
+        ):
+            if grads is not None:
+                gemm(grads.of(segments), [part.t() for part in gradients], inputs, accumulate=grads.fused)
+
+    def _tiles_of_one(self, group: Group, kept: Tensor | None) -> None:
+        """One expert, some of its features at a time."""
+        ((expert, rows),) = group.segments
+        hidden = None if self.hidden is None else self.hidden[rows]
+        dy, fc1, fc2 = self.dy[rows], self.fc1[expert], self.fc2[expert]
+        dgrad = None if self.dgrad is None else self.dgrad[rows]
+        widens = self.loop.fp32_accumulate and dy.dtype.itemsize < 4
+        total = dgrad if dgrad is None or not widens else torch.empty_like(dgrad, dtype=torch.float32)
+        for index, columns in enumerate(group.columns):
+            span = Span([columns], self.halves, self.loop.features, kept=False)
+            width = columns.stop - columns.start
+            activated = scratch(dy, dy.shape[0], padded(width))[:, :width]  # its gradient at first
+            gemm_into(activated, dy, fc2[:, columns], accumulate=False)
+            if kept is not None and index < group.kept:
+                pre = kept[:, :, columns].transpose(0, 1)
+            else:
+                pre = span.fc1([(hidden, fc1)])
+            self._activation_backward(group.segments, columns, pre, activated)
+            if total is not None:
+                span.dgrad(total, pre, fc1, accumulate=index > 0)
+            if (grads := self.fc2_grads) is not None:
+                gemm_into(grads.tensors[expert][:, columns], dy.t(), activated, accumulate=grads.fused)
+            if (grads := self.fc1_grads) is not None:
+                span.wgrad(grads.tensors[expert], pre, hidden, accumulate=grads.fused)
+            del pre, activated  # before the next ones are made, or there would be two of each
+        if widens and dgrad is not None:
+            dgrad.copy_(total)
+
+    def _activation_backward(self, segments: Sequence[Segment], columns: slice, pre: Tensor, grad: Tensor) -> None:
+        """In place: ``pre [halves, n, f_i]`` becomes its gradient and ``grad [n, f_i]`` the activation."""
+        start = segments[0].rows.start
+        for segment in _of_one_bias(segments, self.biases):
+            part = slice(segment.rows.start - start, segment.rows.stop - start)
+            bias_grad, scale_grad = self.loop.activation.backward(
+                pre[:, part],
+                _bias(self.biases, segment, columns, self.halves),
+                self.scale[segment.rows],
+                grad[part],
+                bias_grad=self.needs_bias,
+                scale_grad=self.needs_scale,
+            )
+            if bias_grad is not None and (whole := self.bias_grads[segment.expert]) is not None:
+                whole.unflatten(0, (self.halves, -1))[:, columns] = bias_grad
+            if scale_grad is not None and self.scale_grad is not None:
+                self.scale_grad[segment.rows] += scale_grad

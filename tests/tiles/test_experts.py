@@ -1,0 +1,234 @@
+"""The tile loop of grouped experts against one expert after the other, in float64; and the choice of its tiles."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_tiling.tiles import experts as loops
+from megatron_tiling.tiles.activation import Activation
+from megatron_tiling.tiles.expert_groups import expert_groups
+from megatron_tiling.tiles.experts import ExpertsLoop, tiled_experts
+from tests.support.harness import Counter, peak_bytes
+
+HIDDEN, FEATURES = 6, 11
+ROWS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
+
+
+def activated(pre: Tensor, bias: Tensor | None, scale: Tensor | None, gated: bool = True) -> Tensor:
+    pre = pre if bias is None else pre + bias
+    assert scale is not None
+    if not gated:
+        return F.gelu(pre) * scale[:, None]
+    gate, up = pre.chunk(2, dim=-1)
+    return F.silu(gate) * up * scale[:, None]
+
+
+GATED = Activation(True, activated)
+PLAIN = Activation(False, lambda *operands: activated(*operands, gated=False))
+
+
+class Case:
+    """Parameters and inputs of some experts."""
+
+    def __init__(
+        self, rows: Sequence[int], activation: Activation = GATED, biased: bool = False, dtype: Any = torch.float64
+    ) -> None:
+        generator = torch.Generator().manual_seed(sum(rows) + len(rows))
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.rows, self.activation = rows, activation
+        wide = activation.halves * FEATURES
+        self.hidden, self.scale, self.grad = draw(sum(rows), HIDDEN), draw(sum(rows)), draw(sum(rows), HIDDEN).detach()
+        self.fc1 = [draw(wide, HIDDEN) for _ in rows]
+        self.biases = [draw(wide) for _ in rows] if biased else []
+        self.fc2 = [draw(HIDDEN, FEATURES) for _ in rows]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden, self.scale, *self.fc1, *self.biases, *self.fc2]
+
+    def loop(self, tiles: int, keep: int = 0, **options: Any) -> ExpertsLoop:
+        return ExpertsLoop(expert_groups(self.rows, FEATURES, tiles, keep), FEATURES, self.activation, **options)
+
+    def tiled(self, loop: ExpertsLoop) -> Tensor:
+        return tiled_experts(self.hidden, self.scale, self.fc1, self.biases, self.fc2, loop)
+
+    def sequential(self) -> Tensor:
+        outputs = []
+        parts = zip(self.hidden.split(list(self.rows)), self.scale.split(list(self.rows)), strict=True)
+        for expert, (x, scale) in enumerate(parts):
+            bias = self.biases[expert] if self.biases else None
+            outputs.append(self.activation.function(x @ self.fc1[expert].t(), bias, scale) @ self.fc2[expert].t())
+        return torch.cat(outputs)
+
+    def gradients(self, output: Tensor, **options: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(output, self.leaves, self.grad, materialize_grads=True, **options))
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-11), (one - other).abs().max()
+
+
+@settings(max_examples=60)
+@given(ROWS, st.integers(1, 5), st.sampled_from([0, 1, 2, 5]), st.booleans(), st.booleans())
+def test_as_one_after_the_other(rows: list[int], tiles: int, keep: int, gated: bool, biased: bool) -> None:
+    case = Case(rows, GATED if gated else PLAIN, biased)
+    output, expected = case.tiled(case.loop(tiles, keep)), case.sequential()
+    assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
+
+
+@given(ROWS, st.integers(1, 6), st.integers(0, 6), st.integers(1, 40))
+def test_tiles_are_few_and_balanced(rows: list[int], tiles: int, keep: int, features: int) -> None:
+    groups = expert_groups(rows, features, tiles, keep)
+    segments = [segment for group in groups for segment in group.segments]
+    assert [(expert, part.stop - part.start) for expert, part in segments] == [
+        (expert, count) for expert, count in enumerate(rows) if count
+    ]
+    assert sum(len(group.columns) for group in groups) <= tiles
+    assert sum(group.kept for group in groups) == min(keep, sum(len(group.columns) for group in groups))
+    for group in groups:
+        assert group.parts[0] == 0 and group.parts[-1] == features and len(group.segments) * len(group.columns) > 0
+        covered = [range(part.start, part.stop) for step in group.steps for _, part in step]
+        assert [row for part in covered for row in part] == list(range(group.rows.start, group.rows.stop))
+
+
+def test_even_routing_gives_even_tiles() -> None:
+    for experts, tiles in ((64, 4), (8, 4), (4, 4)):
+        groups = expert_groups([16] * experts, 768, tiles, 0)
+        assert [len(group.segments) for group in groups] == [experts // tiles] * tiles
+    assert [len(group.columns) for group in expert_groups([16] * 2, 768, 4, 0)] == [2, 2]
+    assert expert_groups([16], 768, 3, 2)[0].parts == (0, 256, 512, 768)
+
+
+@pytest.mark.parametrize("rows", [[5, 4, 0, 6], [3, 12]])
+def test_gradients_into_main_grad(rows: list[int]) -> None:
+    """Added to what is there; autograd gets none, or Megatron's mark."""
+    case = Case(rows)
+    expected = case.gradients(case.sequential())
+    weights = [*case.fc1, *case.fc2]
+    for weight in weights:
+        weight.main_grad = torch.full_like(weight, 2.0)  # type: ignore[attr-defined]
+    case.fc2[0].grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    case.tiled(case.loop(4, 1, fuse_wgrad=True)).backward(case.grad)
+    assert_same([weight.main_grad - 2 for weight in weights], expected[2:])  # type: ignore[attr-defined]
+    assert case.fc2[0].grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert all(weight.grad is None for weight in weights if weight is not case.fc2[0])
+
+
+def test_main_grad_of_some_alone_is_not_added_to() -> None:
+    case = Case([4, 5])
+    case.fc1[0].main_grad = torch.zeros_like(case.fc1[0])  # type: ignore[attr-defined]
+    output, expected = case.tiled(case.loop(2, fuse_wgrad=True)), case.sequential()
+    assert_same(case.gradients(output), case.gradients(expected))
+    assert not case.fc1[0].main_grad.any()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("frozen", ["fc1", "fc2", "inputs"])
+@pytest.mark.parametrize("keep", [0, 1, 4])
+def test_frozen(frozen: str, keep: int) -> None:
+    case = Case([5, 0, 3, 14], biased=True)
+    for leaf in [case.hidden, case.scale] if frozen == "inputs" else getattr(case, frozen):
+        leaf.requires_grad_(False)
+    leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
+    found, expected = (
+        torch.autograd.grad(output, leaves, case.grad) for output in (case.tiled(case.loop(4, keep)), case.sequential())
+    )
+    assert_same(found, expected)
+
+
+def test_two_backward_passes() -> None:
+    case = Case([5, 0, 3, 14])
+    output, expected = case.tiled(case.loop(4, 3)), case.gradients(case.sequential())
+    for _ in range(2):
+        assert_same(case.gradients(output, retain_graph=True), expected)
+    for weight in case.fc1:
+        weight.requires_grad_(False)
+    output = case.tiled(case.loop(4, 4))
+    output.backward(case.grad, retain_graph=True)
+    with pytest.raises(RuntimeError, match="--tiled-mlp-keep 0"):
+        output.backward(case.grad)
+
+
+def test_products() -> None:
+    """fc1 runs once more for tiles that are not kept, and fc2 never."""
+    counts = []
+    for keep in (0, 1, 4):
+        case = Case([3, 3, 3, 3])
+        with Counter() as counter:
+            case.tiled(case.loop(4, keep)).backward(case.grad)
+        counts.append(counter.gemms)
+    assert counts == [4 * 7, 4 * 7 - 1, 4 * 6]
+
+
+def test_no_whole_intermediate() -> None:
+    """What exists beside the output: a tile's, and the pre-activations that are kept."""
+    case = Case([64, 64, 64, 64])
+    element = 8 * FEATURES * 64
+    with torch.no_grad():
+        whole, tile = (peak_bytes(lambda tiles=tiles: case.tiled(case.loop(tiles))) - case.grad.nbytes for tiles in (1, 4))
+    assert whole == 4 * tile
+    for keep in (0, 2, 4):
+        output = case.tiled(case.loop(4, keep))
+        kept = [saved for saved in output.grad_fn.saved_tensors if saved is not None]  # type: ignore[union-attr]
+        known = {leaf.data_ptr() for leaf in case.leaves}
+        assert sum(saved.nbytes for saved in kept if saved.data_ptr() not in known) == keep * 2 * element
+
+
+def test_experts_in_one_parameter_of_each_layer() -> None:
+    """As Megatron's GroupedMLP has them, transposed."""
+    case = Case([4, 0, 9, 2])
+    whole = [torch.stack([weight.detach().t() for weight in weights]) for weights in (case.fc1, case.fc2)]
+    parameters = [stacked.view(HIDDEN, -1).requires_grad_() for stacked in whole]
+
+    def of_experts(shape: tuple[int, ...]) -> Any:
+        return lambda tensors: [block.t() for block in tensors[0].view(shape)]
+
+    views = {"fc1_of_experts": of_experts((4, HIDDEN, -1)), "fc2_of_experts": of_experts((4, -1, HIDDEN))}
+    loop = replace(case.loop(4, 2), **views)
+    output = tiled_experts(case.hidden, case.scale, parameters[:1], [], parameters[1:], loop)
+    found = torch.autograd.grad(output, [case.hidden, case.scale, *parameters], case.grad)
+    expected = case.gradients(case.sequential())
+    for index, weights in enumerate((expected[2:6], expected[6:])):
+        stacked = torch.stack([weight.t() for weight in weights]).view_as(found[2 + index])
+        assert_same(found[2 + index : 3 + index], [stacked])
+    assert_same(found[:2], expected[:2])
+
+
+def test_bf16_sums_in_float32() -> None:
+    """Of one expert in several tiles the input gradient is rounded once."""
+    case = Case([40], dtype=torch.bfloat16)
+    exact = Case([40])
+    for leaf, other in zip(exact.leaves, case.leaves, strict=True):
+        leaf.data = other.detach().double()
+    wanted = exact.gradients(exact.sequential())[0]
+    errors = []
+    for fp32 in (False, True):
+        found = case.gradients(case.tiled(case.loop(8, fp32_accumulate=fp32)))[0]
+        errors.append(float((found.double() - wanted).norm()))
+    assert errors[1] < errors[0]
+
+
+def test_gemm_of_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grouped product gets the experts of a tile that have rows, and dense matrices."""
+    calls = []
+
+    def gemm(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
+        dense = (tensor.is_contiguous() or tensor.t().is_contiguous() for tensor in (*out, *a, *b))
+        assert all(dense) and all(tensor.numel() for tensor in (*out, *a, *b))
+        calls.append(len(out))
+        loops.one_by_one(out, a, b, accumulate=accumulate)
+
+    case = Case([2, 0, 2, 4])
+    output, expected = case.tiled(case.loop(2, 1, gemm=gemm)), case.sequential()
+    assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
+    assert calls == [2, 2, 1, 1, *[2] * 4, *[1] * 5]
