@@ -191,7 +191,8 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         action="extend",
         nargs="+",
         metavar="MODULE=INxOUT",
-        help="Grids of single modules, in_splits x out_splits, instead of --tile-factor: fc1=1x8 fc2=8x1.",
+        help="Grids of single modules, in_splits x out_splits, instead of --tile-factor: fc1=1x8 fc2=8x1. Of grouped "
+        "experts the number of tiles: experts=8.",
     )
     group.add_argument(
         "--tiled-linear-fp32-accumulate",
@@ -202,9 +203,9 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "--tiled-mlp-keep",
         type=_number_or_text,
         metavar="N|all",
-        help="Tiles of an MLP that keep their pre-activations for the backward pass; the others compute their fc1 "
-        "product again. 0 takes the least memory. Default all: nothing but the activation is computed again; 0 where "
-        "tiles are partitioned.",
+        help="Tiles of an MLP, or of a rank's grouped experts, that keep their pre-activations for the backward pass; "
+        "the others compute their fc1 product again. 0 takes the least memory. Default all: nothing but the "
+        "activation is computed again; 0 where tiles are partitioned.",
     )
     group.add_argument(
         "--tiled-head-memory-mib",

@@ -7,9 +7,9 @@ from numbers import Integral
 from typing import Any, Literal, NoReturn, Self, get_args
 
 ROW_MODULES = ("proj", "fc2")
-MODULES = ("qkv", "proj", "fc1", "fc2", "output")
+MODULES = ("qkv", "proj", "fc1", "fc2", "experts", "output")
 #: By default, of resident tiles: those that save memory.
-RESIDENT_MODULES = ("fc1", "fc2", "output")
+RESIDENT_MODULES = ("fc1", "fc2", "experts", "output")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 600
 #: Attribute name of a layer in its parent module -> the module name that flags use.
@@ -45,7 +45,7 @@ FLAGS = {
 
 
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """``["fc1=1x8"]`` -> ``{"fc1": (1, 8)}``, in_splits first.
+    """``["fc1=1x8", "experts=4"]`` -> ``{"fc1": (1, 8), "experts": (1, 4)}``, in_splits first.
 
     Raises:
         ValueError: a setting is malformed, names an unknown module, or names one twice.
@@ -53,10 +53,11 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     splits: dict[str, tuple[int, int]] = {}
     for setting in settings:
         module, _, grid = setting.partition("=")
-        parts = grid.split("x")
+        parts = ["1", grid] if module == "experts" else grid.split("x")
         if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
             raise ValueError(
-                f"--tiled-linear-splits {setting}: write MODULE=INxOUT, both whole numbers of at least 1, as in fc1=1x8"
+                f"--tiled-linear-splits {setting}: write MODULE=INxOUT, both whole numbers of at least 1, as in "
+                "fc1=1x8, or experts=N"
             )
         if module not in MODULES:
             raise ValueError(
@@ -131,14 +132,16 @@ class TilingConfig:
     Args:
         factor: tiles of a layer along its natural dimension, ``1 x factor`` for column layers (qkv, fc1, output)
             and ``factor x 1`` for row layers (proj, fc2).
-        modules: the layers to tile, out of ``MODULES``, or ``"all"``. ``None`` tiles what gains: fc1, fc2 and output
-            where tiles are resident, all where they are partitioned.
-        splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
+        modules: the layers to tile, out of ``MODULES``, or ``"all"``; experts are those in grouped GEMMs. ``None``
+            tiles what gains: fc1, fc2, experts and output where tiles are resident, all where they are partitioned.
+        splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``; ``{"experts": (1, N)}``
+            are N tiles of a rank's grouped experts.
         fuse_wgrad: add weight gradients straight into ``main_grad`` (Megatron's gradient accumulation fusion,
             without apex). ``None`` follows the built layers' own setting.
         fp32_accumulate: sum over tiles in float32 where activations are narrower.
-        mlp_keep: tiles of an MLP that keep their pre-activations for the backward pass, the others recompute their
-            fc1 product; ``"all"``. ``None`` keeps all of them where weights are resident, none where partitioned.
+        mlp_keep: tiles of an MLP, or of grouped experts, that keep their pre-activations for the backward pass, the
+            others recompute their fc1 product; ``"all"``. ``None`` keeps all of them where weights are resident, none
+            where partitioned.
         head_memory_mib: bound for what the LM head's loss holds at once: tiles of logits and the input gradient.
             ``None`` is the default, ``DEFAULT_HEAD_MEMORY_MIB``.
         head_tokens: tokens of one tile of logits; ``None`` lets the bound choose.
@@ -192,10 +195,10 @@ class TilingConfig:
                 object.__setattr__(self, name, int(value))  # NumPy's too
         grids = {module: (int(in_splits), int(out_splits)) for module, (in_splits, out_splits) in self.splits.items()}
         object.__setattr__(self, "splits", _ReadOnlyDict(grids))
-        for module, (in_splits, out_splits) in self.splits.items():
+        for module in self.splits:
             if module not in self.tiled_modules:
                 raise ValueError(
-                    f"--tiled-linear-splits {module}={in_splits}x{out_splits}: {module} is not among the modules "
+                    f"--tiled-linear-splits {self.setting_of(module)}: {module} is not among the modules "
                     f"to tile ({', '.join(self.tiled_modules)}); add it to --tiled-linear-modules"
                 )
         self._refuse_without_effect()
@@ -204,6 +207,11 @@ class TilingConfig:
         resident = "leave it out, or give --tiled-linear-storage resident"
         engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
         untiled_mlp = not {"fc1", "fc2"} <= set(self.tiled_modules) and "fc1 and fc2 are not both tiled; leave it out"
+        untiled = "experts" not in self.tiled_modules and untiled_mlp
+        in_one_piece = f"partitioned tiles are not of grouped experts; {resident}"
+        experts = self.splits.get("experts", (1, 1))
+        if experts[0] != 1:
+            raise ValueError(f"--tiled-linear-splits experts={experts}: experts have one number of tiles, (1, N)")
         not_in_fp8 = self.partitioned and f"partitioned tiles are not in FP8; {resident}"
         head = "output" not in self.tiled_modules and "the output layer is not tiled; leave it out"
         if not head and self.partitioned:
@@ -211,7 +219,12 @@ class TilingConfig:
         for setting, given, reason in (
             ("fuse_wgrad=True", self.fuse_wgrad, engine),
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
-            (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled_mlp),
+            (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled),
+            (
+                f"--tiled-linear-splits experts={experts[1]}",
+                "experts" in self.splits,
+                self.partitioned and in_one_piece,
+            ),
             (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
             (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),
@@ -251,3 +264,8 @@ class TilingConfig:
         if module in self.splits:
             return self.splits[module]
         return (self.factor, 1) if module in ROW_MODULES else (1, self.factor)
+
+    def setting_of(self, module: str) -> str:
+        """``fc1=1x8`` or ``experts=4``, as ``--tiled-linear-splits`` takes it."""
+        in_splits, out_splits = self.splits_of(module)
+        return f"{module}={out_splits}" if module == "experts" else f"{module}={in_splits}x{out_splits}"

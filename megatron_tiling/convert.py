@@ -25,6 +25,7 @@ from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
 from megatron_tiling.report import LayerReport
+from megatron_tiling.resident import experts as grouped
 from megatron_tiling.resident.adapters import name_without_adapters, unwrapped
 from megatron_tiling.resident.layers import (
     RESIDENT_CLASSES,
@@ -38,6 +39,7 @@ from megatron_tiling.resident.mlp import (
     MLP_LAYERS,
     TILED_MLP_CLASSES,
     TiledMLP,
+    check_keep,
     convert_mlp,
     reason_to_stay_stock,
 )
@@ -47,6 +49,8 @@ from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 
 TILED_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {**RESIDENT_CLASSES, **TILED_TE_CLASSES}
+#: Of experts in grouped GEMMs.
+GROUPED_CLASSES = tuple(grouped.TILED_CLASSES)
 
 
 def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
@@ -67,7 +71,7 @@ def tile(model: torch.nn.Module, config: TilingConfig) -> list[LayerReport]:
     plan.carry_out()
     reports = list(plan.reports.values())
     asked = [report for report in reports if report.module in config.tiled_modules and report.module != "output"]
-    if asked and all(report.grid is None for report in asked):
+    if asked and not any(report.is_tiled for report in asked):
         reasons = ", ".join(dict.fromkeys(report.reason for report in asked))
         log_on_rank_0(f"warning: none of the {len(asked)} linear layers of {type(model).__name__} is tiled: {reasons}")
     if not hasattr(model, "tiling_reports"):
@@ -82,7 +86,7 @@ class _Plan:
         reports: what each layer of the model will be.
         tiled: layers to be tiled.
         heads: language models whose loss is to be computed in tiles.
-        mlps: what turns an MLP into a tiled one, each.
+        mlps: what turns an MLP, or grouped experts, into tiled ones, each.
         owners: how many modules have a parameter.
         in_bf16: modules of layers that ``--first-last-layers-bf16`` leaves out of FP8.
     """
@@ -98,10 +102,15 @@ class _Plan:
         models: list[Any] = [module for module in model.modules() if isinstance(module, LanguageModule)]
         ties = "share_embeddings_and_output_weights"
         tied = [unwrapped(getattr(one, "output_layer", None)) for one in models if getattr(one, ties, False)]
+        within: set[torch.nn.Module] = set()
         for path, layer in model.named_modules():
-            if unwrapped(layer) is not layer:  # an adapter
+            if unwrapped(layer) is not layer or layer in within:  # an adapter, or a layer of grouped experts
                 continue
             name = name_without_adapters(path)
+            if isinstance(layer, GROUPED_CLASSES):
+                within.update(layer.modules())
+                self.reports[layer] = self._planned_experts(name, layer)
+                continue
             looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
                 self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
@@ -131,6 +140,22 @@ class _Plan:
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
         return replace(report, grid=grid, partitioned=self.config.partitioned)
+
+    def _planned_experts(self, name: str, experts: Any) -> LayerReport:
+        """Of grouped experts, fc1 and fc2 of all of them."""
+        shape, tiles = grouped.shard_shape(experts), self.config.splits_of("experts")[1]
+        report = LayerReport(name, shape, _element_size(experts), experts=experts.num_local_experts)
+        keep = self.config.kept_tiles
+        if isinstance(experts, grouped.TiledExperts):  # tiled before
+            tiles, keep = experts.tiles, experts.keep
+        else:
+            reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
+            partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
+            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
+                return replace(report, reason=reason)
+            check_keep(keep, tiles, "grouped experts")
+            self.mlps.append(partial(grouped.convert_experts, experts, self.config))
+        return replace(report, expert_tiles=tiles, kept_tiles=tiles if keep is None else keep)
 
     def _plan_head(self, model: LanguageModule) -> None:
         layer: Any = unwrapped(getattr(model, "output_layer", None))

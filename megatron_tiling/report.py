@@ -28,6 +28,8 @@ class LayerReport:
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
         fp8: that MLP runs in FP8, and this layer stays TransformerEngine's.
+        experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
+        expert_tiles: at most so many tiles of them; 0 if they stayed dense.
         loss_tiles: of an output layer whose logits the loss takes tile by tile, and which does not use ``grid``.
     """
 
@@ -40,11 +42,19 @@ class LayerReport:
     mlp: str | None = None
     kept_tiles: int = 0
     fp8: bool = False
+    experts: int = 0
+    expert_tiles: int = 0
     loss_tiles: HeadTiles | None = None
+
+    @property
+    def is_tiled(self) -> bool:
+        return self.grid is not None or self.expert_tiles > 0
 
     @property
     def module(self) -> str:
         """As flags call it; empty for layers that have no flag."""
+        if self.experts:
+            return "experts"
         return MODULE_OF_ATTRIBUTE.get(self.name.rpartition(".")[2], "")
 
     def with_splits(self, splits: tuple[int, int]) -> Self:
@@ -71,6 +81,8 @@ def table(reports: list[LayerReport]) -> str:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", report.name)
         shape = " x ".join(map(str, reversed(report.shape)))
         grid, mib = str(report.grid or "dense"), f"{report.tile_bytes / MIB:.2f}"
+        if report.experts:
+            shape, mib, grid = f"{report.experts} x {shape}", "-", "-" if report.is_tiled else grid
         if report.loss_tiles is not None:
             grid = mib = "-"
         lines[pattern, shape, grid, mib, note(report)] += 1
@@ -87,6 +99,8 @@ def table(reports: list[LayerReport]) -> str:
 
 def note(report: LayerReport) -> str:
     """How the tiles of a layer are used, or why there are none: the last column of the table."""
+    if report.expert_tiles:
+        return f"TiledExperts, at most {report.expert_tiles} tiles of about as many rows, keep {_keep_note(report)}"
     if report.grid is None:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []
@@ -95,7 +109,7 @@ def note(report: LayerReport) -> str:
     elif report.mlp is not None:
         tiles = report.grid.tiles
         notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
-        notes.append(f"keep {'all' if report.kept_tiles == tiles else report.kept_tiles}")
+        notes.append(f"keep {_keep_note(report)}")
         if not (report.partitioned or report.fp8):
             notes.append(f"at most {tiles} token steps")
     elif report.module == "output":
@@ -103,6 +117,11 @@ def note(report: LayerReport) -> str:
     elif report.reason:
         notes.append("stock MLP")
     return ", ".join(notes) + (f": {report.reason}" if report.reason else "")
+
+
+def _keep_note(report: LayerReport) -> str:
+    tiles = report.expert_tiles if report.grid is None else report.grid.tiles
+    return "all" if report.kept_tiles == tiles else str(report.kept_tiles)
 
 
 def _loss_note(tiles: HeadTiles, vocabulary: int) -> str:

@@ -124,11 +124,7 @@ class TiledMLP(MLP):
 
     @classmethod
     def _reason_in_hooks(cls, child: torch.nn.Module) -> str:
-        if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
-            return "has hooks"
-        if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
-            return "has a pre-hook that may read its input"
-        return ""
+        return reason_in_hooks(child)
 
     def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """fc1, activation and fc2, before the reduction over tensor-parallel ranks; and for an adapter around fc2."""
@@ -208,10 +204,19 @@ def reason_to_stay_stock(
         ),
     }
     reason = next((reason for reason, applies in refusals.items() if applies), "") or reason_in_activation(mlp)
-    tiles = fc2_grid.in_splits
-    if not reason and keep is not None and not 0 <= keep <= tiles:
-        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of fc1 and fc2, or all")
+    if not reason:
+        check_keep(keep, fc2_grid.in_splits)
     return reason
+
+
+def check_keep(keep: int | None, tiles: int, what: str = "fc1 and fc2") -> None:
+    """Refuse more kept tiles than there are of an MLP.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    if keep is not None and not 0 <= keep <= tiles:
+        raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of {what}, or all")
 
 
 def _adds_bias(layer: Any) -> bool:
@@ -252,6 +257,15 @@ def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | No
         wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
         adapters = LowRank(low, *wide)
         return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
+
+
+def reason_in_hooks(child: torch.nn.Module) -> str:
+    """Why the hooks of a layer ask for a call of its ``forward``, or nothing."""
+    if child._forward_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has hooks"
+    if not all(_reads_no_input(hook) for hook in child._forward_pre_hooks.values()):
+        return "has a pre-hook that may read its input"
+    return ""
 
 
 def _reads_no_input(hook: Callable[..., Any]) -> bool:

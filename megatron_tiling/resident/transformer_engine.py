@@ -4,8 +4,8 @@ A tiled layer *is* the stock layer, as for local ones: a built layer's class is 
 ``forward`` is replaced. Parameters, state dict, ``isinstance`` and every attribute that others read or set
 (``parallel_mode``, ``return_layernorm_output``, ...) are the stock layer's; its options are read at call time.
 
-TENorm and TEDotProductAttention stay; TELinear and the grouped GEMMs of experts stay dense, and so do layers with an
-option that tiles do not honour (``NOT_IN_TILES``).
+TENorm, TEDotProductAttention and the layers of grouped experts (see ``experts.py``) stay; TELinear stays dense, and so
+do layers with an option that tiles do not honour (``NOT_IN_TILES``).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
 _NOT_IN_TILES = "tiles do not do this"
-_LINEARS = ("qkv", "proj", "fc1", "fc2")
+_LINEARS = ("qkv", "proj", "fc1", "fc2", "experts")
 
 
 def _offloads(part: str) -> Callable[[Any], tuple[Any, ...]]:
@@ -45,9 +45,16 @@ NOT_IN_TILES: tuple[tuple[Refused, tuple[str, ...]], ...] = (
     (Refused("--delay-wgrad-compute", _NOT_IN_TILES), _LINEARS),
     (Refused("--cpu-offloading-num-layers", _NOT_IN_TILES, names=OFFLOADING), _LINEARS),
     (Refused("--symmetric-ar-type", _NOT_IN_TILES), ROW_MODULES),
-    (Refused("--use-transformer-engine-op-fuser", _NOT_IN_TILES), ("fc1", "fc2")),
+    (Refused("--use-transformer-engine-op-fuser", _NOT_IN_TILES), ("fc1", "fc2", "experts")),
     (Refused("--offload-modules", _NOT_IN_TILES, _offloads("qkv_linear")), ("qkv",)),
     (Refused("--offload-modules", _NOT_IN_TILES, _offloads("attn_proj")), ("proj",)),
+    (Refused("--offload-modules", _NOT_IN_TILES, _offloads("expert_fc1")), ("experts",)),
+    (Refused("--offload-modules", _NOT_IN_TILES, _offloads("moe_act")), ("experts",)),
+    (Refused("--overlap-dispatch-backward-with-experts-wgrad", _NOT_IN_TILES), ("experts",)),
+    (Refused("--moe-paged-stash", _NOT_IN_TILES), ("experts",)),
+    (Refused("--moe-mlp-glu-interleave-size", "tiles take gate and up from two halves"), ("experts",)),
+    (Refused("--use-te-activation-func", _NOT_IN_TILES), ("experts",)),
+    (Refused("--activation-func-fp8-input-store", _NOT_IN_TILES), ("experts",)),
     (Refused("--cache-mla-latents", "it reads the layer's weight and norm"), ("qkv",)),
 )
 

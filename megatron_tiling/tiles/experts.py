@@ -186,9 +186,11 @@ def _fc1(loop: ExpertsLoop, segments: Sequence[Segment], hidden: Tensor, fc1: li
     loop.gemm(products, _rows_of(hidden, segments), [fc1[expert].t() for expert, _ in segments], accumulate=False)
 
 
-def _rows_of(tensor: Tensor, segments: Iterable[Segment], start: int = 0) -> list[Tensor]:
-    """The rows of each segment, of a tensor that begins at row ``start``."""
-    return [tensor[rows.start - start : rows.stop - start] for _, rows in segments]
+def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tuple[Tensor, ...]:
+    """The rows of each segment of a group, of a tensor that begins at row ``start``."""
+    first = segments[0].rows.start - start
+    sizes = [rows.stop - rows.start for _, rows in segments]
+    return tensor[first : first + sum(sizes)].split(sizes)
 
 
 def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[Segment]:
@@ -298,7 +300,7 @@ class _Backward:
     def _tiles_of_one(self, group: Group, kept: Tensor | None) -> None:
         """One expert, some of its features at a time."""
         ((expert, rows),) = group.segments
-        hidden = None if self.hidden is None else self.hidden[rows]
+        hidden = self.dy[:0] if self.hidden is None else self.hidden[rows]  # that it is not needed is known
         dy, fc1, fc2 = self.dy[rows], self.fc1[expert], self.fc2[expert]
         dgrad = None if self.dgrad is None else self.dgrad[rows]
         widens = self.loop.fp32_accumulate and dy.dtype.itemsize < 4
@@ -320,7 +322,7 @@ class _Backward:
             if (grads := self.fc1_grads) is not None:
                 span.wgrad(grads.tensors[expert], pre, hidden, accumulate=grads.fused)
             del pre, activated  # before the next ones are made, or there would be two of each
-        if widens and dgrad is not None:
+        if dgrad is not None and total is not None and total is not dgrad:
             dgrad.copy_(total)
 
     def _activation_backward(self, segments: Sequence[Segment], columns: slice, pre: Tensor, grad: Tensor) -> None:

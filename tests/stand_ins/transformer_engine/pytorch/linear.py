@@ -125,7 +125,7 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(torch.nn.Module):
-    """The weights of several experts, as ``weight0``, ``weight1``, ... No biases."""
+    """The weights of several experts, as ``weight0``, ``weight1``, ...; and their biases."""
 
     def __init__(
         self,
@@ -135,21 +135,51 @@ class GroupedLinear(torch.nn.Module):
         get_rng_state_tracker: Callable[[], Any] | None = None,
         rng_tracker_name: str | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        fuse_wgrad_accumulation: bool = False,
         params_dtype: torch.dtype | None = None,
         device: Any = "cuda",
         **unused: Any,
     ) -> None:
         super().__init__()
-        self.num_gemms = num_gemms
+        self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.state = torch.empty(0, dtype=torch.uint8)
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
             with drawing(get_rng_state_tracker, rng_tracker_name):
                 init_method(weight)
             self.register_parameter(f"weight{index}", weight)
+            if bias:
+                zeros = torch.zeros(out_features, dtype=params_dtype, device=device)
+                self.register_parameter(f"bias{index}", torch.nn.Parameter(zeros))
 
-    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
-        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-        return torch.cat([part @ weight.t() for part, weight in zip(x.split(m_splits), weights, strict=True)])
+    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:
+        numbers = range(self.num_gemms)
+        weights = [getattr(self, f"weight{index}") for index in numbers]
+        outputs = [part @ weight.t() for part, weight in zip(x.split(m_splits), weights, strict=True)]
+        if not self.use_bias:
+            return torch.cat(outputs)
+        biases = [getattr(self, f"bias{index}") for index in numbers]
+        if self.return_bias:
+            return torch.cat(outputs), biases
+        return torch.cat([output + bias for output, bias in zip(outputs, biases, strict=True)])
+
+    def set_tensor_parallel_group(self, group: Any) -> None:
+        """There is no communication in it."""
+
+    def init_fp8_metadata(self, num_gemms: int) -> None:
+        """FP8 is off."""
+
+    def get_extra_state(self) -> Tensor:
+        return self.state
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        if state is not None:
+            self.state = state
 
 
 def drawing(get_rng_state_tracker: Callable[[], Any] | None, name: str | None) -> Any:

@@ -1,0 +1,310 @@
+"""Experts in grouped GEMMs, computed tile by tile: ``TEGroupedMLP``, and megatron-core 0.16's ``GroupedMLP``.
+
+Built experts become tiled in place: their class is set, nothing is drawn or copied. Parameters and checkpoints stay
+stock's, and so do dispatchers, padding and capacity, which come before and after. fc1 and fc2 of TransformerEngine stay
+what they are and are not called; whatever the loop cannot do for them makes a call run stock's ``forward``.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.transformer.moe import experts as stock
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from megatron_tiling.config import TilingConfig
+from megatron_tiling.resident.adapters import unwrapped
+from megatron_tiling.resident.mlp import FORMULA_KINDS, MLP_LAYERS, reason_in_hooks, run_weight_hooks
+from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
+from megatron_tiling.tiles.activation import Activation, Formula
+from megatron_tiling.tiles.expert_groups import expert_groups
+from megatron_tiling.tiles.experts import ExpertsLoop, one_by_one, tiled_experts
+
+
+def _known_grouped_gemm() -> Callable[..., Any] | None:
+    """TransformerEngine's, where its version has the one whose arguments are known here."""
+    try:
+        from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+    except ImportError:
+        return None
+    return general_grouped_gemm if "quantization_params" in signature(general_grouped_gemm).parameters else None
+
+
+_GROUPED_GEMM = _known_grouped_gemm() if te.HAVE_TE else None
+
+
+class Weights(NamedTuple):
+    """Parameters of the local experts, and biases, one an expert or none."""
+
+    fc1: Sequence[Tensor]
+    fc2: Sequence[Tensor]
+    fc1_biases: Sequence[Tensor] = ()
+    fc2_biases: Sequence[Tensor] = ()
+
+
+class TiledExperts(torch.nn.Module):
+    """Grouped experts whose intermediate never exists whole, put before the stock class; made by ``convert_experts``.
+
+    Attributes:
+        tiles: at most so many groups of experts, with about as many rows each; an expert with more is cut.
+        keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
+            ``None`` is all of them.
+        fp32_accumulate: sum over tiles in float32.
+        fuse_wgrad: whether weight gradients go into ``main_grad``; ``None`` follows the layers' own setting.
+    """
+
+    config: Any
+    num_local_experts: int
+    activation_func: Any
+    tiles: int
+    keep: int | None
+    fp32_accumulate: bool
+    fuse_wgrad: bool | None
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+        **buffers: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[n, h]``, sorted by expert, and ``[n]`` -> ``[n, h_out]`` and no bias, as stock's."""
+        hidden, scale, rows = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
+        weights = self.weights()
+        if self.reason_for_stock_forward(hidden, rows, weights, buffers):
+            result: tuple[Tensor, Tensor | None] = super().forward(hidden, tokens_per_expert, scale, **buffers)
+            return result
+        if self.config.moe_apply_probs_on_input:
+            if self.config.moe_router_topk != 1:
+                raise ValueError("moe_apply_probs_on_input only works with moe_router_topk=1")
+            hidden, scale = (scale.unsqueeze(-1) * hidden).to(hidden.dtype), torch.ones_like(scale)
+        output = self._run_loop(hidden, scale, rows, weights)
+        if weights.fc2_biases:
+            output = stock.TEGroupedMLP._apply_bias(output, weights.fc2_biases, rows, scale.unsqueeze(-1))
+        return output, None
+
+    @torch.compiler.disable
+    def reason_for_stock_forward(
+        self, hidden: Tensor, rows: list[int], weights: Weights, buffers: dict[str, Tensor | None]
+    ) -> str:
+        """Why a call now would run stock's ``forward``, or nothing."""
+        if any(buffer is not None for buffer in buffers.values()):
+            return "others give the memory of outputs"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "autocast is on"
+        if _has_any_global_hook():
+            return "there are hooks for all modules"
+        if hidden.dim() != 2 or hidden.shape[0] != sum(rows):
+            return "there are rows of no expert"
+        if any(weight.dtype != hidden.dtype for weight in (*weights.fc1, *weights.fc2)):
+            return "inputs are of another dtype than weights"
+        if any(len({weight.requires_grad for weight in layer}) > 1 for layer in weights):
+            return "some experts are frozen, others are not"
+        return self.reason_in_layers()
+
+    def reason_in_layers(self) -> str:
+        """Why the layers' own ``forward`` must be called, or nothing."""
+        return ""
+
+    @torch.compiler.disable
+    def _run_loop(self, hidden: Tensor, scale: Tensor, rows: list[int], weights: Weights) -> Tensor:
+        fc1, fc2 = (self.of_experts(layer) for layer in MLP_LAYERS)
+        features = fc2(weights.fc2)[0].shape[1]
+        loop = ExpertsLoop(
+            groups=expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep),
+            features=features,
+            activation=Activation(self.config.gated_linear_unit, self.activation(), self.formula()),
+            gemm=_of_transformer_engine if _GROUPED_GEMM is not None and hidden.is_cuda else one_by_one,
+            fuse_wgrad=self.own_fuse_wgrad() if self.fuse_wgrad is None else self.fuse_wgrad,
+            fp32_accumulate=self.fp32_accumulate,
+            fc1_of_experts=fc1,
+            fc2_of_experts=fc2,
+        )
+        return tiled_experts(hidden, scale, weights.fc1, weights.fc1_biases, weights.fc2, loop)
+
+    def weights(self) -> Weights:
+        raise NotImplementedError
+
+    def of_experts(self, layer: str) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """Makes ``[out, in]`` of each expert out of tensors shaped as the parameters of fc1 or fc2."""
+        return list
+
+    def activation(self) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        """What stands between fc1 and fc2 in stock's ``forward``: that very code."""
+        raise NotImplementedError
+
+    def formula(self) -> Formula | None:
+        """The same for GPU kernels, if they know it."""
+        raise NotImplementedError
+
+    def own_fuse_wgrad(self) -> bool:
+        return bool(self.config.gradient_accumulation_fusion)
+
+
+class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
+    """``TEGroupedMLP`` in tiles."""
+
+    def reason_in_layers(self) -> str:
+        if te.FP8GlobalStateManager.is_fp8_enabled():
+            return "FP8 is on"
+        for name in MLP_LAYERS:
+            layer = getattr(self, name)
+            if reason := _reason_in_class(layer) or reason_in_hooks(layer):
+                return f"{name} {reason}"
+        return ""
+
+    def weights(self) -> Weights:
+        fc1, fc2 = (getattr(self, name) for name in MLP_LAYERS)
+        names = range(self.num_local_experts)
+        biases = ([getattr(layer, f"bias{i}") for i in names] if layer.use_bias else () for layer in (fc1, fc2))
+        return Weights(*([getattr(layer, f"weight{i}") for i in names] for layer in (fc1, fc2)), *biases)
+
+    def _run_loop(self, hidden: Tensor, scale: Tensor, rows: list[int], weights: Weights) -> Tensor:
+        for name in MLP_LAYERS:
+            run_weight_hooks(getattr(self, name))
+        return super()._run_loop(hidden, scale, rows, weights)
+
+    def activation(self) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        def between(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+            alone = copy.copy(self)
+            alone.__class__ = stock.TEGroupedMLP
+            alone._modules = self._modules | dict.fromkeys(MLP_LAYERS, _PassOn())
+            alone.activation_recompute = False  # type: ignore[assignment]
+            pre = pre if bias is None else pre + bias  # as fc1 does
+            output: Tensor = stock.TEGroupedMLP.forward(alone, pre, torch.tensor([pre.shape[0]]), scale)[0]
+            return output
+
+        return between
+
+    def formula(self) -> Formula | None:
+        config, function, gated = self.config, self.activation_func, self.config.gated_linear_unit
+        clamp, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        if config.bias_activation_fusion:
+            if function == F.silu and gated and clamp is None:
+                return Formula("silu")
+            if function == quick_gelu and gated:
+                return Formula("quick_gelu", clamp, offset)
+            return None  # stock's code says what it does, if anything
+        if function == squared_relu and config.use_fused_weighted_squared_relu:
+            return Formula("squared_relu")
+        kind = FORMULA_KINDS.get(config.activation_func if gated else function)
+        if kind is None:
+            return None
+        return Formula(kind, clamp, offset) if gated else Formula(kind)
+
+    def own_fuse_wgrad(self) -> bool:
+        layer: Any = self.linear_fc1
+        return bool(layer.fuse_wgrad_accumulation)
+
+
+#: What built experts become.
+TILED_CLASSES: dict[type[torch.nn.Module], type[TiledExperts]] = {stock.TEGroupedMLP: TiledTEGroupedMLP}
+
+if hasattr(stock, "GroupedMLP"):  # in 0.16 alone
+
+    class TiledGroupedMLP(TiledExperts, stock.GroupedMLP):
+        """``GroupedMLP`` in tiles. Its parameters hold all experts: ``[h, E * halves * f]`` and ``[E * f, h]``."""
+
+        weight1: Tensor
+        weight2: Tensor
+        activation_func_with_probs: Any
+
+        def weights(self) -> Weights:
+            return Weights([self.weight1], [self.weight2])
+
+        def of_experts(self, layer: str) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+            hidden = self.config.hidden_size
+            shape = self.num_local_experts, *((hidden, -1) if layer == "linear_fc1" else (-1, hidden))
+            return lambda parameters: [block.t() for block in parameters[0].view(shape)]
+
+        def activation(self) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+            def between(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+                assert bias is None and scale is not None
+                output: Tensor = self.activation_func_with_probs(pre, scale.unsqueeze(-1))
+                return output
+
+            return between
+
+        def formula(self) -> Formula | None:
+            kind = FORMULA_KINDS.get(self.config.activation_func)
+            return None if kind is None else Formula(kind)
+
+    TILED_CLASSES[stock.GroupedMLP] = TiledGroupedMLP
+
+
+class _PassOn(torch.nn.Module):
+    def forward(self, input_: Tensor, rows: list[int]) -> tuple[Tensor, None]:
+        return input_, None
+
+
+def _reason_in_class(layer: Any) -> str:
+    """Why a layer is none of TransformerEngine's that can be left uncalled, or nothing."""
+    if unwrapped(layer) is not layer:
+        return "has an adapter around it"
+    if type(layer) not in (te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear) or "forward" in vars(layer):
+        return f"is not a stock grouped layer but {type(layer).__name__}"
+    return ""
+
+
+def reason_to_stay_stock(experts: Any) -> str:
+    """Why grouped experts cannot become tiled, or nothing."""
+    if type(experts) not in TILED_CLASSES:
+        return f"{type(experts).__name__} is not a stock class of grouped experts"
+    if not isinstance(experts, stock.TEGroupedMLP):
+        return reason_to_stay_dense(experts, "experts")
+    for name in MLP_LAYERS:
+        layer = getattr(experts, name)
+        if reason := _reason_in_class(layer):
+            return f"{name} {reason}"
+        if getattr(layer, "single_grouped_weight", False) or getattr(layer, "single_grouped_bias", False):
+            return "--moe-single-grouped-weight or --moe-single-grouped-bias: tiles take one parameter an expert"
+        if (getattr(layer.weight0, "gtp_remat_size", None) or 1) > 1:
+            return "--expert-tensor-parallel-num-weight-shards: tiles need weights whole"
+        if reason := reason_to_stay_dense(layer, "experts"):
+            return reason
+    return ""
+
+
+def convert_experts(experts: Any, config: TilingConfig) -> None:
+    """Turn built stock experts into tiled ones, in place, where ``reason_to_stay_stock`` has none."""
+    experts.__class__ = TILED_CLASSES[type(experts)]
+    experts.tiles, experts.keep = config.splits_of("experts")[1], config.kept_tiles
+    experts.fp32_accumulate, experts.fuse_wgrad = config.fp32_accumulate, config.fuse_wgrad
+
+
+def shard_shape(experts: Any) -> tuple[int, int]:
+    """``[out, in]`` of one expert's fc1 on this rank."""
+    if hasattr(experts, "weight1"):
+        hidden, width = experts.weight1.shape
+        return width // experts.num_local_experts, hidden
+    weight = next((one for one in experts.linear_fc1.parameters() if one.dim() > 1), None)
+    return (0, 0) if weight is None else (weight.shape[-2], weight.shape[-1])
+
+
+def _of_transformer_engine(
+    out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool
+) -> None:
+    """TransformerEngine names operands in the order of columns, and takes dense ones, as they lie or transposed."""
+    if not _are_dense(out):
+        out, a, b = ([tensor.t() for tensor in tensors] for tensors in (out, b, a))
+    layout, operands = "", []
+    for tensors in (b, a):
+        lies = _are_dense(tensors)
+        layout += "N" if lies else "T"
+        operands.append(list(tensors) if lies else [tensor.t() for tensor in tensors])
+    rows = [tensor.shape[0] for tensor in out]
+    nothing = [None] * len(rows)
+    assert _GROUPED_GEMM is not None
+    _GROUPED_GEMM(*operands, list(out), nothing, out[0].dtype, layout=layout, m_splits=rows, accumulate=accumulate)
+
+
+def _are_dense(tensors: Sequence[Tensor]) -> bool:
+    """All of them: one row is dense either way."""
+    return all(tensor.is_contiguous() for tensor in tensors)

@@ -1,0 +1,295 @@
+"""Grouped experts, stock and tiled, in float64 and in whole models: EP=2, expert TP=2, alone; on stand-ins.
+
+PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.resident.check_experts
+
+With megatron-core 0.16 its GroupedMLP too.
+"""
+
+import copy
+import itertools
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+import torch.nn.functional as F
+from megatron.core import __version__, parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import experts as stock
+from torch import Tensor
+
+from megatron_tiling import TilingConfig, tile
+from megatron_tiling.report import table
+from megatron_tiling.resident import experts as grouped
+from tests.check_models import assert_same, batch, expect_error, gpt, make_config, step
+from tests.resident.check_transformer_engine import EXPERTS, entries
+from tests.support.harness import megatron
+
+HIDDEN, FEATURES = 12, 10
+SWIGLU = {"gated_linear_unit": True, "activation_func": F.silu}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "swiglu": SWIGLU | {"bias_activation_fusion": True},
+    "swiglu unfused, clamped": SWIGLU | {"activation_func_clamp_value": 0.4, "glu_linear_offset": 1.0},
+    "quick geglu": {
+        "gated_linear_unit": True,
+        "activation_func": quick_gelu,
+        "bias_activation_fusion": True,
+        "activation_func_clamp_value": 0.4,
+        "glu_linear_offset": 1.0,
+    },
+    "gelu": {"activation_func": F.gelu},
+    "squared relu": {"activation_func": squared_relu, "use_fused_weighted_squared_relu": True},
+}
+ROWS = ([3, 0, 9, 4], [0, 0, 0, 0], [0, 21, 0, 0], [4, 4, 4, 4])
+
+
+def settings(**changes: Any) -> Any:
+    sizes = {"tensor_model_parallel_size": 1, "hidden_size": HIDDEN, "moe_ffn_hidden_size": FEATURES}
+    kind = {"params_dtype": torch.float64, "num_moe_experts": 4, "add_bias_linear": False, "moe_router_topk": 1}
+    kind |= {"moe_router_pre_softmax": True}
+    return make_config(**sizes | kind | changes)
+
+
+def te_experts(**changes: Any) -> Any:
+    config = settings(**changes)
+    model_parallel_cuda_manual_seed(5)
+    submodules: Any = getattr(stock, "GroupedMLPSubmodules", stock.MLPSubmodules)
+    layers = {"linear_fc1": te.TEColumnParallelGroupedLinear, "linear_fc2": te.TERowParallelGroupedLinear}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return with_weights(stock.TEGroupedMLP(4, config, submodules(**layers), pg_collection=groups))
+
+
+def with_weights(experts: Any) -> Any:
+    generator = torch.Generator().manual_seed(7)
+    for parameter in experts.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return experts
+
+
+def tiled_of(experts: Any, tiles: int = 3, **options: Any) -> Any:
+    """A copy, tiled."""
+    values = (value for module in experts.modules() for value in vars(module).values())
+    shared = (torch.distributed.ProcessGroup, ProcessGroupCollection)
+    copied = copy.deepcopy(experts, {id(value): value for value in values if isinstance(value, shared)})
+    (report,) = tile(torch.nn.ModuleDict({"experts": copied}), TilingConfig(splits={"experts": (1, tiles)}, **options))
+    assert report.expert_tiles == tiles and report.module == "experts", report
+    return copied
+
+
+def run(experts: Any, rows: list[int], **options: Any) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(sum(rows))
+    hidden = torch.randn(sum(rows), HIDDEN, generator=generator, dtype=torch.float64).requires_grad_()
+    probs = torch.rand(sum(rows), generator=generator, dtype=torch.float64).requires_grad_()
+    output, bias = experts(hidden, torch.tensor(rows), probs, **options)
+    assert bias is None
+    experts.zero_grad()
+    (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {"output": output.detach(), "hidden": hidden.grad, "probs": probs.grad} | gradients
+
+
+def assert_equal(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """Where stock has no gradient, tiled has none or zeros."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        one = found[name]
+        if one is None or value is None:
+            assert (one is None or not one.any()) and (value is None or not value.any()), name
+        else:
+            torch.testing.assert_close(
+                one, value, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def check_values() -> None:
+    for (name, activation), biased, on_input in itertools.product(ACTIVATIONS.items(), (False, True), (False, True)):
+        if biased and name == "squared relu" and "use_fused_weighted_squared_relu" in activation:
+            continue  # stock refuses it where fc1 does not add the bias
+        changes = activation | {"add_bias_linear": biased, "moe_apply_probs_on_input": on_input}
+        experts = te_experts(**changes | {"bias_dropout_fusion": False})
+        for rows, keep in zip(ROWS, (0, 1, None, 2), strict=True):
+            tiled = tiled_of(experts, mlp_keep=keep)
+            assert not reason(tiled, rows)
+            assert_equal(run(tiled, rows), run(experts, rows))
+
+
+def reason(tiled: Any, rows: list[int], **buffers: Any) -> str:
+    found: str = tiled.reason_for_stock_forward(
+        torch.zeros(sum(rows), HIDDEN, dtype=torch.float64), rows, tiled.weights(), buffers
+    )
+    return found
+
+
+def check_main_grad() -> None:
+    """As with TransformerEngine's fused accumulation; biases' gradients stay where they were."""
+    experts = te_experts(**SWIGLU, add_bias_linear=True, bias_dropout_fusion=False)
+    expected, tiled = run(experts, ROWS[0]), tiled_of(experts, fuse_wgrad=True)
+    for parameter in tiled.parameters():
+        parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones_like(parameter), False
+    found = run(tiled, ROWS[0])
+    for name, parameter in tiled.named_parameters():
+        fused = "weight" in name
+        assert parameter.grad_added_to_main_grad == fused, name
+        if fused:
+            found[name] = parameter.main_grad - 1
+    assert_equal(found, expected)
+
+
+def check_stock_forward() -> None:
+    """Hooks see what they would see in stock's; what others give or replace is honoured."""
+    experts = te_experts(**SWIGLU)
+    expected = run(experts, ROWS[0])
+    seen: list[Any] = []
+    for change in (
+        lambda tiled: tiled.linear_fc2.register_forward_hook(lambda *arguments: seen.append(arguments[1][0].shape)),
+        lambda tiled: setattr(tiled.linear_fc1, "forward", tiled.linear_fc1.forward),
+        lambda tiled: tiled.linear_fc1.weight1.requires_grad_(False),
+    ):
+        tiled = tiled_of(experts)
+        change(tiled)
+        assert reason(tiled, ROWS[0])
+        found = run(tiled, ROWS[0])
+        assert_equal({name: found[name] for name in expected if found[name] is not None}, {
+            name: value for name, value in expected.items() if found[name] is not None
+        })  # fmt: skip
+    assert seen == [(sum(ROWS[0]), FEATURES)]
+    assert reason(tiled_of(experts), ROWS[0], output_buffer=torch.empty(1)) == "others give the memory of outputs"
+    try:
+        tiled_of(experts)(torch.zeros(5, HIDDEN).double(), torch.tensor([1, 1, 1, 1]), torch.ones(5).double())
+    except RuntimeError as error:  # stock's, for a row of no expert
+        assert "split" in str(error)
+    else:
+        raise AssertionError("a row of no expert was left as it was in memory")
+
+
+def check_reasons() -> None:
+    """What stays stock says so in the table, and computes."""
+    for changes, words in (
+        ({"fp8": "hybrid"}, "--fp8-format hybrid: "),
+        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser: "),
+        ({"moe_paged_stash": True}, "--moe-paged-stash: "),
+        ({"moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32: "),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute: "),
+        ({"fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}, "--offload-modules ['moe_act']"),
+        ({"use_te_activation_func": True}, "--use-te-activation-func: "),
+    ):
+        experts = te_experts(**SWIGLU)
+        vars(experts.config).update(changes)
+        (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
+        assert type(experts) is stock.TEGroupedMLP and report.reason.startswith(words), report
+        assert words in table([report]) and " dense " in table([report])
+    for attribute, words in (
+        ("single_grouped_weight", "--moe-single-grouped-weight"),
+        ("te_quant_params", "--te-precision"),
+    ):
+        experts = te_experts(**SWIGLU)
+        setattr(experts.linear_fc2, attribute, True)
+        (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
+        assert report.reason.startswith(words), report
+    experts = te_experts(**SWIGLU)
+    experts.linear_fc1 = torch.nn.Sequential(experts.linear_fc1)
+    (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
+    assert report.reason == "linear_fc1 is not a stock grouped layer but Sequential"
+    (report,) = tile(torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)}), TilingConfig(modules=("fc1", "fc2")))
+    assert report.reason == "not in --tiled-linear-modules"
+    experts = torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)})
+    expect_error(lambda: tile(experts, TilingConfig(splits={"experts": (1, 2)}, mlp_keep=3)), "within [0, 2]")
+
+
+def check_table() -> None:
+    experts = tiled_of(te_experts(**SWIGLU), tiles=2, mlp_keep=1)
+    for _ in range(2):  # tiled now, or before
+        reports = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
+        row = table(reports).splitlines()[1].split(maxsplit=1)[1]
+        words = "1 4 x 12 x 20 - - TiledExperts, at most 2 tiles of about as many rows, keep 1"
+        assert row.split() == words.split(), row
+
+
+def models(**changes: Any) -> tuple[Any, Any]:
+    """Dense and tiled."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    found = []
+    for _ in range(2):
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        sizes = {"expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size()}
+        sizes |= {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1}
+        config = make_config(**sizes | EXPERTS | {"moe_grouped_gemm": True, "num_query_groups": 4} | changes)
+        found.append(gpt(config, spec=get_gpt_layer_with_transformer_engine_spec(4, moe_grouped_gemm=True)))
+    return found[0], found[1]
+
+
+def check_models() -> None:
+    """The same parameters, gradients and checkpoints in a whole model, with what surrounds experts."""
+    dispatchers = ("allgather", "alltoall")
+    surroundings: list[dict[str, Any]] = [{"moe_token_dispatcher_type": dispatcher} for dispatcher in dispatchers]
+    recompute = {"recompute_granularity": "selective"}
+    surroundings += [recompute | {"recompute_modules": modules} for modules in (["moe_act"], ["moe"])]
+    capacity = {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"}
+    surroundings += [capacity, capacity | {"moe_pad_expert_input_to_capacity": True}]
+    for changes in surroundings:
+        dense, tiled = models(**changes)
+        parameters = dict(tiled.named_parameters())
+        tile(tiled, TilingConfig(factor=3, modules=("fc1", "fc2", "experts"), mlp_keep=1))
+        experts = [module for module in tiled.modules() if isinstance(module, grouped.TiledExperts)]
+        assert len(experts) == 2 and all(isinstance(one, stock.TEGroupedMLP) for one in experts)
+        assert all(parameter is parameters[name] for name, parameter in tiled.named_parameters())
+        assert entries(tiled) == entries(dense) and list(tiled.state_dict()) == list(dense.state_dict())
+        loops = [Mock(wraps=one._run_loop) for one in experts]
+        for one, loop in zip(experts, loops, strict=True):
+            one._run_loop = loop
+        inputs = batch() | {"attention_mask": None}
+        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        assert all(loop.called for loop in loops)
+
+
+def check_grouped_mlp() -> None:
+    """megatron-core 0.16's own."""
+    if not hasattr(stock, "GroupedMLP"):
+        return
+    if parallel_state.get_expert_tensor_parallel_world_size() > 1:
+        return
+    stock.gg.assert_grouped_gemm_is_available = lambda: None
+
+    def gmm(x: Tensor, weights: Tensor, rows: Tensor, trans_b: bool) -> Tensor:
+        assert not trans_b
+        return torch.cat([part @ weight for part, weight in zip(x.split(rows.tolist()), weights, strict=True)])
+
+    class Operations:
+        pass
+
+    Operations.gmm = staticmethod(gmm)  # type: ignore[attr-defined]
+    stock.gg.ops = Operations
+    for changes in (SWIGLU, {"activation_func": F.gelu}, SWIGLU | {"moe_apply_probs_on_input": True}):
+        config = settings(**changes)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        experts = with_weights(stock.GroupedMLP(4, config, pg_collection=groups))
+        config.bf16 = True  # stock says that it computes nothing else
+        for rows, keep in zip(ROWS, (0, 1, None, 2), strict=True):
+            tiled = copy.copy(experts)  # the same parameters
+            tile(torch.nn.ModuleDict({"experts": tiled}), TilingConfig(factor=3, mlp_keep=keep))
+            assert isinstance(tiled, grouped.TILED_CLASSES[stock.GroupedMLP])
+            assert_equal(run(tiled, rows), run(experts, rows))
+    print("GroupedMLP: as stock", flush=True)
+
+
+def main() -> None:
+    checks = [check for name, check in globals().items() if name.startswith("check_")]
+    layouts = {"EP=2": {"expert_model_parallel_size": 2}, "expert TP=2": {"tensor_model_parallel_size": 2}, "alone": {}}
+    with megatron():
+        for name, sizes in list(layouts.items())[
+            -(torch.distributed.get_world_size() ** 2) :
+        ]:  # in one process, the last
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(**sizes)
+            for check in checks if name == "alone" else [check_models]:
+                check()
+            if torch.distributed.get_rank() == 0:
+                print(f"experts, {name}: checks passed on megatron-core {__version__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
