@@ -336,6 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         splits = None if options.tiled_linear_splits is None else parse_splits(options.tiled_linear_splits)
+        if "experts" in (splits or {}):
+            raise Refused("--tiled-linear-splits experts: grouped experts have no tile keys; leave it out")
         done = convert(options.source, options.target, splits, options.core_names)
     except (ValueError, OSError) as error:
         print(f"megatron_tiling.convert_deepspeed: {error}", file=sys.stderr)

@@ -86,7 +86,10 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], limit: float =
 
 
 def by_name(reports: list[LayerReport]) -> dict[str, str]:
-    return {report.name: str(report.grid) if report.grid else f"dense: {report.reason}" for report in reports}
+    return {
+        report.name: str(report.grid or report.expert_tiles) if report.is_tiled else f"dense: {report.reason}"
+        for report in reports
+    }
 
 
 def check_in_place() -> None:

@@ -21,9 +21,9 @@ NO_NUMBERS = ("2", 2.0, 2.5, True, np.float64(2), [2], -1)
 
 def test_defaults() -> None:
     config = TilingConfig()
-    assert [config.splits_of(module) for module in MODULES] == [(1, 4), (4, 1), (1, 4), (4, 1), (1, 4)]
+    assert [config.splits_of(module) for module in MODULES] == [(1, 4), (4, 1), (1, 4), (4, 1), (1, 4), (1, 4)]
     assert (
-        config.tiled_modules == ("fc1", "fc2", "output")
+        config.tiled_modules == ("fc1", "fc2", "experts", "output")
         and TilingConfig(storage="partitioned").tiled_modules == MODULES
     )
     assert config.splits == {} and config.kept_tiles is None and not config.partitioned
@@ -130,6 +130,9 @@ def test_fuse_wgrad_has_no_flag() -> None:
     [
         ({"modules": ("fc1",), "splits": {"fc2": (2, 1)}}, "--tiled-linear-splits fc2=2x1: fc2 is not among"),
         ({"modules": ("fc1",), "mlp_keep": 0}, "--tiled-mlp-keep: fc1 and fc2 are not both tiled"),
+        ({"storage": "partitioned", "splits": {"experts": (1, 2)}}, "--tiled-linear-splits experts=2: partitioned"),
+        ({"modules": ("fc1",), "splits": {"experts": (1, 2)}}, "--tiled-linear-splits experts=2: experts is not among"),
+        ({"splits": {"experts": (2, 1)}}, "--tiled-linear-splits experts=(2, 1): experts have one number of tiles"),
         ({"modules": ("fc1",), "head_tokens": 5}, "--tiled-head-tokens: the output layer is not tiled"),
         ({"modules": ("fc1",), "head_memory_mib": 5}, "--tiled-head-memory-mib: the output layer is not tiled"),
         ({"storage": "partitioned", "head_tokens": 5}, "--tiled-head-tokens: a partitioned output layer makes whole"),
@@ -148,11 +151,31 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    "setting", ["fc1", "fc1=8", "fc1=1x2x3", "fc1=1x-2", "fc1=0x2", "fc1=1x", "fc1=axb", "fc1=1.0x2", "fc1=\uff11x2"]
+    "setting",
+    [
+        "fc1",
+        "fc1=8",
+        "fc1=1x2x3",
+        "fc1=1x-2",
+        "fc1=0x2",
+        "fc1=1x",
+        "fc1=axb",
+        "fc1=1.0x2",
+        "fc1=\uff11x2",
+        "experts=1x4",
+        "experts=0",
+        "experts",
+    ],
 )
 def test_malformed_splits(setting: str) -> None:
     with pytest.raises(ValueError, match=f"^--tiled-linear-splits {setting}: write MODULE=INxOUT, both whole numbers"):
         parse_splits([setting])
+
+
+def test_tiles_of_experts_are_one_number() -> None:
+    config = TilingConfig(splits=parse_splits(["experts=8", "fc1=1x2"]))
+    assert config.splits_of("experts") == (1, 8) and config.setting_of("experts") == "experts=8"
+    assert TilingConfig(modules=("experts",), mlp_keep=2).kept_tiles == 2
 
 
 def test_storage_follows_the_engine_unless_it_is_given() -> None:

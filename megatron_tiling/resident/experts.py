@@ -257,6 +257,8 @@ def reason_to_stay_stock(experts: Any) -> str:
     """Why grouped experts cannot become tiled, or nothing."""
     if type(experts) not in TILED_CLASSES:
         return f"{type(experts).__name__} is not a stock class of grouped experts"
+    if experts.config.activation_func_fp8_input_store:
+        return "the activation's input is stored in fp8"
     if not isinstance(experts, stock.TEGroupedMLP):
         return reason_to_stay_dense(experts, "experts")
     for name in MLP_LAYERS:

@@ -54,7 +54,6 @@ NOT_IN_TILES: tuple[tuple[Refused, tuple[str, ...]], ...] = (
     (Refused("--moe-paged-stash", _NOT_IN_TILES), ("experts",)),
     (Refused("--moe-mlp-glu-interleave-size", "tiles take gate and up from two halves"), ("experts",)),
     (Refused("--use-te-activation-func", _NOT_IN_TILES), ("experts",)),
-    (Refused("--activation-func-fp8-input-store", _NOT_IN_TILES), ("experts",)),
     (Refused("--cache-mla-latents", "it reads the layer's weight and norm"), ("qkv",)),
 )
 

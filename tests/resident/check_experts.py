@@ -230,6 +230,8 @@ def check_models() -> None:
     surroundings += [recompute | {"recompute_modules": modules} for modules in (["moe_act"], ["moe"])]
     capacity = {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"}
     surroundings += [capacity, capacity | {"moe_pad_expert_input_to_capacity": True}]
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:  # gloo gathers no uneven numbers of rows
+        surroundings = [changes for changes in surroundings if "alltoall" not in changes.values()]
     for changes in surroundings:
         dense, tiled = models(**changes)
         parameters = dict(tiled.named_parameters())
@@ -276,9 +278,21 @@ def check_grouped_mlp() -> None:
     print("GroupedMLP: as stock", flush=True)
 
 
+def exchange_on_a_cpu() -> None:
+    """Stock brings the sizes to the host for GPUs alone, and leaves tensors, which gloo does not take."""
+    exchange = torch.distributed.all_to_all_single
+
+    def with_lists(output: Tensor, input_: Tensor, **options: Any) -> Any:
+        sizes = {name: sizes.tolist() for name, sizes in options.items() if isinstance(sizes, Tensor)}
+        return exchange(output, input_, **options | sizes)
+
+    torch.distributed.all_to_all_single = with_lists
+
+
 def main() -> None:
     checks = [check for name, check in globals().items() if name.startswith("check_")]
     layouts = {"EP=2": {"expert_model_parallel_size": 2}, "expert TP=2": {"tensor_model_parallel_size": 2}, "alone": {}}
+    exchange_on_a_cpu()
     with megatron():
         for name, sizes in list(layouts.items())[
             -(torch.distributed.get_world_size() ** 2) :

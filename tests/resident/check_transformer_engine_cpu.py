@@ -89,6 +89,7 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def check_models() -> None:
     """The same parameters, state dicts and checkpoint entries; each loads the other's."""
     from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.resident.experts import TiledExperts
     from tests.resident.check_transformer_engine import TILED_CLASSES, entries
 
     for name, changes in models().items():
@@ -98,6 +99,9 @@ def check_models() -> None:
         assert {key: id(parameter) for key, parameter in tiled.named_parameters()} == before, name
         left = [path for path, module in tiled.named_modules() if type(module) in TILED_CLASSES]
         assert all(path.endswith("eh_proj") for path in left), left  # of next-token heads: no module that is tiled
+        experts = [module for module in tiled.modules() if isinstance(module, TiledExperts)]
+        assert len(experts) == (2 if "moe_grouped_gemm" in changes else 0)
+        assert not any(one.reason_in_layers() for one in experts)
         assert equal(tiled.state_dict(), dense.state_dict()), name
         assert entries(tiled) == entries(dense), name
         saved = build(**changes, seed=4).state_dict()
@@ -117,7 +121,7 @@ def check_checkpoints() -> None:
     from megatron_tiling import TilingConfig, tile
 
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    for name in ("GPT with biases, tied", "sequential and shared experts"):
+    for name in ("GPT with biases, tied", "sequential and shared experts", "grouped and shared experts"):
         changes = models()[name]
         for saves, loads in ((False, True), (True, False)):
             source, target = build(**changes), build(**changes, seed=4)
