@@ -1,0 +1,211 @@
+"""Experts in grouped GEMMs, TransformerEngine's and tiled: time, what is kept between the passes, and the peak.
+
+    python -m benchmarks.experts [--cases 8:2:1536 8:8:14336 64:8:768] [--tokens 8192] [--repeats 20] [--results DIR]
+
+A case is local experts, experts a token goes to, and ffn of an expert. The permuted tokens are the input, and are not
+counted, as are output, weights and float32 gradients (``main_grad``), into which all candidates add within their GEMMs.
+Every case has a process of its own, candidates run interleaved in random order.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, Origin, machine
+
+PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
+CASES = ("8:2:1536", "8:8:1536", "8:2:14336", "8:8:14336", "64:8:768")
+STOCK = "TransformerEngine"
+#: Tiles, and how many keep their pre-activations.
+OURS: tuple[tuple[int, int | str], ...] = ((1, "all"), (4, "all"), (4, 2), (4, 0), (8, 0))
+HEAD_START = 40_000_000  # GPU cycles: the host launches the many products of a step in the meantime
+MIB = 2**20
+
+
+def build(hidden_size: int, experts: int, ffn_hidden_size: int) -> Any:
+    """Megatron's experts on TransformerEngine's grouped layers."""
+    import torch
+    import torch.nn.functional as F
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_attention_heads=hidden_size // 128,
+        num_moe_experts=experts, moe_ffn_hidden_size=ffn_hidden_size, moe_grouped_gemm=True,
+        params_dtype=torch.bfloat16, bf16=True, add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu,
+        bias_activation_fusion=True, gradient_accumulation_fusion=True,
+    )  # fmt: skip
+    submodules = GroupedMLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    module = TEGroupedMLP(experts, config, submodules, pg_collection=groups)
+    return torch.nn.ModuleDict({"experts": module}).cuda()
+
+
+def rows_of(tokens: int, experts: int, top_k: int) -> list[int]:
+    """Rows of each expert: tokens go to the ``top_k`` best of random scores, of which some experts have better ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(tokens, experts, generator=generator) + 0.25 * torch.randn(experts, generator=generator)
+    return scores.topk(top_k).indices.flatten().bincount(minlength=experts).tolist()
+
+
+def candidates(case: tuple[int, ...], rows: list[int], probs: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """On the same weights: stock, recomputed by Megatron, and tiled."""
+    import torch
+    from megatron.core import tensor_parallel
+
+    from benchmarks.gpt import share
+    from megatron_tiling import TilingConfig, tile
+
+    counts = torch.tensor(rows)
+    dense = build(*case)
+    for parameter in dense.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+    def run(experts: Any) -> Callable[[Any], Any]:
+        return lambda hidden: experts(hidden, counts, probs)[0]
+
+    yield STOCK, run(dense.experts)
+    recomputed = build(*case)
+    share(recomputed, dict(dense.named_parameters()))
+    recomputed.experts.activation_recompute = True
+    yield f"{STOCK}, recompute moe_act", run(recomputed.experts)
+    stock = run(dense.experts)
+    yield f"{STOCK}, recompute moe", lambda hidden: tensor_parallel.checkpoint(stock, False, hidden)
+    for tiles, keep in OURS:
+        model = build(*case)
+        share(model, dict(dense.named_parameters()))
+        tile(model, TilingConfig(splits={"experts": (1, tiles)}, mlp_keep=keep))  # type: ignore[arg-type]
+        yield f"ours: T={tiles} keep {keep}", run(model.experts)
+
+
+def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[float, float]:
+    """MiB kept between the passes, and at the peak, beside input, output, gradient of the output, and weights'."""
+    import torch
+
+    hidden.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = run(hidden)
+    kept = torch.cuda.memory_allocated() - before - output.nbytes
+    output.backward(grad_output)
+    torch.cuda.synchronize()
+    return kept / MIB, (torch.cuda.max_memory_allocated() - before - output.nbytes) / MIB
+
+
+def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import gpt
+    from benchmarks import mlp_measure as measure
+    from benchmarks.mlp_candidates import Candidate
+
+    gpt.initialize()
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    model_parallel_cuda_manual_seed(7)
+    experts, top_k, ffn = map(int, case.split(":"))
+    rows = rows_of(tokens, experts, top_k)
+    hidden = torch.randn(sum(rows), hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    probs = torch.rand(sum(rows), device="cuda", requires_grad=True)
+    grad_output = torch.randn_like(hidden)
+    found: dict[str, dict[str, Any]] = {}
+    chosen = []
+    exact: list[Any] = []
+    for name, run in candidates((hidden_size, experts, ffn), rows, probs):
+        candidate = Candidate(name, run, [probs])
+        output = measure.step(candidate, hidden, grad_output)
+        values = [output.detach().clone(), hidden.grad.clone(), probs.grad.clone()]
+        exact = exact or values
+        differences = [float((one - other).norm() / other.norm()) for one, other in zip(values, exact, strict=True)]
+        for _ in range(3):
+            measure.step(candidate, hidden, grad_output)
+        del output, values
+        kept, peak = memory(run, hidden, grad_output)
+        found[name] = {"name": name, "kept_mib": kept, "peak_mib": peak, "difference": max(differences)}
+        found[name]["milliseconds"] = []
+        chosen.append(candidate)
+    for _ in range(repeats):
+        for candidate in random.sample(chosen, len(chosen)):
+            once = measure.time_once(candidate, hidden, grad_output, HEAD_START)
+            found[candidate.name]["milliseconds"].append(once)
+    for candidate in chosen:
+        found[candidate.name]["kernels"] = measure.kernel_table(candidate, hidden, grad_output)
+    torch.distributed.destroy_process_group()
+    return {"case": case, "rows": rows, "gpu": machine(), "candidates": list(found.values())}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    lines = [
+        *Origin(**record["origin"]).head("Experts in grouped GEMMs", "main_grad held"),
+        f"{record['tokens']} tokens, h={record['hidden_size']}, SwiGLU, bf16, random data, medians of "
+        f"{record['repeats']} interleaved runs. Kept between the passes, and the peak, beside input, output and its "
+        "gradient; the gradient of the input is in the peak. Difference: the largest relative RMS from stock of output "
+        "and of the gradients of input and probabilities.",
+    ]
+    for run in record["runs"]:
+        experts, top_k, ffn = run["case"].split(":")
+        stock = run["candidates"][0]
+        base = statistics.median(stock["milliseconds"])
+        spread = f"{min(run['rows'])} to {max(run['rows'])}"
+        lines += ["", f"## {experts} local experts, top-{top_k}, ffn={ffn}; {spread} rows an expert", ""]
+        lines += ["| | ms | time | kept MiB | kept | peak MiB | peak | difference |", "|---" * 8 + "|"]
+        for row in run["candidates"]:
+            median = statistics.median(row["milliseconds"])
+            lines.append(
+                f"| {row['name']} | {median:.2f} | {median / base:.3f} | {row['kept_mib']:.0f} | "
+                f"{row['kept_mib'] / stock['kept_mib']:.3f} | {row['peak_mib']:.0f} | "
+                f"{row['peak_mib'] / stock['peak_mib']:.3f} | {row['difference']:.1e} |"
+            )
+        for row in run["candidates"]:
+            if row["name"] in (STOCK, "ours: T=4 keep all"):
+                lines += ["", f"Kernels of {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
+                lines += [f"| `{name[:90]}` | {calls} | {ms:.3f} |" for name, calls, ms in row["kernels"][:12]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="local experts:top-k:ffn")
+    parser.add_argument("--hidden-size", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one-case-into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one_case_into:
+        found = run_case(args.cases[0], args.hidden_size, args.tokens, args.repeats)
+        args.one_case_into.write_text(json.dumps(found))
+        return
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(args.cases):
+            path = Path(folder) / str(number)
+            command = [sys.executable, "-m", "benchmarks.experts", "--cases", case, "--tokens", str(args.tokens)]
+            command += ["--hidden-size", str(args.hidden_size), "--repeats", str(args.repeats)]
+            subprocess.run([*command, "--one-case-into", str(path)], check=True)
+            runs.append(json.loads(path.read_text()))
+    origin = Origin.now(PACKAGES, runs[0]["gpu"])
+    record = {"origin": asdict(origin), "hidden_size": args.hidden_size, "tokens": args.tokens}
+    record |= {"repeats": args.repeats, "runs": runs}
+    path = args.results / f"{origin.date}-experts.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(record))
+    print(markdown(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
