@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.config import TilingConfig
+from megatron_tiling.resident.activation import FORMULA_KINDS, reason_in_activation
 from megatron_tiling.resident.adapters import unwrapped
-from megatron_tiling.resident.mlp import FORMULA_KINDS, MLP_LAYERS, reason_in_hooks, run_weight_hooks
+from megatron_tiling.resident.mlp import MLP_LAYERS, reason_in_hooks, run_weight_hooks
+from megatron_tiling.resident.stock_code import is_own_function
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.expert_groups import expert_groups
@@ -38,6 +40,10 @@ def _known_grouped_gemm() -> Callable[..., Any] | None:
 
 
 _GROUPED_GEMM = _known_grouped_gemm() if te.HAVE_TE else None
+
+
+#: Names, in Megatron's module, of the fused activations that the kernels know.
+FUSED = ("weighted_bias_swiglu_impl", "weighted_bias_quick_geglu_impl", "weighted_squared_relu_impl")
 
 
 class Weights(NamedTuple):
@@ -152,6 +158,8 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
     """``TEGroupedMLP`` in tiles."""
 
     def reason_in_layers(self) -> str:
+        if reason := _replaced(stock.TEGroupedMLP) or reason_in_activation(self):
+            return reason
         if te.FP8GlobalStateManager.is_fp8_enabled():
             return "FP8 is on"
         for name in MLP_LAYERS:
@@ -186,6 +194,8 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
     def formula(self) -> Formula | None:
         config, function, gated = self.config, self.activation_func, self.config.gated_linear_unit
         clamp, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        if not all(is_own_function(getattr(stock, name, squared_relu)) for name in FUSED):
+            return None
         if config.bias_activation_fusion:
             if function == F.silu and gated and clamp is None:
                 return Formula("silu")
@@ -224,6 +234,9 @@ if hasattr(stock, "GroupedMLP"):  # in 0.16 alone
             shape = self.num_local_experts, *((hidden, -1) if layer == "linear_fc1" else (-1, hidden))
             return lambda parameters: [block.t() for block in parameters[0].view(shape)]
 
+        def reason_in_layers(self) -> str:
+            return _replaced(stock.GroupedMLP)
+
         def activation(self) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
             def between(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
                 assert bias is None and scale is not None
@@ -239,6 +252,12 @@ if hasattr(stock, "GroupedMLP"):  # in 0.16 alone
     TILED_CLASSES[stock.GroupedMLP] = TiledGroupedMLP
 
 
+def _replaced(kind: Any) -> str:
+    """The ``forward`` of a class of Megatron's, if somebody has replaced it, or nothing."""
+    forward: Any = kind.forward
+    return "" if is_own_function(forward) else f"{kind.__name__}.forward is not Megatron's own"
+
+
 class _PassOn(torch.nn.Module):
     def forward(self, input_: Tensor, rows: list[int]) -> tuple[Tensor, None]:
         return input_, None
@@ -250,7 +269,7 @@ def _reason_in_class(layer: Any) -> str:
         return "has an adapter around it"
     if type(layer) not in (te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear) or "forward" in vars(layer):
         return f"is not a stock grouped layer but {type(layer).__name__}"
-    return ""
+    return _replaced(type(layer))
 
 
 def reason_to_stay_stock(experts: Any) -> str:
@@ -260,7 +279,8 @@ def reason_to_stay_stock(experts: Any) -> str:
     if experts.config.activation_func_fp8_input_store:
         return "the activation's input is stored in fp8"
     if not isinstance(experts, stock.TEGroupedMLP):
-        return reason_to_stay_dense(experts, "experts")
+        unknown = experts.config.activation_func not in FORMULA_KINDS and "tiles do not know its activation function"
+        return reason_to_stay_dense(experts, "experts") or unknown or ""
     for name in MLP_LAYERS:
         layer = getattr(experts, name)
         if reason := _reason_in_class(layer):
@@ -271,7 +291,7 @@ def reason_to_stay_stock(experts: Any) -> str:
             return "--expert-tensor-parallel-num-weight-shards: tiles need weights whole"
         if reason := reason_to_stay_dense(layer, "experts"):
             return reason
-    return ""
+    return reason_in_activation(experts)
 
 
 def convert_experts(experts: Any, config: TilingConfig) -> None:

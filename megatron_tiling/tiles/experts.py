@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.expert_groups import Group, Segment
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
@@ -131,7 +131,7 @@ class _TiledExperts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _Backward(ctx, grad_output).run()
 

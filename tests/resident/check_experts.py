@@ -157,6 +157,12 @@ def check_stock_forward() -> None:
         })  # fmt: skip
     assert seen == [(sum(ROWS[0]), FEATURES)]
     assert reason(tiled_of(experts), ROWS[0], output_buffer=torch.empty(1)) == "others give the memory of outputs"
+    forward, tiled = stock.TEGroupedMLP.forward, tiled_of(experts)
+    stock.TEGroupedMLP.forward = lambda *operands, **buffers: forward(*operands, **buffers)
+    assert reason(tiled, ROWS[0]) == "TEGroupedMLP.forward is not Megatron's own"
+    assert_equal(run(tiled, ROWS[0]), expected)
+    stock.TEGroupedMLP.forward = forward
+    assert not reason(tiled, ROWS[0])
     try:
         tiled_of(experts)(torch.zeros(5, HIDDEN).double(), torch.tensor([1, 1, 1, 1]), torch.ones(5).double())
     except RuntimeError as error:  # stock's, for a row of no expert
