@@ -27,7 +27,7 @@ from megatron_tiling.config import TilingConfig
 from megatron_tiling.resident.activation import activation_of
 from megatron_tiling.resident.fp8_loop import FP8Linear, FP8Loop, fp8_mlp
 from megatron_tiling.resident.fp8_operands import BLOCK, WeightCopies
-from megatron_tiling.resident.mlp import TiledMLP, run_weight_hooks
+from megatron_tiling.resident.mlp import TiledMLP, run_weight_hooks, with_scaled_bias
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES, normalize
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.remade import made_again
@@ -63,13 +63,8 @@ class TiledFP8MLP(TiledMLP):
         if not hidden_states.numel() or self.reason_for_stock_forward():
             self._copies.clear()  # the layers make theirs
             return MLP.forward(self, hidden_states, per_token_scale, **kwargs)
-        output = self._output(hidden_states, per_token_scale)
-        fc2 = self.linear_fc2
-        if not fc2.te_return_bias:
-            return output, None
-        if per_token_scale is None:
-            return output, fc2.bias
-        return (output + fc2.bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype), None
+        bias = self.linear_fc2.bias if self.linear_fc2.te_return_bias else None
+        return with_scaled_bias(self._output(hidden_states, per_token_scale), bias, per_token_scale)
 
     @torch.compiler.disable
     def reason_for_stock_forward(self) -> str:

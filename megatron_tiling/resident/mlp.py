@@ -64,13 +64,9 @@ class TiledMLP(MLP):
             adapter = looped_adapter(self.linear_fc2)
             assert adapter is not None
             output = output + adapter.widened(low).reshape(output.shape)
-        if bias is None:
-            return output, None
-        if not fc2.skip_bias_add:
+        if bias is not None and not fc2.skip_bias_add:
             return output + bias, None
-        if per_token_scale is None:
-            return output, bias
-        return (output + bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype), None
+        return with_scaled_bias(output, bias, per_token_scale)
 
     @torch.compiler.disable
     def reason_for_stock_forward(self) -> str:
@@ -126,9 +122,39 @@ class TiledMLP(MLP):
     def _reason_in_hooks(cls, child: torch.nn.Module) -> str:
         return reason_in_hooks(child)
 
+    @torch.compiler.disable
     def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """fc1, activation and fc2, before the reduction over tensor-parallel ranks; and for an adapter around fc2."""
-        return _run_loop(self, hidden_states, per_token_scale)
+        fc1, fc2 = unwrapped(self.linear_fc1), unwrapped(self.linear_fc2)
+        up, down = looped_adapter(self.linear_fc1), looped_adapter(self.linear_fc2)
+        for child in (fc1, fc2, *(adapter.wide for adapter in (up, down) if adapter is not None)):
+            run_weight_hooks(child)
+        takes_norm = up is not None and up.takes_norm
+        gathers = takes_norm and fc1.return_layernorm_output_gathered and fc1.sequence_parallel
+
+        def input_of_tiles(hidden: Tensor) -> Tensor:
+            normalized: Tensor = fc1.normalized(hidden)
+            return gather_from_sequence_parallel_region(normalized, group=fc1.tp_group) if gathers else normalized
+
+        parts = fc2.grid.in_parts
+        loop = MLPLoop(
+            parts=parts,
+            activation=activation_of(self, scaled=per_token_scale is not None),
+            keep=len(parts) - 1 if self.keep is None else self.keep,
+            fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
+            fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
+            fuse_up_wgrad=up is not None and up.fuses_wgrad,
+            fuse_down_wgrad=down is not None and down.fuses_wgrad,
+            fp32_accumulate=fc1.fp32_accumulate,
+            comm=None if gathers else comm_of(fc1),
+        )
+        normalized = input_of_tiles(hidden_states)
+        made = normalized is not hidden_states
+        with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
+            low = None if up is None else up.low(normalized if takes_norm else hidden_states)
+            wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
+            adapters = LowRank(low, *wide)
+            return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
 
 
 class TiledSharedExpertMLP(SharedExpertMLP, TiledMLP):
@@ -225,38 +251,13 @@ def _adds_bias(layer: Any) -> bool:
     return layer.bias is not None and not layer.skip_bias_add
 
 
-@torch.compiler.disable
-def _run_loop(mlp: TiledMLP, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    fc1, fc2 = unwrapped(mlp.linear_fc1), unwrapped(mlp.linear_fc2)
-    up, down = looped_adapter(mlp.linear_fc1), looped_adapter(mlp.linear_fc2)
-    for child in (fc1, fc2, *(adapter.wide for adapter in (up, down) if adapter is not None)):
-        run_weight_hooks(child)
-    takes_norm = up is not None and up.takes_norm
-    gathers = takes_norm and fc1.return_layernorm_output_gathered and fc1.sequence_parallel
-
-    def input_of_tiles(hidden: Tensor) -> Tensor:
-        normalized: Tensor = fc1.normalized(hidden)
-        return gather_from_sequence_parallel_region(normalized, group=fc1.tp_group) if gathers else normalized
-
-    parts = fc2.grid.in_parts
-    loop = MLPLoop(
-        parts=parts,
-        activation=activation_of(mlp, scaled=per_token_scale is not None),
-        keep=len(parts) - 1 if mlp.keep is None else mlp.keep,
-        fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
-        fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
-        fuse_up_wgrad=up is not None and up.fuses_wgrad,
-        fuse_down_wgrad=down is not None and down.fuses_wgrad,
-        fp32_accumulate=fc1.fp32_accumulate,
-        comm=None if gathers else comm_of(fc1),
-    )
-    normalized = input_of_tiles(hidden_states)
-    made = normalized is not hidden_states
-    with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
-        low = None if up is None else up.low(normalized if takes_norm else hidden_states)
-        wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
-        adapters = LowRank(low, *wide)
-        return adapted_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, per_token_scale, adapters, loop)
+def with_scaled_bias(
+    output: Tensor, bias: Tensor | None, per_token_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of fc2: a bias is left to the caller, as by stock's ``MLP.forward``, unless tokens are scaled."""
+    if bias is None or per_token_scale is None:
+        return output, bias
+    return (output + bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype), None
 
 
 def reason_in_hooks(child: torch.nn.Module) -> str:
