@@ -8,7 +8,7 @@ rank is converted by itself, the number of ranks stays, and joining the ranks ti
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -77,21 +77,15 @@ def join_tiles(state: Mapping[str, Tensor]) -> State:
 
 def _joined_weight(name: str, tiles: Mapping[tuple[int, int], Tensor]) -> Tensor:
     out_splits, in_splits = (max(index[axis] for index in tiles) + 1 if tiles else 1 for axis in (0, 1))
-    for index in ((o, i) for o in range(out_splits) for i in range(in_splits)):
-        if index not in tiles:
-            raise ValueError(
-                f"{name}: there is no linears.{index[0]}.{index[1]}.weight, "
-                f"in a grid of {out_splits} out-tiles and {in_splits} in-tiles"
-            )
-        shape, wanted = tuple(tiles[index].shape), (tiles[index[0], 0].shape[0], tiles[0, index[1]].shape[-1])
-        if tiles[index].dtype != tiles[0, 0].dtype:
-            raise ValueError(
-                f"{name}: linears.{index[0]}.{index[1]}.weight is {tiles[index].dtype}, beside {tiles[0, 0].dtype}"
-            )
-        if shape != wanted or 0 in shape:
-            raise ValueError(
-                f"{name}: linears.{index[0]}.{index[1]}.weight is {list(shape)}, between tiles that need {list(wanted)}"
-            )
+    for o, i in product(range(out_splits), range(in_splits)):
+        key = f"linears.{o}.{i}.weight"
+        if (o, i) not in tiles:
+            raise ValueError(f"{name}: there is no {key}, in a grid of {out_splits} out-tiles and {in_splits} in-tiles")
+        tile, wanted = tiles[o, i], (tiles[o, 0].shape[0], tiles[0, i].shape[-1])
+        if tile.dtype != tiles[0, 0].dtype:
+            raise ValueError(f"{name}: {key} is {tile.dtype}, beside {tiles[0, 0].dtype}")
+        if tile.shape != wanted or 0 in tile.shape:
+            raise ValueError(f"{name}: {key} is {list(tile.shape)}, between tiles that need {list(wanted)}")
     rows = [torch.cat([tiles[o, i] for i in range(in_splits)], dim=1) for o in range(out_splits)]
     return torch.cat(rows)
 

@@ -1,7 +1,7 @@
 """What an engine may own of a parameter. ZeRO-3 leaves an empty tensor behind, whose shape says nothing.
 
-All knowledge of how DeepSpeed marks such parameters (``ds_id``, ``ds_shape``, ``ds_numel``) is here; what gathers them
-for itself (zero3/gather.py) knows their shards besides.
+All knowledge of how DeepSpeed marks such parameters (``ds_id``, ``ds_shape``) is here; what gathers them for itself
+(zero3/gather.py) knows their shards besides.
 """
 
 from contextlib import AbstractContextManager, nullcontext
