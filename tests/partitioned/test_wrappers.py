@@ -27,7 +27,7 @@ KINDS = {
 }
 FSDPS = tuple(KINDS)[1:]
 #: Without tiles. Megatron-FSDP clips detached heads by the common norm.
-STOCK = {"stock Megatron-FSDP": KINDS["Megatron-FSDP"].removeprefix("--use-tiled-linear ")}
+STOCK = {"stock Megatron-FSDP": f"{KINDS['dense']} {KINDS['Megatron-FSDP'].removeprefix('--use-tiled-linear ')}"}
 #: Tiles of a row or two, which cannot all be shared by two ranks.
 TOO_SMALL = f"{KINDS['torch FSDP2']} --tiled-linear-splits qkv=1x72 --load /nowhere --save-wgrads-interval 9"
 GELU = "--untie-embeddings-and-output-weights --position-embedding-type rope"
