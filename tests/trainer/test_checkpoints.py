@@ -225,4 +225,4 @@ def test_entries_and_optimizer_state(tmp_path: Path) -> None:
 def test_script_can_be_imported_by_the_processes_that_write_a_checkpoint() -> None:
     script = SCRIPTS / "pretrain_gpt.py"
     code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__mp_main__')"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True)
