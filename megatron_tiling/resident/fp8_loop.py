@@ -1,9 +1,10 @@
 """The tile loop of an MLP in FP8, as one autograd function over the weights of TransformerEngine's layers.
 
 As in ``tiles/mlp.py`` the forward pass goes by tokens, the backward pass by feature tiles. Quantizers and GEMMs are
-TransformerEngine's, whose outputs must be contiguous: gate and up of a tile are two products, and the gradient of fc2's
-weight is one product at the end, for which the activations of all tiles are kept in FP8. With current scaling the
-activation of each step of tokens, and the gradient of each half of a tile, has a scale of its own.
+TransformerEngine's, whose outputs must be contiguous: gate and up of a tile lie side by side, fc1's rows of both are
+copied below one another, and the gradient of fc2's weight is one product at the end, for which the activations of all
+tiles are kept in FP8. With current scaling the activation of each step of tokens, and the gradient of each tile, has a
+scale of its own.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from megatron_tiling.resident.fp8_operands import (
     Operand,
     Quantizer,
     WeightCopies,
+    columns_of,
     inverse_scale,
     joined,
     quantized,
     rows_of,
     same_again,
+    wants_amax,
 )
 from megatron_tiling.tiles.comm import flat
 from megatron_tiling.tiles.first_order import first_order
@@ -107,7 +110,10 @@ class FP8Loop(MLPTiles):
 
     def halves(self, columns: slice) -> list[slice]:
         """fc1's rows of these features: gate's and up's, or one range."""
-        offsets = [half * self.parts[-1] for half in range(self.activation.halves)]
+        halves, features = self.activation.halves, self.parts[-1]
+        if columns.stop - columns.start == features:
+            return [slice(0, halves * features)]
+        offsets = [half * features for half in range(halves)]
         return [slice(offset + columns.start, offset + columns.stop) for offset in offsets]
 
     def forward(self, weight: Operand, x: Operand, out: Tensor, accumulate: bool = False) -> None:
@@ -126,21 +132,15 @@ class FP8Loop(MLPTiles):
         options = {"out_dtype": out.dtype, "layout": layout, "use_split_accumulator": split, "grad": layout != "TN"}
         general_gemm(a, b, out=out, accumulate=accumulate, **options)
 
-    def pre_activation(self, x: Operand, weight: Operand, columns: slice, like: Tensor) -> Tensor:
-        """``x [n, h]``, the whole ``weight``, some features -> ``[halves, n, width]``."""
-        halves, tokens, width = self.activation.halves, x.size()[0], columns.stop - columns.start
-        if width == self.parts[-1]:  # one matrix
-            pre = like.new_empty(tokens, halves, width)
-            self.forward(weight, x, pre.flatten(1))
-            return pre.transpose(0, 1)
-        return self.from_halves(x, [rows_of(weight, rows) for rows in self.halves(columns)], like)
-
-    def from_halves(self, x: Operand, weights: list[Operand], like: Tensor) -> Tensor:
-        """``x [n, h]``, ``[width, h]`` of each half -> ``[halves, n, width]``."""
-        pre = like.new_empty(len(weights), x.size()[0], weights[0].size()[0])
-        for out, weight in zip(pre, weights, strict=True):
-            self.forward(weight, x, out)
+    def pre_activation(self, x: Operand, weight: Operand, like: Tensor) -> Tensor:
+        """``x [n, h]``, fc1's rows of some features ``[halves * width, h]`` -> ``[n, halves * width]``."""
+        pre = like.new_empty(x.size()[0], weight.size()[0])
+        self.forward(weight, x, pre)
         return pre
+
+    def halved(self, pre: Tensor) -> Tensor:
+        """``[n, halves * width]`` -> ``[halves, n, width]``, a view."""
+        return pre.unflatten(1, (self.activation.halves, -1)).transpose(0, 1)
 
 
 def fp8_mlp(
@@ -205,26 +205,27 @@ class _FP8MLP(torch.autograd.Function):
         columnwise = needs_wgrad and not fc1.save_input and not rows_only
         shard = quantized(fc1.input, flat(hidden), rowwise=True, columnwise=columnwise)
         x = fc1.gathered(fc1.input, shard, rowwise=True, columnwise=False)()
-        fc1_weights, fc2_weights = fc1.weight.whole(fc1_weight), fc2.weight.whole(fc2_weight)
         keep = loop.keep if records else 0
-        kept = [loop.pre_activation(x, fc1_weights, tile, hidden) for tile in loop.tiles[:keep]]
-        rest = slice(loop.parts[keep], loop.parts[-1])
-        if keep == len(loop.tiles):
-            del fc1_weights
+        rest, kept = slice(loop.parts[keep], loop.parts[-1]), []
+        for tile in loop.tiles[:keep]:
+            kept.append(loop.pre_activation(x, fc1.weight.rows(fc1_weight, loop.halves(tile)), hidden))
+        rest_weight = fc1.weight.rows(fc1_weight, loop.halves(rest)) if keep < len(loop.tiles) else None
+        fc2_rows = fc2.weight.rows(fc2_weight, [slice(0, fc2_weight.shape[0])])
         y = hidden.new_empty(x.size()[0], fc2_weight.shape[0])
-        inverses = []
-        for step in loop.token_steps(x.size()[0]):
-            spans = [(tile, pre[:, step]) for tile, pre in zip(loop.tiles, kept, strict=False)]
-            if rest.start < rest.stop:
-                spans.append((rest, loop.pre_activation(rows_of(x, step), fc1_weights, rest, hidden)))
+        steps, inverses = loop.token_steps(x.size()[0]), []
+        amaxes = _amaxes(fc2.input, hidden, len(steps))
+        for step, amax in zip(steps, amaxes, strict=True):
+            spans = [(tile, pre[step]) for tile, pre in zip(loop.tiles, kept, strict=False)]
+            if rest_weight is not None:
+                spans.append((rest, loop.pre_activation(rows_of(x, step), rest_weight, hidden)))
             activated = hidden.new_empty(step.stop - step.start, loop.parts[-1])
             for columns, pre in spans:
-                operands = pre, loop.bias_of(fc1_bias, columns), scale_of(scale, step)
-                loop.activation.forward(*operands, activated[:, columns])
+                operands = loop.halved(pre), loop.bias_of(fc1_bias, columns), scale_of(scale, step)
+                loop.activation.forward(*operands, activated[:, columns], amax)
             del spans, pre, operands
-            operand = quantized(fc2.input, activated, rowwise=True)
+            operand = quantized(fc2.input, activated, rowwise=True, amax=amax)
             inverses.append(inverse_scale(operand))
-            loop.forward(fc2_weights, operand, y[step])
+            loop.forward(fc2_rows, operand, y[step])
             del activated, operand  # before the next ones are made, or there would be two of each
         if records:
             ctx.loop, ctx.activation_quantizer = loop, same_again(fc2.input, inverses)
@@ -272,6 +273,7 @@ class _Backward:
         self.activations: list[Operand] = [None] * len(self.loop.tiles)
         needs = self.needs_activation_grad, needs_bias, needs_scale
         self.activation = ActivationBackward(self.loop, fc1_bias, scale, *needs)
+        self.amaxes = _amaxes(fc1.grad_output, grad_output, len(self.loop.tiles))
         self.dgrad: Tensor | None = None
         self.reducing: dist.Work | None = None
 
@@ -297,41 +299,38 @@ class _Backward:
         )
 
     def _through_tile(self, index: int, is_last: bool) -> None:
-        tile = self.loop.tiles[index]
-        halves = self.loop.halves(tile)
-        weights = pre = None
-        if index < len(self.kept):
-            pre = self.kept[index]
+        tile, amax = self.loop.tiles[index], self.amaxes[index]
+        halves, weight = self.loop.halves(tile), None
+        pre = self.kept[index] if index < len(self.kept) else None
         grad = self.like.new_empty(self.dy.size()[0], tile.stop - tile.start)  # of the activation
         if self.needs_activation_grad:
-            self.loop.dgrad(self.loop.fc2.weight.columns(self.fc2_rows, tile), self.dy, grad)
+            self.loop.dgrad(columns_of(self.fc2_columns, tile), self.dy, grad)
         if pre is None:  # after a product that a gather of the input runs under
-            weights = [self._fc1_copy(rows) for rows in halves]
-            pre = self.loop.from_halves(self.input, weights, self.like)
-        self.activation.through_tile(tile, pre, grad)
+            weight = self._fc1_rows(halves, rowwise=True)
+            pre = self.loop.pre_activation(self.input, weight, self.like)
+        self.activation.through_tile(tile, self.loop.halved(pre), grad, amax)
         if self.needs_fc2:
             self.activations[index] = quantized(self.ctx.activation_quantizer, grad, columnwise=True)
         del grad  # before more is made; so are those below
         if not (self.needs_dgrad or self.needs_fc1):
             return
-        for half, rows in enumerate(halves):
-            pre_grad = quantized(self.loop.fc1.grad_output, pre[half], rowwise=True, columnwise=self.needs_fc1)
-            if rows is halves[-1]:
-                pre.untyped_storage().resize_(0)  # whoever holds it
-            if self.needs_dgrad:
-                weight = self._fc1_copy(rows) if weights is None else weights[half]
-                self._add_dgrad(weight, pre_grad)
-                del weight
-                if is_last and rows is halves[-1]:
-                    assert self.dgrad is not None
-                    self.dgrad, self.reducing = self.loop.fc1.reduced(self.dgrad.to(self.like.dtype), async_op=True)
-            if self.needs_fc1:
-                gradient = self.fc1_grad
-                self.loop.wgrad(self.input, pre_grad, gradient.tensor[rows], accumulate=gradient.fused)
-            del pre_grad
+        layouts = {"rowwise": self.needs_dgrad, "columnwise": self.needs_fc1}
+        pre_grad = quantized(self.loop.fc1.grad_output, pre, amax=amax, **layouts)
+        pre.untyped_storage().resize_(0)  # whoever holds it
+        if self.needs_dgrad:
+            self._add_dgrad(weight or self._fc1_rows(halves, rowwise=False), pre_grad)
+            del weight
+            if is_last:
+                assert self.dgrad is not None
+                self.dgrad, self.reducing = self.loop.fc1.reduced(self.dgrad.to(self.like.dtype), async_op=True)
+        if self.needs_fc1:
+            gradient, width = self.fc1_grad, pre_grad.size()[1] // len(halves)
+            for half, rows in enumerate(halves):
+                part = columns_of(pre_grad, slice(half * width, (half + 1) * width))
+                self.loop.wgrad(self.input, part, gradient.tensor[rows], accumulate=gradient.fused)
 
-    def _fc1_copy(self, rows: slice) -> Operand:
-        return self.loop.fc1.weight.rows(self.fc1_weight, rows)
+    def _fc1_rows(self, halves: list[slice], rowwise: bool) -> Operand:
+        return self.loop.fc1.weight.rows(self.fc1_weight, halves, rowwise=rowwise, columnwise=self.needs_dgrad)
 
     def _add_dgrad(self, weight: Operand, pre_grad: Operand) -> None:
         first = self.dgrad is None
@@ -341,8 +340,9 @@ class _Backward:
         self.loop.dgrad(weight, pre_grad, self.dgrad, accumulate=not first)
 
     @cached_property
-    def fc2_rows(self) -> Operand:
-        return self.loop.fc2.weight.whole(self.fc2_weight)
+    def fc2_columns(self) -> Operand:
+        everything = [slice(0, self.fc2_weight.shape[0])]
+        return self.loop.fc2.weight.rows(self.fc2_weight, everything, rowwise=False, columnwise=True)
 
     @cached_property
     def input(self) -> Operand:
@@ -356,3 +356,9 @@ class _Backward:
     @cached_property
     def fc2_grad(self) -> WeightGrad:
         return WeightGrad(self.ctx.fc2_param, self.loop.fc2.fuse_wgrad)
+
+
+def _amaxes(quantizer: Quantizer, like: Tensor, count: int) -> list[Tensor | None]:
+    """Where the activation's kernels put the largest values of what ``quantizer`` is given, if that helps it."""
+    amaxes = like.new_zeros(count, 1, dtype=torch.float32) if wants_amax(quantizer) else None
+    return [None] * count if amaxes is None else list(amaxes)

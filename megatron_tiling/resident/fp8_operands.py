@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+import transformer_engine_torch as tex
 from torch import Tensor
+from transformer_engine.pytorch.constants import TE_DType_To_Torch
+from transformer_engine.pytorch.optimizers import multi_tensor_applier
 from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
-from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
@@ -23,9 +26,20 @@ Operand = Any  # Float8TensorStorage or Float8BlockwiseQTensorStorage, of which 
 Quantizer = Any
 
 
-def quantized(quantizer: Quantizer, tensor: Tensor, *, rowwise: bool = False, columnwise: bool = False) -> Operand:
-    """A tensor ``[n, k]`` in FP8, with its rows ``[n, k]``, its columns ``[k, n]``, or both."""
+def quantized(
+    quantizer: Quantizer, tensor: Tensor, *, rowwise: bool = False, columnwise: bool = False, amax: Tensor | None = None
+) -> Operand:
+    """A tensor ``[n, k]`` in FP8, with its rows ``[n, k]``, its columns ``[k, n]``, or both.
+
+    Args:
+        quantizer: TransformerEngine's.
+        tensor: in high precision.
+        rowwise, columnwise: what the products to come want.
+        amax: of the tensor, ``[1]``, where ``wants_amax``; else it is read once more for it.
+    """
     blocks = isinstance(quantizer, Float8BlockQuantizer)
+    if amax is not None:
+        quantizer = _with_scale_of(quantizer, amax)
     quantizer.internal = True  # as TransformerEngine's layers set it, and the usage, before each use
     quantizer.set_usage(rowwise=rowwise or not blocks, columnwise=columnwise)  # columns alone are for blocks only
     operand = quantizer(tensor)
@@ -34,43 +48,40 @@ def quantized(quantizer: Quantizer, tensor: Tensor, *, rowwise: bool = False, co
     return operand
 
 
+def wants_amax(quantizer: Quantizer) -> bool:
+    """Whether a tensor's largest absolute value, if known, saves ``quantized`` a pass over it."""
+    return isinstance(quantizer, Float8CurrentScalingQuantizer)
+
+
 def inverse_scale(operand: Operand) -> Tensor | None:
     """``[1]``; ``None`` where blocks have scales of their own."""
     return operand._scale_inv if isinstance(operand, Float8TensorStorage) else None
 
 
 def same_again(quantizer: Quantizer, inverses: Sequence[Tensor | None]) -> Quantizer:
-    """One that quantizes a tensor, or parts of it, like before, and notes nothing.
+    """One that quantizes parts of a tensor like before, and notes nothing.
 
     Args:
         quantizer: the first one.
-        inverses: the inverse scales of what it made of the tensor, or of its parts, of which the largest is taken.
+        inverses: the inverse scales of what it made of these parts, of which the largest is taken.
     """
     known = [inverse for inverse in inverses if inverse is not None]
-    if not known:
-        return quantizer
-    inverse = torch.stack(known).amax(dim=0)
-    return Float8Quantizer(inverse.reciprocal(), torch.zeros_like(inverse), quantizer.dtype)
+    return _with_scale(quantizer, torch.stack(known).amax(dim=0).reciprocal()) if known else quantizer
 
 
 def rows_of(operand: Operand, rows: slice) -> Operand:
     """Some rows, without a copy, of an operand that has its rows."""
     if isinstance(operand, Float8TensorStorage):
         return _per_tensor(operand, data=operand._data[rows])
-    if operand._is_2D_scaled:
-        scales = operand._rowwise_scale_inv[rows.start // BLOCK : -(-rows.stop // BLOCK)]
-    else:
-        scales = operand._rowwise_scale_inv[:, rows].contiguous()
-    return _per_block(operand, operand._rowwise_data[rows], scales)
+    return _per_block(operand, operand._rowwise_data[rows], _scales(operand, operand._rowwise_scale_inv, rows))
 
 
-def columns_of(weight: Operand, columns: slice) -> Operand:
-    """Some columns, as rows ``[n, k_i]`` of their own, of a weight that has its rows: a copy."""
-    if isinstance(weight, Float8TensorStorage):
-        return _per_tensor(weight, data=_copied(weight._data, columns))
-    scales = weight._rowwise_scale_inv[:, columns.start // BLOCK : -(-columns.stop // BLOCK)]
-    scales = F.pad(scales, (0, -scales.shape[1] % 4)).contiguous()  # GEMMs want four at a time
-    return _per_block(weight, _copied(weight._rowwise_data, columns), scales)
+def columns_of(operand: Operand, columns: slice) -> Operand:
+    """Some columns, without a copy, of an operand that has its columns."""
+    if isinstance(operand, Float8TensorStorage):
+        return _per_tensor(operand, data_transpose=operand._transpose[columns])
+    scales = _scales(operand, operand._columnwise_scale_inv, columns)
+    return _per_block(operand, None, None, operand._columnwise_data[columns], scales)
 
 
 def joined(parts: Sequence[Operand]) -> Operand:
@@ -95,52 +106,87 @@ class WeightCopies:
     def __init__(self, quantizer: Quantizer, hold: bool) -> None:
         self._quantizer, self._hold = quantizer, hold
         self._is_first = True
-        self._held: dict[tuple[str, int], Operand] = {}
+        self._held: dict[tuple[slice, ...], Operand] = {}
 
-    def whole(self, weight: Tensor) -> Operand:
-        """``[n, k]`` with its rows: first of all in a step. A weight that is FP8 itself is not quantized."""
-        if isinstance(weight, QuantizedTensorStorage):
-            return rows_of(weight, slice(0, weight.shape[0]))
-        operand = self._held.get(("whole", 0))
-        if operand is None:
-            operand = quantized(self._quantizer, weight, rowwise=True)
-            if self._is_first:
-                self._quantizer, self._is_first = same_again(self._quantizer, [inverse_scale(operand)]), False
-            self._keep("whole", 0, operand)
-        return operand
+    def rows(
+        self, weight: Tensor, ranges: Sequence[slice], *, rowwise: bool = True, columnwise: bool = False
+    ) -> Operand:
+        """Ranges of rows of ``weight [o, k]``, one below the other, as ``[n, k]`` with its rows, its columns, or both.
 
-    def rows(self, weight: Tensor, rows: slice) -> Operand:
-        """``[n_i, k]`` with its rows and its columns."""
-        operand = self._held.get(("rows", rows.start))
+        The first call of a step notes the weight's largest value, as TransformerEngine would. A weight that is FP8
+        itself is not quantized; several ranges of it are copied.
+        """
+        operand = self._held.get(tuple(ranges))
         if operand is None:
-            if isinstance(weight, QuantizedTensorStorage):
-                operand = rows_of(weight, rows)
-            elif self._hold:
-                operand = rows_of(self.whole(weight), rows)
-            else:
-                operand = quantized(self._quantizer, weight[rows], rowwise=True)
+            is_quantized = isinstance(weight, QuantizedTensorStorage)
+            operand = _below_another(weight, ranges) if is_quantized else self._quantized(weight, ranges)
+            if self._hold:
+                self._held[tuple(ranges)] = operand
+        if columnwise:
             operand.update_usage(rowwise_usage=True, columnwise_usage=True)
-            self._keep("rows", rows.start, operand)
+            if not (rowwise or self._hold):
+                operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return operand
 
-    def columns(self, whole: Operand, columns: slice) -> Operand:
-        """``[n, k_i]`` with its columns, of the ``whole``."""
-        operand = self._held.get(("columns", columns.start))
-        if operand is None:
-            operand = columns_of(whole, columns)
-            operand.update_usage(rowwise_usage=True, columnwise_usage=True)
-            operand.update_usage(rowwise_usage=False, columnwise_usage=True)
-            self._keep("columns", columns.start, operand)
+    def _quantized(self, weight: Tensor, ranges: Sequence[slice]) -> Operand:
+        if self._is_first:
+            self._quantizer, self._is_first = _same_for_parts(self._quantizer, weight), False
+        quantizer = self._quantizer
+        quantizer.internal = True
+        quantizer.set_usage(rowwise=True, columnwise=False)
+        sizes = [rows.stop - rows.start for rows in ranges]
+        operand = quantizer.make_empty([sum(sizes), weight.shape[1]], dtype=weight.dtype, device=weight.device)
+        start = 0
+        for rows, size in zip(ranges, sizes, strict=True):
+            tex.quantize(weight[rows], quantizer, rows_of(operand, slice(start, start + size)), None)
+            start += size
         return operand
 
-    def _keep(self, kind: str, start: int, operand: Operand) -> None:
-        if self._hold:
-            self._held[kind, start] = operand
+
+def _same_for_parts(quantizer: Quantizer, weight: Tensor) -> Quantizer:
+    """One that quantizes parts of a weight like the whole, and notes nothing; the first one notes the whole."""
+    if isinstance(quantizer, Float8BlockQuantizer):
+        return quantizer
+    amax = torch.zeros(1, dtype=torch.float32, device=weight.device)
+    tex.compute_amax(weight, amax)
+    if wants_amax(quantizer):
+        return _with_scale_of(quantizer, amax)
+    quantizer.amax.copy_(torch.maximum(quantizer.amax, amax.view_as(quantizer.amax)))
+    return _with_scale(quantizer, quantizer.scale.clone())
 
 
-def _copied(data: Tensor, columns: slice) -> Tensor:
-    """Eight bytes at a time: cuts are multiples of 16."""
-    return data.view(torch.int64)[:, columns.start // 8 : columns.stop // 8].contiguous().view(data.dtype)
+def _with_scale_of(quantizer: Quantizer, amax: Tensor) -> Quantizer:
+    """Current scaling of a tensor whose ``amax [1]`` is known."""
+    if quantizer.with_amax_reduction:
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    scale, inverse = torch.empty_like(amax), torch.empty_like(amax)
+    largest = torch.finfo(TE_DType_To_Torch[quantizer.dtype]).max
+    overflow = torch.empty(1, dtype=torch.int32, device=amax.device)  # wanted, and not used
+    options = largest, quantizer.force_pow_2_scales, quantizer.amax_epsilon
+    multi_tensor_applier(tex.multi_tensor_compute_scale_and_scale_inv, overflow, [[amax], [scale], [inverse]], *options)
+    return _with_scale(quantizer, scale)
+
+
+def _with_scale(quantizer: Quantizer, scale: Tensor) -> Quantizer:
+    return Float8Quantizer(scale, torch.empty_like(scale), quantizer.dtype)
+
+
+def _below_another(weight: Operand, ranges: Sequence[slice]) -> Operand:
+    parts = [rows_of(weight, rows) for rows in ranges]
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Float8TensorStorage):
+        return _per_tensor(first, data=torch.cat([part._data for part in parts]))
+    scales = torch.cat([part._rowwise_scale_inv for part in parts])
+    return _per_block(first, torch.cat([part._rowwise_data for part in parts]), scales)
+
+
+def _scales(operand: Operand, scales: Tensor, rows: slice) -> Tensor:
+    """Those of some rows of one of an operand's two layouts."""
+    if operand._is_2D_scaled:
+        return scales[rows.start // BLOCK : -(-rows.stop // BLOCK)]
+    return scales[:, rows].contiguous()
 
 
 def _per_tensor(like: Operand, data: Tensor | None = None, data_transpose: Tensor | None = None) -> Operand:

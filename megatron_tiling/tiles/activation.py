@@ -6,7 +6,8 @@ which activation a Megatron MLP has.
 
 Shapes: ``pre [halves, n, f]`` is the pre-activation of ``f`` features for ``n`` tokens, ``halves`` 2 for a gated
 linear unit (gate and up) and 1 otherwise; ``bias [halves, f]``; ``scale [n]`` multiplies a token's activation.
-Tensors may be strided views whose last dimension is dense.
+Tensors may be strided views whose last dimension is dense. ``amax [1]`` (float32), where it is given, rises to the
+largest absolute value of what is made for a product in FP8.
 """
 
 from collections.abc import Callable
@@ -49,19 +50,32 @@ class Activation:
     def halves(self) -> int:
         return 2 if self.gated else 1
 
-    def forward(self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor) -> None:
-        """Write the activation into ``out [n, f]``."""
+    def forward(
+        self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor, amax: Tensor | None = None
+    ) -> None:
+        """Write the activation into ``out [n, f]``; ``amax`` is of it."""
         if formula := self._formula_of_kernels(pre):
             from megatron_tiling.tiles.kernels.activation import activate
 
-            activate(pre, bias, scale, out, **formula)
+            activate(pre, bias, scale, out, amax=amax, **formula)
         else:
             out.copy_(self.function(_joined(pre), None if bias is None else _joined(bias), scale))
+            _raise(amax, out)
 
     def backward(
-        self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, grad: Tensor, *, bias_grad: bool, scale_grad: bool
+        self,
+        pre: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        grad: Tensor,
+        amax: Tensor | None = None,
+        *,
+        bias_grad: bool,
+        scale_grad: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """In place: ``pre`` becomes its own gradient, and ``grad``, the activation's gradient, the activation.
+
+        ``amax`` is of the gradient.
 
         Returns:
             The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
@@ -69,7 +83,8 @@ class Activation:
         if formula := self._formula_of_kernels(pre):
             from megatron_tiling.tiles.kernels.activation import activate_backward
 
-            return activate_backward(pre, bias, scale, grad, bias_grad=bias_grad, scale_grad=scale_grad, **formula)
+            formula |= {"bias_grad": bias_grad, "scale_grad": scale_grad, "amax": amax}
+            return activate_backward(pre, bias, scale, grad, **formula)
         leaves = {"pre": _joined(pre).requires_grad_()}
         if bias is not None:
             leaves["bias"] = _joined(bias).requires_grad_(bias_grad)
@@ -80,12 +95,18 @@ class Activation:
         wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
         grads = dict(zip(wanted, torch.autograd.grad(out, [leaves[name] for name in wanted], grad), strict=True))
         pre.copy_(_halved(grads["pre"], self.halves))
+        _raise(amax, pre)
         grad.copy_(out.detach())
         return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
 
     def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:
         """As keywords of the kernels, if there is one for this device and dtype."""
-        return vars(self.formula) if self.formula and pre.is_cuda and pre.dtype in KERNEL_DTYPES else {}
+        return dict(vars(self.formula)) if self.formula and pre.is_cuda and pre.dtype in KERNEL_DTYPES else {}
+
+
+def _raise(amax: Tensor | None, values: Tensor) -> None:
+    if amax is not None and values.numel():
+        amax.copy_(torch.maximum(amax, values.abs().amax()))
 
 
 def _joined(halves: Tensor) -> Tensor:

@@ -143,13 +143,21 @@ def check_operands() -> None:
     joined = operands.joined(parts)
     assert torch.equal(joined._columnwise_data, whole._columnwise_data)
     assert torch.equal(joined._columnwise_scale_inv, whole._columnwise_scale_inv)
+    for cut, part in zip(cuts, parts, strict=True):
+        found = operands.columns_of(joined, cut)
+        assert torch.equal(found._columnwise_data, part._columnwise_data)
+        assert torch.equal(found._columnwise_scale_inv, part._columnwise_scale_inv)
     weight = operands.quantized(of_weight, tensor, rowwise=True)
-    for cut, columns in product(cuts, (False, True)):
+    weight.update_usage(rowwise_usage=True, columnwise_usage=True)
+    for cut in cuts:
         rows = slice(cut.start // 5, cut.stop // 5)  # multiples of 128
-        part = operands.columns_of(weight, cut) if columns else operands.rows_of(weight, rows)
-        expected = operands.quantized(of_weight, tensor[:, cut] if columns else tensor[rows], rowwise=True)
+        part, expected = operands.rows_of(weight, rows), operands.quantized(of_weight, tensor[rows], rowwise=True)
         assert torch.equal(part._rowwise_data, expected._rowwise_data)
         assert torch.equal(part._rowwise_scale_inv, expected._rowwise_scale_inv)
+        part, expected = operands.columns_of(weight, cut), operands.quantized(of_weight, tensor[:, cut], rowwise=True)
+        assert torch.equal(part._columnwise_data.t(), expected._rowwise_data)
+        blocks = (cut.stop - cut.start) // 128  # without padding
+        assert torch.equal(part._columnwise_scale_inv.t()[:4], expected._rowwise_scale_inv[:, :blocks])
 
 
 def check_micro_batches() -> None:
@@ -157,23 +165,25 @@ def check_micro_batches() -> None:
     from megatron_tiling.resident.fp8_operands import WeightCopies
     from tests.support import fp8_on_cpu
 
-    weight = torch.randn(256, 128, dtype=torch.bfloat16)
-    for recipe, hold in product(OPTIONS["recipe"], (False, True)):
+    weight = torch.randn(512, 128, dtype=torch.bfloat16)
+    everything, halves = [slice(0, 512)], [slice(128, 256), slice(384, 512)]
+    for recipe, hold, is_quantized in product(OPTIONS["recipe"], (False, True), (False, True)):
         by = fp8_on_cpu.quantizer(recipe, weight=True)
+        source = quantized_parameter(weight, recipe) if is_quantized else weight
         copies = WeightCopies(by, hold)
-        first = fp8_on_cpu.rows_of(copies.whole(weight))
+        first = fp8_on_cpu.rows_of(copies.rows(source, everything))
         assert (first - weight).norm() < 0.05 * weight.norm()
-        if recipe == "delayed":
+        if recipe == "delayed" and not is_quantized:
             assert by.amax == weight.abs().max()
             by.amax.zero_()
             by.scale.fill_(2.0)
-        part = copies.rows(weight, slice(128, 256))
-        columns = copies.columns(copies.whole(weight), slice(0, 128))
-        assert torch.equal(fp8_on_cpu.rows_of(copies.whole(weight)), first)
-        assert torch.equal(fp8_on_cpu.rows_of(part), first[128:])
-        assert torch.equal(fp8_on_cpu.columns_of(part), first[128:].t())
-        assert torch.equal(fp8_on_cpu.columns_of(columns), first.t())
-        assert recipe != "delayed" or by.amax == 0
+        expected = torch.cat([first[rows] for rows in halves])
+        tile, columns = copies.rows(source, halves), copies.rows(source, halves, rowwise=False, columnwise=True)
+        assert torch.equal(fp8_on_cpu.rows_of(tile), expected)
+        assert torch.equal(fp8_on_cpu.columns_of(columns), expected.t())
+        assert torch.equal(fp8_on_cpu.rows_of(copies.rows(source, everything)), first)
+        assert (columns is tile) == hold
+        assert recipe != "delayed" or is_quantized or by.amax == 0
 
 
 def main() -> None:

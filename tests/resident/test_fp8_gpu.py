@@ -304,11 +304,8 @@ def test_blocks_of_tiles_are_those_of_the_whole() -> None:
     for cut in cuts:
         expected = operands.quantized(quantizer(2), tensor[:, cut], rowwise=True, columnwise=True)
         found = operands.columns_of(weight, cut)
-        found.update_usage(rowwise_usage=True, columnwise_usage=True)
-        for name in ("_rowwise_data", "_columnwise_data"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
-        assert found._rowwise_scale_inv.shape == expected._rowwise_scale_inv.shape
-        assert torch.equal(found._rowwise_scale_inv[:, :5], expected._rowwise_scale_inv[:, :5])
+        assert torch.equal(found._columnwise_data, expected._columnwise_data)
+        assert found._columnwise_scale_inv.shape == expected._columnwise_scale_inv.shape
         assert torch.equal(found._columnwise_scale_inv[:, :8], expected._columnwise_scale_inv[:, :8])
     for rows in (slice(0, 256), slice(256, 1024)):
         expected = operands.quantized(quantizer(1), tensor[rows], rowwise=True)

@@ -36,7 +36,15 @@ def quantizer(recipe: str, weight: bool = False, group: Any = None) -> Any:
     return Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=2 if weight else 1)
 
 
-def quantize(tensor: Tensor, by: Any, *unused: Any) -> Any:
+def quantize(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
+    if output is not None:  # with its rows, in place
+        assert by.rowwise_usage and not by.columnwise_usage
+        made = quantize(tensor, by)
+        for name in ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv"):
+            if hasattr(made, name):
+                assert getattr(output, name).shape == getattr(made, name).shape
+                getattr(output, name).copy_(getattr(made, name))
+        return output
     assert tensor.dim() == 2
     values = tensor.contiguous().float()
     if isinstance(by, Float8BlockQuantizer):
@@ -54,6 +62,19 @@ def quantize(tensor: Tensor, by: Any, *unused: Any) -> Any:
         scale = LARGEST / amax
     data = _cast(values * scale)
     return _by_tensor(by, data, 1 / scale, data.t().contiguous() if by.columnwise_usage else None)
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    amax.copy_(tensor.abs().amax())
+
+
+def compute_scales(
+    chunk: int, overflow: Tensor, lists: list[list[Tensor]], largest: float, force_pow_2_scales: bool, epsilon: float
+) -> None:
+    assert largest == LARGEST and not force_pow_2_scales and not epsilon
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(largest / amax)
+        inverse.copy_(1 / scale)
 
 
 def gemm(
@@ -87,6 +108,8 @@ def install(loop: Any) -> None:
         loop: the module whose ``general_gemm`` is replaced.
     """
     tex.quantize = quantize
+    tex.compute_amax = compute_amax
+    tex.multi_tensor_compute_scale_and_scale_inv = compute_scales
     tex.fp8_transpose = lambda data, dtype, out=None: data.t().contiguous()
     tex.swap_first_dims = lambda tensor, out: out.copy_(tensor.transpose(0, 1))
     loop.general_gemm = gemm

@@ -79,11 +79,15 @@ def test_kernels(formula: Formula, gated: bool, bias: bool, scale: bool, columns
     expected = torch.empty_like(wide[3])
     exact.forward(*wide[:3], expected)
     out = torch.full_like(grad, float("nan"))
-    kernels.activate(pre, bias_, scale_, out, **asdict(formula))
+    amax, amax_of_grad = torch.zeros(2, 1, device=DEVICE)
+    kernels.activate(pre, bias_, scale_, out, amax=amax, **asdict(formula))
+    assert amax == out.abs().max()
     tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
     assert error(out, expected) < tolerance
     expected_grads = exact.backward(*wide, bias_grad=bias, scale_grad=scale)
-    grads = kernels.activate_backward(pre, bias_, scale_, grad, bias_grad=bias, scale_grad=scale, **asdict(formula))
+    options = {"bias_grad": bias, "scale_grad": scale, "amax": amax_of_grad} | asdict(formula)
+    grads = kernels.activate_backward(pre, bias_, scale_, grad, **options)
+    assert amax_of_grad == pre.abs().max()
     for found, wanted in zip((pre, grad, *grads), (wide[0], wide[3], *expected_grads), strict=True):
         assert error(found, wanted) < tolerance
 
@@ -128,8 +132,10 @@ def test_torch_path(gated: bool) -> None:
     expected = function(*leaves)
     expected.backward(grad)
     out = torch.empty_like(grad)
-    activation.forward(pre, bias, scale, out)
-    bias_grad, scale_grad = activation.backward(pre, bias, scale, grad, bias_grad=True, scale_grad=True)
+    amax, amax_of_grad = torch.zeros(2, 1)
+    activation.forward(pre, bias, scale, out, amax)
+    bias_grad, scale_grad = activation.backward(pre, bias, scale, grad, amax_of_grad, bias_grad=True, scale_grad=True)
+    assert amax == out.abs().max().float() and amax_of_grad == pre.abs().max().float()
     for found, wanted in (
         *((out, expected), (grad, expected), (torch.cat(pre.unbind(0), -1), leaves[0].grad)),
         *((torch.cat(bias_grad.unbind(0), -1), leaves[1].grad), (scale_grad, leaves[2].grad)),

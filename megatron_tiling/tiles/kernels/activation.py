@@ -42,11 +42,16 @@ def _value_and_slope(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _largest(values, mask):
+    return tl.max(tl.where(mask, tl.abs(values.to(tl.float32)), 0.0))
+
+
+@triton.jit
 def _forward_kernel(
-    pre, bias, scale, out,
+    pre, bias, scale, out, amax,
     rows, columns, half_stride, row_stride, bias_half_stride, out_stride, clamp, linear_offset,
     KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
@@ -68,15 +73,18 @@ def _forward_kernel(
         y *= up + linear_offset
     if SCALE:
         y *= tl.load(scale + row, row < rows, 0.0).to(tl.float32)[:, None]
-    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], y.to(out.dtype.element_ty), mask)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], y, mask)
+    if AMAX:
+        tl.atomic_max(amax, _largest(y, mask), sem="relaxed")
 
 
 @triton.jit
 def _backward_kernel(
-    pre, bias, scale, grad, bias_sums, scale_sums,
+    pre, bias, scale, grad, bias_sums, scale_sums, amax,
     rows, columns, half_stride, row_stride, bias_half_stride, grad_stride, clamp, linear_offset,
     KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
-    BIAS_SUMS: tl.constexpr, SCALE_SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS_SUMS: tl.constexpr, SCALE_SUMS: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(columns, COLUMNS)
     row_block = tl.program_id(0) // column_blocks
@@ -118,6 +126,11 @@ def _backward_kernel(
     if CLAMP:
         dx = tl.where(x_inside, dx, 0.0)
     tl.store(pre + at, dx.to(pre.dtype.element_ty), mask)
+    if AMAX:
+        largest = _largest(dx.to(pre.dtype.element_ty), mask)
+        if GATED:
+            largest = tl.maximum(largest, _largest(dup.to(pre.dtype.element_ty), mask))
+        tl.atomic_max(amax, largest, sem="relaxed")
     if SCALE_SUMS:
         sums = tl.sum(tl.where(mask, unscaled_dy * y, 0.0), axis=1)
         tl.store(scale_sums + column_block.to(tl.int64) * rows + row, sums, row < rows)
@@ -134,9 +147,9 @@ def _backward_kernel(
 
 def activate(
     pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor,
-    *, kind: str, clamp: float | None, linear_offset: float,
+    *, kind: str, clamp: float | None, linear_offset: float, amax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``out [n, f] = scale * activation(pre [halves, n, f] + bias [halves, f])``."""
+    """``out [n, f] = scale * activation(pre [halves, n, f] + bias [halves, f])``; ``amax [1]`` rises to its largest."""
     rows, columns = out.shape
     if not rows:
         return
@@ -146,8 +159,8 @@ def activate(
     programs = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
     with torch.cuda.device_of(out):
         _forward_kernel[(programs,)](
-            pre, bias, scale, out, *numbers, 0.0 if clamp is None else clamp, linear_offset,
-            KIND=kind, CLAMP=clamp is not None, **flags,
+            pre, bias, scale, out, amax, *numbers, 0.0 if clamp is None else clamp, linear_offset,
+            KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None, **flags,
             ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
         )  # fmt: skip
 
@@ -155,8 +168,12 @@ def activate(
 def activate_backward(
     pre: Tensor, bias: Tensor | None, scale: Tensor | None, grad: Tensor,
     *, bias_grad: bool, scale_grad: bool, kind: str, clamp: float | None, linear_offset: float,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """``pre`` becomes its gradient, ``grad`` the activation. Returns the gradients of bias and scale, in float32."""
+    """``pre`` becomes its gradient, to whose largest value ``amax [1]`` rises, ``grad`` the activation.
+
+    Returns the gradients of bias and scale, in float32.
+    """
     halves, rows, columns = pre.shape
     bias, scale = _dense(bias), _dense(scale)
     numbers, flags = _operands(pre, bias, scale, grad)
@@ -167,9 +184,10 @@ def activate_backward(
     if rows:
         with torch.cuda.device_of(grad):
             _backward_kernel[(row_blocks * column_blocks,)](
-                pre, bias, scale, grad, bias_sums, scale_sums,
+                pre, bias, scale, grad, bias_sums, scale_sums, amax,
                 *numbers, 0.0 if clamp is None else clamp, linear_offset,
-                KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad, **flags,
+                KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad,
+                AMAX=amax is not None, **flags,
                 ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
             )  # fmt: skip
     return (
