@@ -2,20 +2,31 @@ r"""Loss curves of dense and tiled training, side by side, through the stock tra
 
     python -m benchmarks.loss_parity --script PRETRAIN_GPT --data PREFIX --tokenizer-model MODEL \
         --tensor-parallel 2 4 --output FOLDER
+    python -m benchmarks.loss_parity ... --fp8 tensorwise delayed blockwise --iterations 300 --at-once 7
 
 Each tensor-parallel size trains a bf16 Llama-style GPT with the same seed and data, dense and tiled. The yardstick
 is a second dense run with half the micro-batch: it differs from the first by nothing but the order of sums. Tiled
 runs come without and with gradient accumulation fusion, which adds weight gradients in float32 where dense, without
-apex, rounds each to bf16. Writes loss_parity.md and, with matplotlib, loss_parity.png.
+apex, rounds each to bf16.
+
+With ``--fp8`` a GPT of 306 million parameters trains on one GPU, on TransformerEngine's layers, in each recipe, with
+two micro-batches of 2048 tokens an iteration. The yardstick is a dense run on the same documents in another order:
+Megatron shuffles anew for another ``--split``, from the same seed, with the same initial weights.
+
+Writes loss_parity.md (loss_parity_fp8.md) and, with matplotlib, the picture of the same name. ``--at-once`` runs share
+a GPU, which the host would not fill. Flags that are not its own go to Megatron.
 """
 
 import argparse
 import os
 import queue
 import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,17 +52,63 @@ KINDS = {
 }
 
 
-def train(args: argparse.Namespace, tp: int, kind: str, places: "queue.Queue[int]") -> list[float]:
-    """Losses of one run on ``tp`` GPUs from a free place on; its log is left in the output folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
-    command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(tp)]
+#: Flags that stand behind ``MODEL``: the last one counts.
+FP8_MODEL = """
+    --num-layers 6 --hidden-size 2048 --ffn-hidden-size 6144 --micro-batch-size 2 --global-batch-size 4
+    --transformer-impl transformer_engine --attention-backend unfused --fp8-format hybrid
+""".split()
+OTHER_ORDER = "dense, other order of data"
+FP8_KINDS = {
+    "dense": [],
+    OTHER_ORDER: ["--split", "985,15,0"],
+    "tiled": ["--use-tiled-linear"],
+    "tiled, keep 0": ["--use-tiled-linear", "--tiled-mlp-keep", "0"],
+}
+LAST = 50  # iterations, of whose losses a mean is taken
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        group: runs of a group are compared with its dense one.
+        kind: what is special about it.
+        gpus: its tensor-parallel size.
+        flags: behind those of ``MODEL``.
+    """
+
+    group: str
+    kind: str
+    gpus: int
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.group} {self.kind}"
+
+
+def runs_of(args: argparse.Namespace) -> Iterator[Run]:
+    for tp in [] if args.fp8 else args.tensor_parallel:
+        for kind, flags in KINDS.items():
+            yield Run(f"TP={tp}", kind, tp, tuple(flags))
+    for index, recipe in enumerate(args.fp8):
+        for kind, flags in FP8_KINDS.items():
+            if not index or kind in ("dense", "tiled"):
+                yield Run(f"FP8 {recipe}", kind, 1, (*FP8_MODEL, "--fp8-recipe", recipe, *flags))
+
+
+def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> list[float]:
+    """Losses of one run on GPUs from a free place on; its log is left in the output folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.gpus)]
+    command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(run.gpus)]
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
-    command += ["--tokenizer-model", args.tokenizer_model, *KINDS[kind]]
-    log = args.output / f"loss_parity.tp{tp}.{kind.replace(', ', '_').replace(' ', '_')}.log"
+    command += ["--tokenizer-model", args.tokenizer_model, *run.flags, *args.more]
+    log = args.output / f"loss_parity.{re.sub('[^a-zA-Z0-9=]+', '_', run.name)}.log"
     first_gpu = places.get()
     environment = os.environ | {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + rank) for rank in range(tp)),
+        "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + rank) for rank in range(run.gpus)),
         "PYTHONWARNINGS": "ignore",
     }
     with log.open("w") as file:
@@ -60,22 +117,24 @@ def train(args: argparse.Namespace, tp: int, kind: str, places: "queue.Queue[int
     text = log.read_text()
     losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
     if status or len(losses) != args.iterations:
-        raise SystemExit(f"{kind} at TP={tp} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
-    if ("megatron_tiling: tiled linear layers" in text) != kind.startswith("tiled"):
-        raise SystemExit(f"{kind} at TP={tp}: the startup table says otherwise: {log}")
+        raise SystemExit(f"{run.name} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
+    if ("megatron_tiling: tiled linear layers" in text) != run.kind.startswith("tiled"):
+        raise SystemExit(f"{run.name}: the startup table says otherwise: {log}")
     return losses
 
 
-def train_all(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
-    """All kinds at all sizes, side by side where there are GPUs for it."""
+def train_all(args: argparse.Namespace) -> dict[Run, list[float]]:
+    """All runs, side by side where there are GPUs for it."""
+    runs = list(runs_of(args))
     curves = {}
-    for tp in args.tensor_parallel:
+    for gpus in sorted({run.gpus for run in runs}):
         places: queue.Queue[int] = queue.Queue()
-        for first_gpu in range(0, torch.cuda.device_count() - tp + 1, tp):
-            places.put(first_gpu)
+        for first_gpu in range(0, max(1, torch.cuda.device_count()) - gpus + 1, gpus):
+            for _ in range(args.at_once):
+                places.put(first_gpu)
         with ThreadPoolExecutor(places.qsize()) as pool:
-            runs = {kind: pool.submit(train, args, tp, kind, places) for kind in KINDS}
-            curves |= {(tp, kind): run.result() for kind, run in runs.items()}
+            found = {run: pool.submit(train, args, run, places) for run in runs if run.gpus == gpus}
+            curves |= {run: future.result() for run, future in found.items()}
     return curves
 
 
@@ -84,33 +143,37 @@ def difference(a: list[float], b: list[float]) -> str:
     return f"{max(gaps):.4f} | {sum(gaps) / len(gaps):.4f}"
 
 
-def report(curves: dict[tuple[int, str], list[float]], args: argparse.Namespace) -> str:
+def report(curves: dict[Run, list[float]], args: argparse.Namespace) -> str:
+    packages = ("torch", "megatron-core", *["transformer_engine"] * bool(args.fp8))
+    title, setting = ("Loss in FP8", "TransformerEngine's layers, FP8") if args.fp8 else ("Loss parity", "NCCL, bf16")
+    dense = {run.group: curve for run, curve in curves.items() if run.kind == "dense"}
     lines = [
-        *Origin.now(("torch", "megatron-core"), machine(several=True)).head("Loss parity", "NCCL, bf16"),
+        *Origin.now(packages, machine(several=True)).head(title, setting),
         f"Largest and mean difference of the loss over {args.iterations} iterations:",
         "",
-        "| against dense | largest | mean |",
+        "| against dense of the same group | largest | mean |",
         "|---|---|---|",
     ]
-    lines += [
-        f"| TP={tp} {kind} | {difference(curves[tp, 'dense'], curve)} |"
-        for (tp, kind), curve in curves.items()
-        if kind != "dense"
-    ]
-    lines += ["", "| run | first loss | last loss |", "|---|---|---|"]
-    lines += [f"| TP={tp} {kind} | {curve[0]:.4f} | {curve[-1]:.4f} |" for (tp, kind), curve in curves.items()]
+    for run, curve in curves.items():
+        if run.kind != "dense":
+            lines.append(f"| {run.name} | {difference(dense[run.group], curve)} |")
+    last = min(LAST, args.iterations)
+    lines += ["", f"| run | first loss | last loss | mean of the last {last} | less dense's |", "|---|---|---|---|---|"]
+    for run, curve in curves.items():
+        mean, of_dense = (statistics.fmean(losses[-last:]) for losses in (curve, dense[run.group]))
+        lines.append(f"| {run.name} | {curve[0]:.4f} | {curve[-1]:.4f} | {mean:.4f} | {mean - of_dense:+.4f} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: dict[tuple[int, str], list[float]], path: Path) -> None:
+def plot(curves: dict[Run, list[float]], path: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
         print("no matplotlib here: no picture")
         return
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for (tp, kind), curve in curves.items():
-        axes.plot(curve, label=f"TP={tp} {kind}", linestyle="--" if kind.startswith("tiled") else "-", linewidth=1)
+    for run, curve in curves.items():
+        axes.plot(curve, label=run.name, linestyle="--" if run.kind.startswith("tiled") else "-", linewidth=1)
     axes.set(xlabel="iteration", ylabel="loss")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -123,14 +186,17 @@ def main() -> None:
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--cache", default="/tmp/loss_parity_cache", help="folder for Megatron's data set indices")
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--fp8", nargs="+", default=[], metavar="RECIPE", help="train in FP8 on one GPU instead")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share a GPU")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args, args.more = parser.parse_known_args()  # more of Megatron's flags
     args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
     text = report(curves, args)
-    (args.output / "loss_parity.md").write_text(text)
-    plot(curves, args.output / "loss_parity.png")
+    path = args.output / ("loss_parity_fp8.md" if args.fp8 else "loss_parity.md")
+    path.write_text(text)
+    plot(curves, path.with_suffix(".png"))
     print(text)
 
 
