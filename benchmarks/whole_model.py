@@ -2,11 +2,15 @@
 
     python -m benchmarks.whole_model [--layers 3] [--hidden-size 4096] [--ffn-hidden-size 14336] [--query-groups 8]
         [--vocabulary 128256] [--sequence 2048] [--batch 4] [--repeats 20] [--attention auto] [--results DIR]
+        [--fp8 RECIPE]
 
 All candidates share one set of parameters and of gradients, which Megatron's DDP holds in float32 (``main_grad``) all
 the time; dense fuses the accumulation of weight gradients (apex's kernel for the output layer, which must be built;
 TransformerEngine's own for the others) and the loss (``cross_entropy_loss_fusion``). Memory is the peak less what is
 held between steps: weights, main_grad, inputs. Runs are interleaved in random order.
+
+With ``--fp8`` the same in FP8, beside bf16. A step is a micro-batch: the first one of an optimizer step quantizes the
+weights, a later one takes what the first has kept. Memory is the peak of both, with those copies.
 """
 
 import argparse
@@ -28,7 +32,8 @@ from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import MODULES
 
 MIB = 2**20
-DENSE = "dense"
+DENSE, TILED = "dense", "tiled: default"
+FP8_DENSE, FP8_TILED = "FP8 dense", "FP8 tiled: default"
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
     (
@@ -41,6 +46,7 @@ KINDS = (
     ("tiled loss", ("_update_statistics", "_logits_to_gradient")),
     ("activation", ("swiglu", "silu", "gelu", "glu")),
     ("rope", ("rope", "rotary")),
+    ("casts to FP8", ("cast_transpose", "amax", "transpose_optimized", "unary_kernel")),
 )
 
 
@@ -49,9 +55,12 @@ class Candidate:
     """A model that runs on the shared parameters."""
 
     name: str
+    model: Any
     step: Callable[[], Tensor]
     milliseconds: list[float] = field(default_factory=list)
+    first_milliseconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
+    copies_mib: float = 0.0
     loss: float = 0.0
     host_milliseconds: list[float] = field(default_factory=list)
     busy_milliseconds: float = 0.0
@@ -59,13 +68,27 @@ class Candidate:
     kernels: dict[str, tuple[int, float]] = field(default_factory=dict)
     longest: list[tuple[str, int, float]] = field(default_factory=list)
 
+    def forget_copies(self) -> None:
+        """Of weights, in FP8."""
+        for module in self.model.modules():
+            for name in ("_fp8_workspaces", "_copies"):
+                getattr(module, name, {}).clear()
+
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
     """Name, changes of Megatron's config, and settings of the tiling, if any."""
     mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     yield DENSE, {}, None
+    if args.fp8:
+        yield TILED, {}, {}
+        fp8 = {"fp8": "hybrid", "fp8_recipe": args.fp8}
+        yield FP8_DENSE, fp8, None
+        yield FP8_TILED, fp8, {}
+        yield "FP8 tiled: copies held", fp8, {"fp8_hold_weights": True}
+        yield "FP8 tiled: keep 0", fp8, {"mlp_keep": 0}
+        return
     yield "dense, recompute mlp", mlp, None
-    yield "tiled: default", {}, {}
+    yield TILED, {}, {}
     yield "tiled: keep 0", {}, {"mlp_keep": 0}
     yield "tiled: output alone", {}, {"modules": ("output",)}
     if args.more:
@@ -100,23 +123,29 @@ def candidates(args: argparse.Namespace) -> tuple[list[Candidate], Any]:
             loss.backward()
             return loss.detach()
 
-        found.append(Candidate(name, step))
+        found.append(Candidate(name, model, step))
     torch.cuda.empty_cache()
     return found, ddp
 
 
-def measure(found: list[Candidate], ddp: Any, repeats: int) -> None:
+def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool) -> None:
     for candidate in found:
         for _ in range(3):
             run(candidate, ddp)
+        candidate.forget_copies()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        candidate.loss = float(run(candidate, ddp)[0])
+        candidate.loss = float(run(candidate, ddp, is_first=True)[0])
+        candidate.copies_mib = (torch.cuda.memory_allocated() - held) / MIB
+        run(candidate, ddp)
         candidate.peak_mib = (torch.cuda.max_memory_allocated() - held) / MIB
+        candidate.forget_copies()
     order = list(found)
     for _ in range(repeats):
         random.shuffle(order)
         for candidate in order:
+            if firsts:
+                candidate.first_milliseconds.append(run(candidate, ddp, is_first=True)[1])
             _, milliseconds, host = run(candidate, ddp)
             candidate.milliseconds.append(milliseconds)
             candidate.host_milliseconds.append(host)
@@ -124,9 +153,11 @@ def measure(found: list[Candidate], ddp: Any, repeats: int) -> None:
         profile(candidate, ddp)
 
 
-def run(candidate: Candidate, ddp: Any) -> tuple[Tensor, float, float]:
+def run(candidate: Candidate, ddp: Any, is_first: bool = False) -> tuple[Tensor, float, float]:
     """Loss, milliseconds of one step, and those until the host has launched all of it. main_grad is zeroed before."""
     ddp.zero_grad_buffer()
+    if is_first:
+        candidate.model.set_is_first_microbatch()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -167,22 +198,33 @@ def profile(candidate: Candidate, ddp: Any) -> None:
 
 def markdown(record: dict[str, Any]) -> str:
     rows = record["candidates"]
-    dense = next(row for row in rows if row["name"] == DENSE)
-    title = "A GPT on TransformerEngine, forward and backward"
+    dense, recipe = rows[0], record["fp8"]
+    title = "A GPT on TransformerEngine, forward and backward" + f", FP8 {recipe}" * bool(recipe)
+    columns = ["", "ms", "time", *["ms of the first", "time of FP8 dense"] * bool(recipe), "ms of the host"]
+    columns += ["ms busy, profiled", "peak, MiB", "memory", *["copies of weights, MiB"] * bool(recipe), "loss"]
     lines = [
         *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
-        "bf16, random tokens; weights and main_grad held all the time and not counted; medians of "
+        f"bf16{' and FP8' * bool(recipe)}, random tokens; weights and main_grad held all the time and not counted; medians of "
         f"{record['repeats']} interleaved runs in random order.", "",
-        "| | ms | time | ms of the host | ms busy, profiled | peak, MiB | memory | loss |", "|---" * 8 + "|",
+        f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     for row in rows:
         low, _, high = statistics.quantiles(row["milliseconds"])
-        lines.append(
-            f"| {row['name']} | {row['median']:.2f} ({low:.2f} to {high:.2f}) | {row['median'] / dense['median']:.3f} "
-            f"| {statistics.median(row['host_milliseconds']):.0f} "
-            f"| {row['busy_milliseconds']:.1f} of {row['span_milliseconds']:.1f} "
-            f"| {row['peak_mib']:.0f} | {row['peak_mib'] / dense['peak_mib']:.3f} | {row['loss']:.5f} |"
-        )
+        cells = [
+            row["name"],
+            f"{row['median']:.2f} ({low:.2f} to {high:.2f})",
+            f"{row['median'] / dense['median']:.3f}",
+        ]
+        if recipe:
+            cells.append(f"{statistics.median(row['first_milliseconds']):.2f}")
+            cells.append(f"{row['median'] / named(rows, FP8_DENSE)['median']:.3f}")
+        cells.append(f"{statistics.median(row['host_milliseconds']):.0f}")
+        cells.append(f"{row['busy_milliseconds']:.1f} of {row['span_milliseconds']:.1f}")
+        cells += [f"{row['peak_mib']:.0f}", f"{row['peak_mib'] / dense['peak_mib']:.3f}"]
+        cells += [*[f"{row['copies_mib']:.0f}"] * bool(recipe), f"{row['loss']:.5f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if recipe:
+        lines += ["", *targets(rows)]
     kinds = sorted({kind for row in rows for kind in row["kernels"]})
     lines += ["", "Kernels of one step, launches and ms:", "", "| | " + " | ".join(row["name"] for row in rows) + " |"]
     lines.append("|---" * (len(rows) + 1) + "|")
@@ -192,25 +234,48 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(row for row in rows if row["name"] == name)
+
+
+def targets(rows: list[dict[str, Any]]) -> list[str]:
+    """Of tiled FP8, what was asked for and what came out."""
+    bf16, tiled, fp8_dense = (named(rows, name) for name in (DENSE, TILED, FP8_DENSE))
+    limit = tiled["peak_mib"] + fp8_dense["copies_mib"]
+    lines = [
+        "Targets of tiled FP8: at most 1.02 of dense FP8's time; at least 0.8 of what dense gains in time over bf16;"
+    ]
+    lines += [f"at most {limit:.0f} MiB, which are those of tiled bf16 and the copies of weights of dense FP8.", ""]
+    lines += ["| | time of dense FP8 | of dense's gain | MiB of the limit |", "|---|---|---|---|"]
+    for row in rows:
+        if row["name"].startswith("FP8 tiled"):
+            gain = (tiled["median"] - row["median"]) / (bf16["median"] - fp8_dense["median"])
+            time, memory = row["median"] / fp8_dense["median"], row["peak_mib"] / limit
+            lines.append(f"| {row['name']} | {time:.3f} | {gain:.2f} | {memory:.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2048, batch=4, repeats=20)
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
+    parser.add_argument("--fp8", metavar="RECIPE", help="FP8 beside bf16, in place of other settings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args()
     gpt.initialize()
     found, ddp = candidates(args)
-    measure(found, ddp, args.repeats)
+    measure(found, ddp, args.repeats, firsts=bool(args.fp8))
     origin = Origin.now(gpt.PACKAGES, machine())
     origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
     record = {
         "origin": asdict(origin),
         "attention": args.attention,
+        "fp8": args.fp8,
         "repeats": args.repeats,
         "candidates": [
-            {key: value for key, value in vars(candidate).items() if key != "step"}
+            {key: value for key, value in vars(candidate).items() if key not in ("step", "model")}
             | {"median": statistics.median(candidate.milliseconds)}
             for candidate in found
         ],
