@@ -204,8 +204,8 @@ def markdown(record: dict[str, Any]) -> str:
     columns += ["ms busy, profiled", "peak, MiB", "memory", *["copies of weights, MiB"] * bool(recipe), "loss"]
     lines = [
         *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
-        f"bf16{' and FP8' * bool(recipe)}, random tokens; weights and main_grad held all the time and not counted; medians of "
-        f"{record['repeats']} interleaved runs in random order.", "",
+        f"bf16{' and FP8' * bool(recipe)}, random tokens; weights and main_grad held all the time and not counted; "
+        f"medians of {record['repeats']} interleaved runs in random order.", "",
         f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     for row in rows:

@@ -75,7 +75,7 @@ class ActivationBackward:
 
     def through_tile(self, tile: slice, pre: Tensor, grad: Tensor, amax: Tensor | None = None) -> None:
         """In place: ``pre`` becomes its gradient, whose largest value ``amax`` notes, and ``grad`` the activation."""
-        operands = pre, self._loop.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
+        operands = pre, self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
         if not self._needs_grad:
             self._tiles.activation.forward(*operands)
             return
