@@ -26,8 +26,10 @@ from megatron_tiling.resident.fp8_operands import (
     Quantizer,
     WeightCopies,
     columns_of,
+    columns_to_fill,
     inverse_scale,
     joined,
+    knows_scale,
     quantized,
     rows_of,
     same_again,
@@ -308,9 +310,12 @@ class _Backward:
         if pre is None:  # after a product that a gather of the input runs under
             weight = self._fc1_rows(halves, rowwise=True)
             pre = self.loop.pre_activation(self.input, weight, self.like)
-        self.activation.through_tile(tile, self.loop.halved(pre), grad, amax)
-        if self.needs_fc2:
-            self.activations[index] = quantized(self.ctx.activation_quantizer, grad, columnwise=True)
+        quantizer, fp8 = self.ctx.activation_quantizer, None
+        if self.needs_fc2 and self.needs_activation_grad and knows_scale(quantizer):
+            self.activations[index], fp8 = columns_to_fill(quantizer, *grad.shape)
+        self.activation.through_tile(tile, self.loop.halved(pre), grad, amax, fp8)
+        if self.needs_fc2 and fp8 is None:
+            self.activations[index] = quantized(quantizer, grad, columnwise=True)
         del grad  # before more is made; so are those below
         if not (self.needs_dgrad or self.needs_fc1):
             return

@@ -69,13 +69,15 @@ class Activation:
         scale: Tensor | None,
         grad: Tensor,
         amax: Tensor | None = None,
+        fp8: tuple[Tensor, Tensor] | None = None,
         *,
         bias_grad: bool,
         scale_grad: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """In place: ``pre`` becomes its own gradient, and ``grad``, the activation's gradient, the activation.
 
-        ``amax`` is of the gradient.
+        ``amax`` is of the gradient. With ``fp8``, ``[f, n]`` in FP8 and a scale ``[1]``, the activation goes there,
+        scaled and transposed, in place of ``grad``.
 
         Returns:
             The gradients of ``bias [halves, f]`` and ``scale [n]``, each only if asked for.
@@ -83,7 +85,7 @@ class Activation:
         if formula := self._formula_of_kernels(pre):
             from megatron_tiling.tiles.kernels.activation import activate_backward
 
-            formula |= {"bias_grad": bias_grad, "scale_grad": scale_grad, "amax": amax}
+            formula |= {"bias_grad": bias_grad, "scale_grad": scale_grad, "amax": amax, "fp8": fp8}
             return activate_backward(pre, bias, scale, grad, **formula)
         leaves = {"pre": _joined(pre).requires_grad_()}
         if bias is not None:
@@ -96,7 +98,12 @@ class Activation:
         grads = dict(zip(wanted, torch.autograd.grad(out, [leaves[name] for name in wanted], grad), strict=True))
         pre.copy_(_halved(grads["pre"], self.halves))
         _raise(amax, pre)
-        grad.copy_(out.detach())
+        if fp8 is None:
+            grad.copy_(out.detach())
+        else:
+            into, fp8_scale = fp8
+            largest = torch.finfo(into.dtype).max
+            into.copy_((out.detach().float() * fp8_scale).clamp(-largest, largest).t())
         return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
 
     def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:

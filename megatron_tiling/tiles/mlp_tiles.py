@@ -73,13 +73,20 @@ class ActivationBackward:
         self.bias_grad = torch.empty_like(bias) if bias is not None and needs_bias else None
         self._scale_grad: Tensor | None = None
 
-    def through_tile(self, tile: slice, pre: Tensor, grad: Tensor, amax: Tensor | None = None) -> None:
-        """In place: ``pre`` becomes its gradient, whose largest value ``amax`` notes, and ``grad`` the activation."""
+    def through_tile(
+        self,
+        tile: slice,
+        pre: Tensor,
+        grad: Tensor,
+        amax: Tensor | None = None,
+        fp8: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """In place: ``pre`` becomes its gradient and ``grad`` the activation; ``Activation`` says the rest."""
         operands = pre, self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
         if not self._needs_grad:
             self._tiles.activation.forward(*operands)
             return
-        bias_grad, scale_grad = self._tiles.activation.backward(*operands, amax, **self._needs)
+        bias_grad, scale_grad = self._tiles.activation.backward(*operands, amax, fp8, **self._needs)
         if bias_grad is not None and self.bias_grad is not None:
             self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
         if scale_grad is not None:

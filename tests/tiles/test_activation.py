@@ -92,6 +92,31 @@ def test_kernels(formula: Formula, gated: bool, bias: bool, scale: bool, columns
         assert error(found, wanted) < tolerance
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows, columns", [(80, 96), (24, 200)])
+def test_the_backward_kernel_leaves_the_activation_in_fp8(gated: bool, rows: int, columns: int) -> None:
+    formula, fp8 = Formula("silu"), torch.float8_e4m3fn
+    pre, bias, scale, grad = operands(1 + gated, rows, columns, True, True, torch.bfloat16)
+    expected_pre, expected = pre.clone(memory_format=torch.preserve_format), grad.clone()
+    options = {"bias_grad": True, "scale_grad": True} | asdict(formula)
+    expected_grads = kernels.activate_backward(expected_pre, bias, scale, expected, **options)
+    by = torch.tensor([300.0], device=DEVICE)  # so much that some of it is beyond FP8
+    expected = (expected.float() * by).clamp(-448, 448).to(fp8).t()
+    found = torch.empty(columns, rows + 8, device=DEVICE).to(fp8)[:, :rows]
+    untouched = grad.clone()
+    grads = kernels.activate_backward(pre, bias, scale, grad, fp8=(found, by), **options)
+    same = (found.float() == expected.float()).float().mean()
+    assert same == 1 if DEVICE == "cuda" else same > 0.95  # Triton's interpreter rounds some to half of what they are
+    assert found.float().abs().max() == expected.float().abs().max() == 448
+    assert torch.equal(grad, untouched) and torch.equal(pre, expected_pre)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-5)
+
+    activation, found = Activation(gated, reference(formula, gated)), torch.empty_like(found)
+    pre, bias, scale, grad = operands(1 + gated, rows, columns, True, True, torch.bfloat16)
+    activation.backward(pre, bias, scale, grad, fp8=(found, by), bias_grad=True, scale_grad=True)
+    assert error(found, expected.double()) < 0.02
+
+
 def test_kernels_leave_neighbours_alone() -> None:
     buffer = torch.randn(5, 2, 40, device=DEVICE)
     before, tile = buffer.clone(), buffer.transpose(0, 1)[:, :, 8:21]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS = 4
+FP8_BLOCK = 64, 64  # written transposed, and so square
 ALIGNMENT = 16  # numbers that are multiples of this make 16-byte accesses
 
 
@@ -81,10 +82,11 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    pre, bias, scale, grad, bias_sums, scale_sums, amax,
-    rows, columns, half_stride, row_stride, bias_half_stride, grad_stride, clamp, linear_offset,
+    pre, bias, scale, grad, bias_sums, scale_sums, amax, fp8, fp8_scale,
+    rows, columns, half_stride, row_stride, bias_half_stride, grad_stride, fp8_stride, clamp, linear_offset,
     KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
-    BIAS_SUMS: tl.constexpr, SCALE_SUMS: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS_SUMS: tl.constexpr, SCALE_SUMS: tl.constexpr, AMAX: tl.constexpr, FP8: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(columns, COLUMNS)
     row_block = tl.program_id(0) // column_blocks
@@ -136,7 +138,14 @@ def _backward_kernel(
         tl.store(scale_sums + column_block.to(tl.int64) * rows + row, sums, row < rows)
     if SCALE:
         y *= token_scale
-    tl.store(grad_at, y.to(grad.dtype.element_ty), mask)
+    y = y.to(grad.dtype.element_ty)
+    if FP8:
+        scaled = tl.trans(y.to(tl.float32) * tl.load(fp8_scale))
+        scaled = tl.clamp(scaled, -FP8, FP8, propagate_nan=tl.PropagateNan.ALL)
+        fp8_at = fp8 + column.to(tl.int64)[:, None] * fp8_stride + row[None, :]
+        tl.store(fp8_at, scaled.to(fp8.dtype.element_ty), (column < columns)[:, None] & (row < rows)[None, :])
+    else:
+        tl.store(grad_at, y, mask)
     if BIAS_SUMS:
         halves: tl.constexpr = 2 if GATED else 1
         sums_at = bias_sums + row_block.to(tl.int64) * columns * halves + column
@@ -168,26 +177,29 @@ def activate(
 def activate_backward(
     pre: Tensor, bias: Tensor | None, scale: Tensor | None, grad: Tensor,
     *, bias_grad: bool, scale_grad: bool, kind: str, clamp: float | None, linear_offset: float,
-    amax: Tensor | None = None,
+    amax: Tensor | None = None, fp8: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """``pre`` becomes its gradient, to whose largest value ``amax [1]`` rises, ``grad`` the activation.
 
+    With ``fp8``, ``[f, n]`` and a scale ``[1]``, the activation goes there, scaled and transposed.
     Returns the gradients of bias and scale, in float32.
     """
     halves, rows, columns = pre.shape
     bias, scale = _dense(bias), _dense(scale)
     numbers, flags = _operands(pre, bias, scale, grad)
-    block_rows, block_columns = _block(numbers, sums_rows=bias_grad)
+    block_rows, block_columns = FP8_BLOCK if fp8 else _block(numbers, sums_rows=bias_grad)
+    fp8_out, fp8_scale = fp8 or (None, None)
+    largest, fp8_stride = (0.0, 0) if fp8_out is None else (torch.finfo(fp8_out.dtype).max, fp8_out.stride(0))
     row_blocks, column_blocks = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
     bias_sums = pre.new_empty(row_blocks, halves, columns, dtype=torch.float32) if bias_grad else None
     scale_sums = pre.new_empty(column_blocks, rows, dtype=torch.float32) if scale_grad else None
     if rows:
         with torch.cuda.device_of(grad):
             _backward_kernel[(row_blocks * column_blocks,)](
-                pre, bias, scale, grad, bias_sums, scale_sums, amax,
-                *numbers, 0.0 if clamp is None else clamp, linear_offset,
+                pre, bias, scale, grad, bias_sums, scale_sums, amax, fp8_out, fp8_scale,
+                *numbers, fp8_stride, 0.0 if clamp is None else clamp, linear_offset,
                 KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad,
-                AMAX=amax is not None, **flags,
+                AMAX=amax is not None, FP8=largest, **flags,
                 ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
             )  # fmt: skip
     return (

@@ -32,14 +32,23 @@ def softmax_cases() -> Iterator[Case]:
 def activation_cases() -> Iterator[Case]:
     from megatron_tiling.tiles.kernels import activation
 
-    numbers = ("rows", "columns", "half_stride", "row_stride", "bias_half_stride", "out_stride", "grad_stride")
+    numbers = (
+        "rows",
+        "columns",
+        "half_stride",
+        "row_stride",
+        "bias_half_stride",
+        "out_stride",
+        "grad_stride",
+        "fp8_stride",
+    )
     types = dict.fromkeys(numbers, "i32") | {"clamp": "fp32", "linear_offset": "fp32"}
     types |= {name: "*bf16" for name in ("pre", "bias", "scale", "out", "grad")}
-    types |= {"bias_sums": "*fp32", "scale_sums": "*fp32", "amax": "*fp32"}
+    types |= {"bias_sums": "*fp32", "scale_sums": "*fp32", "amax": "*fp32", "fp8": "*fp8e4nv", "fp8_scale": "*fp32"}
     kinds = ("silu", "quick_gelu", "gelu_tanh", "gelu", "relu", "squared_relu")
     for kind, gated, extras in itertools.product(kinds, (False, True), (False, True)):
         flags = dict.fromkeys(("BIAS", "SCALE", "CLAMP", "BIAS_SUMS", "SCALE_SUMS", "AMAX"), extras)
-        values = flags | {"KIND": kind, "GATED": gated, "ROWS": 16, "COLUMNS": 128}
+        values = flags | {"FP8": 448.0 * extras, "KIND": kind, "GATED": gated, "ROWS": 16, "COLUMNS": 128}
         for kernel in (activation._forward_kernel, activation._backward_kernel):
             yield kernel, types, {name: value for name, value in values.items() if name in kernel.arg_names}
 
