@@ -13,8 +13,8 @@ With ``--fp8`` a GPT of 306 million parameters trains on one GPU, on Transformer
 two micro-batches of 2048 tokens an iteration. The yardstick is a dense run on the same documents in another order:
 Megatron shuffles anew for another ``--split``, from the same seed, with the same initial weights.
 
-Writes loss_parity.md (loss_parity_fp8.md) and, with matplotlib, the picture of the same name. ``--at-once`` runs share
-a GPU, which the host would not fill. Flags that are not its own go to Megatron.
+Writes DATE-loss-parity.md (DATE-loss-parity-fp8.md) and, with matplotlib, a picture. ``--at-once`` runs share a GPU,
+which the host would not fill. Flags that are not its own go to Megatron.
 """
 
 import argparse
@@ -143,12 +143,12 @@ def difference(a: list[float], b: list[float]) -> str:
     return f"{max(gaps):.4f} | {sum(gaps) / len(gaps):.4f}"
 
 
-def report(curves: dict[Run, list[float]], args: argparse.Namespace) -> str:
-    packages = ("torch", "megatron-core", *["transformer_engine"] * bool(args.fp8))
-    title, setting = ("Loss in FP8", "TransformerEngine's layers, FP8") if args.fp8 else ("Loss parity", "NCCL, bf16")
+def report(curves: dict[Run, list[float]], args: argparse.Namespace, origin: Origin, picture: Path | None) -> str:
+    title, setting = ("Loss in FP8", "TransformerEngine's layers") if args.fp8 else ("Loss parity", "NCCL, bf16")
     dense = {run.group: curve for run, curve in curves.items() if run.kind == "dense"}
     lines = [
-        *Origin.now(packages, machine(several=True)).head(title, setting),
+        *origin.head(title, setting),
+        *[f"![loss curves]({picture.name})", ""] * (picture is not None),
         f"Largest and mean difference of the loss over {args.iterations} iterations:",
         "",
         "| against dense of the same group | largest | mean |",
@@ -165,18 +165,20 @@ def report(curves: dict[Run, list[float]], args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: dict[Run, list[float]], path: Path) -> None:
+def plot(curves: dict[Run, list[float]], path: Path) -> Path | None:
+    """The picture, where it can be drawn."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print("no matplotlib here: no picture")
-        return
+        return None
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for run, curve in curves.items():
         axes.plot(curve, label=run.name, linestyle="--" if run.kind.startswith("tiled") else "-", linewidth=1)
     axes.set(xlabel="iteration", ylabel="loss")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    return path
 
 
 def main() -> None:
@@ -193,10 +195,11 @@ def main() -> None:
     args, args.more = parser.parse_known_args()  # more of Megatron's flags
     args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
-    text = report(curves, args)
-    path = args.output / ("loss_parity_fp8.md" if args.fp8 else "loss_parity.md")
+    packages = ("torch", "megatron-core", *["transformer_engine"] * bool(args.fp8))
+    origin = Origin.now(packages, machine(several=True))
+    path = args.output / f"{origin.date}-loss-parity{'-fp8' * bool(args.fp8)}.md"
+    text = report(curves, args, origin, plot(curves, path.with_suffix(".png")))
     path.write_text(text)
-    plot(curves, path.with_suffix(".png"))
     print(text)
 
 
