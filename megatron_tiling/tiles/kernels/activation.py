@@ -139,7 +139,7 @@ def _backward_kernel(
     if SCALE:
         y *= token_scale
     y = y.to(grad.dtype.element_ty)
-    if FP8:
+    if FP8 > 0:  # the largest value of the format
         scaled = tl.trans(y.to(tl.float32) * tl.load(fp8_scale))
         scaled = tl.clamp(scaled, -FP8, FP8, propagate_nan=tl.PropagateNan.ALL)
         fp8_at = fp8 + column.to(tl.int64)[:, None] * fp8_stride + row[None, :]
