@@ -18,6 +18,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
@@ -103,6 +104,11 @@ class _Plan:
         ties = "share_embeddings_and_output_weights"
         tied = [unwrapped(getattr(one, "output_layer", None)) for one in models if getattr(one, ties, False)]
         within: set[torch.nn.Module] = set()
+        self.dispatchers = {
+            layer.experts: layer.token_dispatcher
+            for layer in model.modules()
+            if isinstance(layer, MoELayer) and layer.experts is not None
+        }
         for path, layer in model.named_modules():
             if unwrapped(layer) is not layer or layer in within:  # an adapter, or a layer of grouped experts
                 continue
@@ -147,15 +153,22 @@ class _Plan:
         report = LayerReport(name, shape, _element_size(experts), experts=experts.num_local_experts)
         keep = self.config.kept_tiles
         if isinstance(experts, grouped.TiledExperts):  # tiled before
-            tiles, keep = experts.tiles, experts.keep
+            tiles, keep, gathers = experts.tiles, experts.keep, experts._dispatcher is not None
         else:
             reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
             partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
             if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
                 return replace(report, reason=reason)
             check_keep(keep, tiles, "grouped experts")
-            self.mlps.append(partial(grouped.convert_experts, experts, self.config))
-        return replace(report, expert_tiles=tiles, kept_tiles=tiles if keep is None else keep)
+            dispatcher = self.dispatchers.get(experts)
+            gathers = grouped.gathers_rows(dispatcher, self.config)
+            self.mlps.append(partial(grouped.convert_experts, experts, self.config, dispatcher if gathers else None))
+        how: dict[str, Any] = {
+            "expert_tiles": tiles,
+            "kept_tiles": tiles if keep is None else keep,
+            "gathers_rows": gathers,
+        }
+        return replace(report, **how)
 
     def _plan_head(self, model: LanguageModule) -> None:
         layer: Any = unwrapped(getattr(model, "output_layer", None))

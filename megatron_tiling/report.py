@@ -30,6 +30,7 @@ class LayerReport:
         fp8: that MLP runs in FP8, and this layer stays TransformerEngine's.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
+        gathers_rows: their tokens are kept once, and the rows of a tile are gathered again in the backward pass.
         loss_tiles: of an output layer whose logits the loss takes tile by tile, and which does not use ``grid``.
     """
 
@@ -44,6 +45,7 @@ class LayerReport:
     fp8: bool = False
     experts: int = 0
     expert_tiles: int = 0
+    gathers_rows: bool = False
     loss_tiles: HeadTiles | None = None
 
     @property
@@ -100,7 +102,8 @@ def table(reports: list[LayerReport]) -> str:
 def note(report: LayerReport) -> str:
     """How the tiles of a layer are used, or why there are none: the last column of the table."""
     if report.expert_tiles:
-        return f"TiledExperts, at most {report.expert_tiles} tiles of about as many rows, keep {_keep_note(report)}"
+        words = f"TiledExperts, at most {report.expert_tiles} tiles of about as many rows, keep {_keep_note(report)}"
+        return words + ", tokens kept once" * report.gathers_rows
     if report.grid is None:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []

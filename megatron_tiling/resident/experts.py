@@ -22,12 +22,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.resident.activation import FORMULA_KINDS, reason_in_activation
 from megatron_tiling.resident.adapters import unwrapped
+from megatron_tiling.resident.dispatch import RememberingDispatcher, can_remember, remember
 from megatron_tiling.resident.mlp import MLP_LAYERS, reason_in_hooks, run_weight_hooks
 from megatron_tiling.resident.stock_code import is_own_function
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.expert_groups import expert_groups
-from megatron_tiling.tiles.experts import ExpertsLoop, one_by_one, tiled_experts
+from megatron_tiling.tiles.experts import ExpertsLoop, Source, one_by_one, tiled_experts
 
 
 def _known_grouped_gemm() -> Callable[..., Any] | None:
@@ -63,6 +64,7 @@ class TiledExperts(torch.nn.Module):
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them.
         fp32_accumulate: sum over tiles in float32.
+        _dispatcher: knows the tokens that rows are copies of, which are kept in their place.
         fuse_wgrad: whether weight gradients go into ``main_grad``; ``None`` follows the layers' own setting.
     """
 
@@ -73,6 +75,7 @@ class TiledExperts(torch.nn.Module):
     keep: int | None
     fp32_accumulate: bool
     fuse_wgrad: bool | None
+    _dispatcher: RememberingDispatcher | None = None
 
     def forward(
         self,
@@ -84,6 +87,7 @@ class TiledExperts(torch.nn.Module):
         """``[n, h]``, sorted by expert, and ``[n]`` -> ``[n, h_out]`` and no bias, as stock's."""
         hidden, scale, rows = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
         weights = self.weights()
+        source = None if self._dispatcher is None else self._dispatcher.source_of(hidden)
         if self.reason_for_stock_forward(hidden, rows, weights, buffers):
             result: tuple[Tensor, Tensor | None] = super().forward(hidden, tokens_per_expert, scale, **buffers)
             return result
@@ -91,7 +95,7 @@ class TiledExperts(torch.nn.Module):
             if self.config.moe_router_topk != 1:
                 raise ValueError("moe_apply_probs_on_input only works with moe_router_topk=1")
             hidden, scale = (scale.unsqueeze(-1) * hidden).to(hidden.dtype), torch.ones_like(scale)
-        output = self._run_loop(hidden, scale, rows, weights)
+        output = self._run_loop(hidden, scale, rows, weights, source)
         if weights.fc2_biases:
             output = stock.TEGroupedMLP._apply_bias(output, weights.fc2_biases, rows, scale.unsqueeze(-1))
         return output, None
@@ -120,7 +124,9 @@ class TiledExperts(torch.nn.Module):
         return ""
 
     @torch.compiler.disable
-    def _run_loop(self, hidden: Tensor, scale: Tensor, rows: list[int], weights: Weights) -> Tensor:
+    def _run_loop(
+        self, hidden: Tensor, scale: Tensor, rows: list[int], weights: Weights, source: Source | None
+    ) -> Tensor:
         fc1, fc2 = (self.of_experts(layer) for layer in MLP_LAYERS)
         features = fc2(weights.fc2)[0].shape[1]
         loop = ExpertsLoop(
@@ -133,7 +139,7 @@ class TiledExperts(torch.nn.Module):
             fc1_of_experts=fc1,
             fc2_of_experts=fc2,
         )
-        return tiled_experts(hidden, scale, weights.fc1, weights.fc1_biases, weights.fc2, loop)
+        return tiled_experts(hidden, scale, weights.fc1, weights.fc1_biases, weights.fc2, loop, source)
 
     def weights(self) -> Weights:
         raise NotImplementedError
@@ -174,10 +180,10 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
         biases = ([getattr(layer, f"bias{i}") for i in names] if layer.use_bias else () for layer in (fc1, fc2))
         return Weights(*([getattr(layer, f"weight{i}") for i in names] for layer in (fc1, fc2)), *biases)
 
-    def _run_loop(self, hidden: Tensor, scale: Tensor, rows: list[int], weights: Weights) -> Tensor:
+    def _run_loop(self, *operands: Any) -> Tensor:
         for name in MLP_LAYERS:
             run_weight_hooks(getattr(self, name))
-        return super()._run_loop(hidden, scale, rows, weights)
+        return super()._run_loop(*operands)
 
     def activation(self) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
         def between(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -294,11 +300,28 @@ def reason_to_stay_stock(experts: Any) -> str:
     return reason_in_activation(experts)
 
 
-def convert_experts(experts: Any, config: TilingConfig) -> None:
-    """Turn built stock experts into tiled ones, in place, where ``reason_to_stay_stock`` has none."""
+def gathers_rows(dispatcher: Any, config: TilingConfig) -> bool:
+    """Whether experts behind this dispatcher gather their rows again: where tiles recompute, and take time anyway."""
+    return (
+        config.kept_tiles is not None
+        and config.kept_tiles < config.splits_of("experts")[1]
+        and can_remember(dispatcher)
+    )
+
+
+def convert_experts(experts: Any, config: TilingConfig, dispatcher: Any = None) -> None:
+    """Turn built stock experts into tiled ones, in place, where ``reason_to_stay_stock`` has none.
+
+    Args:
+        experts: of a Megatron MoE layer, with grouped GEMMs.
+        config: how.
+        dispatcher: that layer's, for which ``gathers_rows``; or none.
+    """
     experts.__class__ = TILED_CLASSES[type(experts)]
     experts.tiles, experts.keep = config.splits_of("experts")[1], config.kept_tiles
     experts.fp32_accumulate, experts.fuse_wgrad = config.fp32_accumulate, config.fuse_wgrad
+    if dispatcher is not None:
+        experts._dispatcher = remember(dispatcher)
 
 
 def shard_shape(experts: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ Depends on torch alone.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class GroupedGemm(Protocol):
     def __call__(
         self, out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool
     ) -> None: ...
+
+
+class Source(NamedTuple):
+    """Where the rows of the input come from: ``hidden`` is ``tokens [t, h]`` at ``indices [n]``, a copy of these."""
+
+    tokens: Tensor
+    indices: Tensor
 
 
 def one_by_one(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
@@ -69,6 +76,7 @@ def tiled_experts(
     fc1_biases: Sequence[Tensor],
     fc2: Sequence[Tensor],
     loop: ExpertsLoop,
+    source: Source | None = None,
 ) -> Tensor:
     """``(scale * activation(hidden @ fc1.T + fc1_bias)) @ fc2.T`` of every expert and its rows, tile after tile.
 
@@ -79,12 +87,15 @@ def tiled_experts(
             ``loop`` makes these of.
         fc1_biases: ``[halves * f]`` of each expert, or none.
         loop: the tiles and the options.
+        source: is kept for the backward pass in place of ``hidden``, whose rows are gathered again, a tile at a time.
 
     Returns:
         ``[n, h_out]``.
     """
     counts = len(fc1), len(fc1_biases), len(fc2)
-    output: Tensor = _TiledExperts.apply(hidden, scale, counts, loop, torch.is_grad_enabled(), *fc1, *fc1_biases, *fc2)
+    source = None if source is None else Source(source.tokens.detach(), source.indices)
+    options = counts, loop, source, torch.is_grad_enabled()
+    output: Tensor = _TiledExperts.apply(hidden, scale, *options, *fc1, *fc1_biases, *fc2)
     return output
 
 
@@ -115,6 +126,7 @@ class _TiledExperts(torch.autograd.Function):
         scale: Tensor,
         counts: tuple[int, int, int],
         loop: ExpertsLoop,
+        source: Source | None,
         grad_enabled: bool,
         *parameters: Tensor,
     ) -> Tensor:
@@ -124,10 +136,11 @@ class _TiledExperts(torch.autograd.Function):
         kept = [_forward(loop, group, hidden, scale, fc1, biases, fc2, output, records) for group in loop.groups]
         if records:
             recomputes = any(group.kept < len(group.columns) for group in loop.groups)
-            needs_fc1 = any(ctx.needs_input_grad[5 : 5 + counts[0]])
+            needs_fc1 = any(ctx.needs_input_grad[6 : 6 + counts[0]])
             ctx.loop, ctx.counts, ctx.kept_is_intact = loop, counts, True
             ctx.parameters = parameters  # they carry main_grad, which saved tensors may lose
-            ctx.save_for_backward(hidden if needs_fc1 or recomputes else None, scale, *parameters, *kept)
+            inputs = (hidden, None) if source is None else source
+            ctx.save_for_backward(*(inputs if needs_fc1 or recomputes else (None, None)), scale, *parameters, *kept)
         return output
 
     @staticmethod
@@ -180,10 +193,14 @@ def _forward(
     return kept
 
 
-def _fc1(loop: ExpertsLoop, segments: Sequence[Segment], hidden: Tensor, fc1: list[Tensor], pre: Tensor) -> None:
-    """``pre [n, halves, f]`` of these rows."""
+def _fc1(
+    loop: ExpertsLoop, segments: Sequence[Segment], hidden: Tensor, fc1: list[Tensor], pre: Tensor, start: int = 0
+) -> None:
+    """``pre [n, halves, f]`` of these rows, of an input that begins at row ``start``."""
     products = _rows_of(pre.flatten(1), segments, segments[0].rows.start)
-    loop.gemm(products, _rows_of(hidden, segments), [fc1[expert].t() for expert, _ in segments], accumulate=False)
+    loop.gemm(
+        products, _rows_of(hidden, segments, start), [fc1[expert].t() for expert, _ in segments], accumulate=False
+    )
 
 
 def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tuple[Tensor, ...]:
@@ -236,9 +253,9 @@ class _Backward:
         self.halves = self.loop.activation.halves
         fc1, biases = ctx.counts[0], ctx.counts[0] + ctx.counts[1]
         self.needs_dgrad, self.needs_scale = ctx.needs_input_grad[:2]
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         self.needs_bias = any(needs[fc1:biases])
-        self.hidden, self.scale, *saved = ctx.saved_tensors
+        self.hidden, self.indices, self.scale, *saved = ctx.saved_tensors
         parameters, self.kept = saved[: len(needs)], saved[len(needs) :]
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = [None] * len(self.kept)
@@ -273,15 +290,23 @@ class _Backward:
             for grads, share in zip((self.fc1_grads, self.fc2_grads), self.shares, strict=True)
         )
         scale = None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype)
-        return self.dgrad, scale, None, None, None, *fc1, *self.bias_grads, *fc2
+        return self.dgrad, scale, None, None, None, None, *fc1, *self.bias_grads, *fc2
+
+    def _input(self, rows: slice) -> Tensor | None:
+        """``[n, h]`` of a tile, if anything needs it."""
+        if self.hidden is None or self.indices is None:
+            return None if self.hidden is None else self.hidden[rows]
+        gathered: Tensor = self.hidden.index_select(0, self.indices[rows])
+        return gathered
 
     def _one_tile(self, group: Group, kept: Tensor | None) -> None:
         """A group of experts, or one, with all features."""
         segments, gemm = group.segments, self.loop.gemm
         start, count = group.rows.start, group.rows.stop - group.rows.start
+        hidden = self._input(group.rows)
         pre = scratch(self.dy, count, self.halves, self.loop.features) if kept is None else kept
-        if kept is None:
-            _fc1(self.loop, segments, self.hidden, self.fc1, pre)
+        if kept is None and hidden is not None:
+            _fc1(self.loop, segments, hidden, self.fc1, pre, start)
         activated = scratch(self.dy, count, self.loop.features)  # its gradient at first
         dy, activations = _rows_of(self.dy, segments), _rows_of(activated, segments, start)
         gemm(activations, dy, [self.fc2[expert] for expert, _ in segments], accumulate=False)
@@ -292,7 +317,7 @@ class _Backward:
             gemm(_rows_of(self.dgrad, segments), pre_grads, factors, accumulate=False)
         for grads, gradients, inputs in (
             (self.fc2_grads, dy, activations),
-            (self.fc1_grads, pre_grads, () if self.hidden is None else _rows_of(self.hidden, segments)),
+            (self.fc1_grads, pre_grads, () if hidden is None else _rows_of(hidden, segments, start)),
         ):
             if grads is not None:
                 gemm(grads.of(segments), [part.t() for part in gradients], inputs, accumulate=grads.fused)
@@ -300,7 +325,8 @@ class _Backward:
     def _tiles_of_one(self, group: Group, kept: Tensor | None) -> None:
         """One expert, some of its features at a time."""
         ((expert, rows),) = group.segments
-        hidden = self.dy[:0] if self.hidden is None else self.hidden[rows]  # that it is not needed is known
+        hidden = self._input(rows)
+        hidden = self.dy[:0] if hidden is None else hidden  # which nothing needs
         dy, fc1, fc2 = self.dy[rows], self.fc1[expert], self.fc2[expert]
         dgrad = None if self.dgrad is None else self.dgrad[rows]
         widens = self.loop.fp32_accumulate and dy.dtype.itemsize < 4

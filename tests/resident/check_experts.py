@@ -246,12 +246,33 @@ def check_models() -> None:
         assert len(experts) == 2 and all(isinstance(one, stock.TEGroupedMLP) for one in experts)
         assert all(parameter is parameters[name] for name, parameter in tiled.named_parameters())
         assert entries(tiled) == entries(dense) and list(tiled.state_dict()) == list(dense.state_dict())
+        alone = torch.distributed.get_world_size(experts[0].tp_group) * experts[0].ep_group.size() == 1
+        gathers = alone and not changes.get("moe_pad_expert_input_to_capacity")
+        assert all((one._dispatcher is not None) == gathers for one in experts)
+        assert table(tiled.tiling_reports).count("tokens kept once") == gathers
         loops = [Mock(wraps=one._run_loop) for one in experts]
         for one, loop in zip(experts, loops, strict=True):
             one._run_loop = loop
         inputs = batch() | {"attention_mask": None}
         assert_same(step(tiled, **inputs), step(dense, **inputs))
-        assert all(loop.called for loop in loops)
+        assert all(loop.called and (loop.call_args.args[-1] is not None) == gathers for loop in loops)
+
+
+def check_other_rows() -> None:
+    """A dispatcher whose rows are no copies of tokens in their order is found out, and its rows are kept."""
+    dense, tiled = models()
+    for model in (dense, tiled):
+        if model is tiled:
+            tile(tiled, TilingConfig(mlp_keep=0))
+        dispatcher = model.decoder.layers[0].mlp.token_dispatcher
+        dispatch = dispatcher.dispatch_postprocess
+        dispatcher.dispatch_postprocess = lambda *operands, dispatch=dispatch: (
+            lambda hidden, *rest: (hidden * 2, *rest)
+        )(*dispatch(*operands))
+    inputs = batch() | {"attention_mask": None}
+    assert_same(step(tiled, **inputs), step(dense, **inputs))
+    first, second = (layer.mlp.token_dispatcher for layer in tiled.decoder.layers)
+    assert first.is_known is False and second.is_known is True and first.remembered is None
 
 
 def check_grouped_mlp() -> None:

@@ -19,6 +19,10 @@ FLAGS = (
     f"--transformer-impl transformer_engine --tensor-model-parallel-size 2 --sequence-parallel {LLAMA} "
     f"--hidden-dropout 0 --global-batch-size 4 --train-iters {ITERATIONS} --save-interval {SAVED_AT}"
 )
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-ffn-hidden-size 80 --moe-token-dispatcher-type allgather "
+    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --use-distributed-optimizer --overlap-grad-reduce"
+)
 FP8 = "--fp8-format hybrid --fp8-recipe blockwise"
 #: Flags of a run; it saves into a folder of its name, and resumes from the middle of the run named last, if any.
 RUNS = {
@@ -27,6 +31,8 @@ RUNS = {
     "tiled from dense": ("--use-tiled-linear", "dense"),
     "dense from tiled": ("--no-gradient-accumulation-fusion", "tiled"),
     "by spec": ("--no-gradient-accumulation-fusion --spec megatron_tiling.spec tiled_layer_spec", None),
+    "dense experts": (f"--no-gradient-accumulation-fusion {EXPERTS}", None),
+    "tiled experts": (f"--use-tiled-linear --tiled-linear-splits experts=3 --tiled-mlp-keep 1 {EXPERTS}", None),
     "fp8": (f"--use-tiled-linear {FP8}", None),
     "nothing": (f"--use-tiled-linear {FP8} --tiled-linear-modules fc1 fc2", None),
 }
@@ -73,6 +79,15 @@ def test_training_equals_dense(name: str, logs: dict[str, str]) -> None:
     del differences[1]  # what is logged second after a start is a mean of two iterations
     assert max(differences) <= 2e-5
     assert bool(re.search("GEMMs: 0$", logs[name], re.M)) == name.startswith("dense")
+
+
+@pytest.mark.feature("training: grouped experts, EP=2, on stand-ins for TransformerEngine's layers")
+def test_training_with_grouped_experts_equals_dense(logs: dict[str, str]) -> None:
+    expected, found = losses(logs["dense experts"]), losses(logs["tiled experts"])
+    assert len(expected) == len(found) == ITERATIONS, logs["tiled experts"][-3000:]
+    assert found == pytest.approx(expected, abs=2e-5, rel=0)
+    row = r"mlp\.experts +2 +2 x 64 x 160 +- +- +TiledExperts, at most 3 tiles of about as many rows, keep 1\n"
+    assert re.search(row, logs["tiled experts"])
 
 
 def test_the_startup_table(logs: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_tiling.tiles import experts as loops
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.expert_groups import expert_groups
-from megatron_tiling.tiles.experts import ExpertsLoop, tiled_experts
+from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
 from tests.support.harness import Counter, peak_bytes
 
 HIDDEN, FEATURES = 6, 11
@@ -131,6 +131,23 @@ def test_main_grad_of_some_alone_is_not_added_to() -> None:
     output, expected = case.tiled(case.loop(2, fuse_wgrad=True)), case.sequential()
     assert_same(case.gradients(output), case.gradients(expected))
     assert not case.fc1[0].main_grad.any()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4])
+@pytest.mark.parametrize("rows", [[5, 0, 3, 14], [4, 4, 4, 4], [0, 0, 0, 0]])
+def test_rows_gathered_again(rows: list[int], keep: int) -> None:
+    """Tokens are kept in place of the rows that are copies of them; in the backward pass a tile's exist."""
+    case = Case(rows)
+    tokens = torch.randn(5, HIDDEN, dtype=torch.float64)
+    indices = torch.arange(sum(rows)) * 7 % 5
+    case.hidden = tokens[indices].requires_grad_()
+    output = tiled_experts(
+        case.hidden, case.scale, case.fc1, case.biases, case.fc2, case.loop(4, keep), Source(tokens, indices)
+    )
+    saved = {one.data_ptr() for one in output.grad_fn.saved_tensors if one is not None}  # type: ignore[union-attr]
+    assert tokens.data_ptr() in saved and (case.hidden.data_ptr() not in saved or not sum(rows))
+    expected = case.sequential()
+    assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
 
 
 @pytest.mark.parametrize("frozen", ["fc1", "fc2", "inputs"])
