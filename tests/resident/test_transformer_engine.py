@@ -20,8 +20,9 @@ FLAGS = (
     f"--hidden-dropout 0 --global-batch-size 4 --train-iters {ITERATIONS} --save-interval {SAVED_AT}"
 )
 EXPERTS = (
-    "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-ffn-hidden-size 80 --moe-token-dispatcher-type allgather "
-    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --use-distributed-optimizer --overlap-grad-reduce"
+    "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-ffn-hidden-size 80 --expert-model-parallel-size 2 "
+    "--expert-tensor-parallel-size 1 --moe-token-dispatcher-type allgather --use-distributed-optimizer "
+    "--overlap-grad-reduce"
 )
 FP8 = "--fp8-format hybrid --fp8-recipe blockwise"
 #: Flags of a run; it saves into a folder of its name, and resumes from the middle of the run named last, if any.
@@ -86,7 +87,7 @@ def test_training_with_grouped_experts_equals_dense(logs: dict[str, str]) -> Non
     expected, found = losses(logs["dense experts"]), losses(logs["tiled experts"])
     assert len(expected) == len(found) == ITERATIONS, logs["tiled experts"][-3000:]
     assert found == pytest.approx(expected, abs=2e-5, rel=0)
-    row = r"mlp\.experts +2 +2 x 64 x 160 +- +- +TiledExperts, at most 3 tiles of about as many rows, keep 1\n"
+    row = r"mlp\.experts +2 +2 x 48 x 160 +- +- +TiledExperts, at most 3 tiles of about as many rows, keep 1\n"
     assert re.search(row, logs["tiled experts"])
 
 
