@@ -1,7 +1,10 @@
-"""verl (read at 0.8.0.dev): a module for ``actor_rollout_ref.model.external_lib``, with MEGATRON_TILING set.
+"""verl (tested with 0.9.1): a module for ``actor_rollout_ref.model.external_lib``, with MEGATRON_TILING set.
 
 Importing it hooks ``verl.utils.megatron_utils.make_megatron_module`` and ``verl.models.mcore.init_mcore_model``: models
 of Megatron-Bridge, of mbridge and of verl itself come out tiled, before adapters and before Megatron wraps them.
+
+With ``output`` among the modules it also hooks ``linear_cross_entropy`` of ``verl.models.mcore.model_forward_fused``,
+which ``use_fused_kernels=True`` calls for log-probabilities and entropies; without fused kernels verl makes logits.
 """
 
 import functools
@@ -9,11 +12,18 @@ import importlib
 import inspect
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tiling.config import TilingConfig
 from megatron_tiling.integrations.bridge import tile_provider
 from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
+from megatron_tiling.resident.lm_head import head_tiles
+from megatron_tiling.tiles.head import HeadLoop, head_scores
+from megatron_tiling.tiles.softmax import LogitScale
 from megatron_tiling.trainer.hook import tiling_hook
 
-TESTED = "verl 0.8.0.dev of 2026-01-29"
+TESTED = "verl 0.9.1"
 
 
 def install() -> None:
@@ -29,6 +39,8 @@ def install() -> None:
     init = symbol("verl.models.mcore", "init_mcore_model", TESTED)
     if hasattr(make, "tiling_config"):
         return
+    if "output" in config.modules:
+        _hook_scores(config)
     signature = inspect.signature(make)
     if missing := {"bridge", "provider"} - signature.parameters.keys():
         raise ImportError(f"make_megatron_module of verl takes no {', '.join(missing)}; tested with {TESTED}")
@@ -64,6 +76,31 @@ def install() -> None:
     tiled_module.tiling_config = config  # type: ignore[attr-defined]
     importlib.import_module("verl.utils.megatron_utils").make_megatron_module = tiled_module  # type: ignore[attr-defined]
     importlib.import_module("verl.models.mcore").init_mcore_model = tiled_init  # type: ignore[attr-defined]
+
+
+def _hook_scores(config: TilingConfig) -> None:
+    stock = symbol("verl.models.mcore.model_forward_fused", "linear_cross_entropy", TESTED)
+
+    def linear_cross_entropy(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        reduction: str = "none",
+        dist_process_group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As verl's: ``[tokens]`` both; each rank gets its own columns' part of the hidden states' gradient."""
+        if reduction != "none":
+            return stock(hidden, weight, labels, temperature, reduction, dist_process_group)
+        loop = HeadLoop(
+            head_tiles(config), dist_process_group, scale=LogitScale(temperature=temperature), entropy=True
+        )
+        scores = head_scores(hidden, weight, labels.reshape(-1, 1), loop)
+        assert scores.entropy is not None
+        return scores.log_probs.squeeze(1), scores.entropy
+
+    module: Any = importlib.import_module("verl.models.mcore.model_forward_fused")
+    module.linear_cross_entropy = linear_cross_entropy
 
 
 install()

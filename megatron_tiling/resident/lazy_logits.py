@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -44,9 +44,9 @@ class LazyLogits:
     loop: HeadLoop
     losses: TokenLosses | None = None
 
-    def __mul__(self, number: float) -> LazyLogits:
+    def __mul__(self, number: float) -> Self:
         scale = replace(self.loop.scale, scale=self.loop.scale.scale * number)
-        return LazyLogits(self.hidden, self.weight, replace(self.loop, scale=scale))
+        return replace(self, loop=replace(self.loop, scale=scale))
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
         """Loss of each token, ``[s, b]`` for labels ``[s, b]``."""

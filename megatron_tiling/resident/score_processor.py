@@ -84,7 +84,7 @@ def score_processor(
             chosen = columns.transpose(0, 1)
             return scores_of(input_, weight, chosen, loop, turned(mask), mask_count)
 
-        with _forward_of(output_layer, forward):
+        with forward_of(output_layer, forward):
             scores: Scores = output_layer(hidden_states, weight=output_weight)
         return scores.transposed()
 
@@ -97,6 +97,15 @@ def refuse_onlookers(layer: ColumnParallelLinear, scale_logits: Callable[[Tensor
     Raises:
         ValueError: naming what it is.
     """
+    reason = reason_for_onlookers(layer)
+    if not is_stock(scale_logits, SCALE_LOGITS):
+        reason = "code that is not Megatron's scales logits"
+    if reason:
+        raise ValueError(f"score_processor: {reason}; compute log-probabilities from logits here")
+
+
+def reason_for_onlookers(layer: ColumnParallelLinear) -> str:
+    """Who would look at the logits of an output layer, or ``""``."""
     kinds = (ColumnParallelLinear, TiledColumnParallelLinear, TiledOutputLayer)
     hooks = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
     for found, reason in (
@@ -104,14 +113,14 @@ def refuse_onlookers(layer: ColumnParallelLinear, scale_logits: Callable[[Tensor
         ("forward" in vars(layer), "the output layer has a forward of its own"),
         (bool(hooks), "forward or backward hooks look at logits"),
         (layer.bias is not None, "the output layer has a bias"),
-        (not is_stock(scale_logits, SCALE_LOGITS), "code that is not Megatron's scales logits"),
     ):
         if found:
-            raise ValueError(f"score_processor: {reason}; compute log-probabilities from logits here")
+            return reason
+    return ""
 
 
 @contextmanager
-def _forward_of(layer: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_of(layer: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of ``layer`` run its pre-hooks, which may gather its weight, and then this."""
     layer.forward = forward
     try:

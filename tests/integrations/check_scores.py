@@ -1,0 +1,204 @@
+"""Trainers' own functions for log-probabilities and entropies, on logits of a dense model and on those of a tiled one.
+
+    torchrun --standalone --nproc-per-node TP -m tests.integrations.check_scores TRAINER
+
+TRAINER is slime, miles or verl; its package is on the path. Values and every gradient, in float64; logits whole are
+never made. What their modules import beside is stubbed: ``STUBS``.
+"""
+
+import importlib
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tiling import TilingConfig, tile
+from megatron_tiling.integrations.miles import MILES
+from megatron_tiling.integrations.policy_logits import PolicyLogits, defer_logits, hook_scores
+from megatron_tiling.integrations.slime import SLIME
+from tests.integrations import stubs
+from tests.resident.check_lm_head import HIDDEN, RANK, SEQUENCE, TP, VOCABULARY, build
+from tests.support.harness import all_pairs, megatron, relative_error
+
+STUBS = ("codetiming", "httpx", "orjson", "ray", "sglang", "sglang_router", "tensordict")
+OPTIONS: dict[str, list[Any]] = {
+    "sequence_parallel": [False, True],
+    "tied": [False, True],
+    "scale": [None, 0.25],
+    "entropy": [False, True],
+    "temperature": [1.0, 0.7],
+    "entropy_gradient": [False, True],
+    "chunk": [-1, 5],
+}
+FIXED = {"prediction_heads": 0, "detach_heads": False, "fp16_lm_cross_entropy": False, "loss_fusion": False}
+FIXED |= {"per_token_loss": False, "dtype": torch.float32}
+LENGTHS, RESPONSES = [7, 5], [3, 4]
+TILING = TilingConfig(3, ("output",), head_tokens=5, splits={"output": (1, 3)})
+
+Scored = tuple[list[Tensor], list[Tensor] | None, Any]
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCABULARY, (1, SEQUENCE), generator=torch.Generator().manual_seed(3))
+
+
+def logits_of(model: Any) -> Any:
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    return model(tokens(), torch.arange(SEQUENCE)[None], mask)
+
+
+def responses(get: Callable[..., Any], case: dict[str, Any], model: Any) -> Any:
+    """What ``get_log_probs_and_entropy`` makes of two samples, packed; and the logits."""
+    logits = logits_of(model)
+    args = Namespace(
+        rollout_temperature=case["temperature"],
+        log_probs_chunk_size=case["chunk"],
+        entropy_coef=0.1 * case["entropy_gradient"],
+        allgather_cp=False,
+        qkv_format="thd",
+        true_on_policy_mode=False,
+    )
+    samples = {
+        "unconcat_tokens": list(tokens()[0].split(LENGTHS)),
+        "total_lengths": LENGTHS,
+        "response_lengths": RESPONSES,
+        "with_entropy": case["entropy"],
+    }
+    return get(logits, args=args, **samples), logits
+
+
+def slime(case: dict[str, Any], model: Any) -> Scored:
+    get = importlib.import_module("slime.backends.megatron_utils.loss").get_log_probs_and_entropy
+    (_, found), logits = responses(get, case, model)
+    return found["log_probs"], found.get("entropy"), logits
+
+
+def miles(case: dict[str, Any], model: Any) -> Scored:
+    module: Any = importlib.import_module("miles.backends.training_utils.loss_hub.logit_processors")
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    module.get_parallel_state = lambda: Namespace(tp=Namespace(group=group), cp=Namespace(size=1, rank=0))
+
+    def get(*args: Any, **kwargs: Any) -> Any:
+        return module.get_log_probs_and_entropy(*args, entropy_requires_grad=case["entropy_gradient"], **kwargs)
+
+    found, logits = responses(get, case, model)
+    return found["log_probs"], found.get("entropy"), logits
+
+
+def verl(case: dict[str, Any], model: Any) -> Scored:
+    """Its fused forward pass; its kernel, which needs a GPU, is written out for the dense model."""
+    module = importlib.import_module("verl.models.mcore.model_forward_fused")
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    output = module._fused_GPTModel_forward(
+        model,
+        tokens(),
+        torch.arange(SEQUENCE)[None],
+        mask,
+        labels=tokens().roll(-1, 1),
+        temperature=case["temperature"],
+    )
+    return [output.log_probs], [output.entropy], None
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str, group: Any
+) -> tuple[Tensor, Tensor]:
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    assert reduction == "none"
+    own = (hidden @ weight.t()).flatten(0, 1) / temperature
+    log_p = gather_from_tensor_model_parallel_region(own, group=group).log_softmax(-1)
+    return log_p.gather(1, labels.reshape(-1, 1)).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def step(run: Callable[[dict[str, Any], Any], Scored], case: dict[str, Any], model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    log_probs, entropies, logits = run(case, model)
+    assert isinstance(logits, PolicyLogits) == hasattr(model.forward, "__wrapped__") or logits is None
+    generator = torch.Generator().manual_seed(5)
+    values = [*log_probs, *(entropies or ())]
+    differentiable = [value for value in values if value.requires_grad]
+    assert len(differentiable) == len(values) or not case["entropy_gradient"]
+    loss = sum((value * torch.rand(value.shape, generator=generator)).sum() for value in differentiable)
+    (loss if logits is None else loss + 0 * logits.sum()).backward()
+    named = {f"value {index}": value.detach() for index, value in enumerate(values)}
+    return named | {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def check(trainer: str, run: Callable[[dict[str, Any], Any], Scored], options: dict[str, list[Any]]) -> None:
+    for case in all_pairs(options):
+        model = build(case | FIXED).double()
+        model.config.params_dtype = torch.float64
+        expected = step(run, case, model)
+        tile(model, TILING)
+        if trainer != "verl":
+            assert defer_logits(model) == ""
+        found = step(run, case, model)
+        assert found.keys() == expected.keys()
+        for name, one in expected.items():
+            assert relative_error(found[name], one) < (1e-10 if trainer == "verl" else 1e-6), (name, case)
+
+
+def check_lazy() -> None:
+    """What else is asked of logits that are not made: an error; and a loss, or several sequences, as ever."""
+    model = build({**{name: values[0] for name, values in OPTIONS.items()}, **FIXED})
+    expected = logits_of(model)
+    tile(model, TILING)
+    assert defer_logits(model) == ""
+    logits = logits_of(model)
+    assert logits.shape == expected.shape and logits.dtype == torch.float32
+    assert relative_error(logits.squeeze(0).whole(), expected[0]) < 1e-6
+    for use in (lambda: logits.exp(), lambda: torch.exp(logits), lambda: 1 * logits.sum()):
+        with pytest.raises(TypeError, match="never exist"):
+            use()
+    positions, mask = torch.arange(SEQUENCE)[None], torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    assert model(tokens(), positions, mask, labels=tokens()).shape == (1, SEQUENCE)
+    two = tokens().expand(2, -1)
+    assert isinstance(model(two, positions.expand(2, -1), mask), Tensor)
+    model.output_layer.register_forward_hook(lambda *arguments: None)
+    assert isinstance(logits_of(model), Tensor)
+    model.output_layer = torch.nn.Linear(HIDDEN, 1)
+    assert defer_logits(model).startswith("the output layer is not tiled")
+
+
+def main() -> None:
+    trainer = sys.argv[1]
+    stubs.install(*STUBS)
+    with megatron(tensor_model_parallel_size=TP):
+        if trainer == "verl":
+            module: Any = importlib.import_module("verl.models.mcore.model_forward_fused")
+            module.linear_cross_entropy = plain_linear_cross_entropy
+            check_verl(module)
+        else:
+            hooked = SLIME if trainer == "slime" else MILES
+            check_lazy()
+            for _ in range(2):
+                hook_scores(hooked.scores, hooked.tested, hooked.entropy_gradient, hooked.whole_with)
+            check(trainer, slime if trainer == "slime" else miles, OPTIONS)
+        if RANK == 0:
+            print(f"{trainer} passed at TP={TP}", flush=True)
+
+
+def check_verl(module: Any) -> None:
+    from megatron_tiling.integrations import verl as ours  # MEGATRON_TILING is set
+
+    tiled = module.linear_cross_entropy
+    assert tiled is not plain_linear_cross_entropy and ours.TESTED
+    options = {name: OPTIONS[name] for name in ("sequence_parallel", "tied", "temperature")} | {"scale": [None]}
+
+    def run(case: dict[str, Any], model: Any) -> Scored:
+        is_tiled = type(model.output_layer).__name__ == "TiledOutputLayer"
+        module.linear_cross_entropy = tiled if is_tiled else plain_linear_cross_entropy
+        return verl(case, model)
+
+    check("verl", run, options | {"entropy_gradient": [True], "entropy": [True]})
+
+
+if __name__ == "__main__":
+    main()
