@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh
-packages=(megatron-bridge mcore-bridge peft accelerate omegaconf hydra-core antlr4-python3-runtime)
+packages=(megatron-bridge mcore-bridge verl peft accelerate omegaconf hydra-core antlr4-python3-runtime)
 if [[ ! -e .venv-integrations/.ready || tools/constraints.txt -nt .venv-integrations/.ready ]]; then
     rm -rf .venv-integrations
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint tools/constraints.txt \

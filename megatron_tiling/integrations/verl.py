@@ -92,9 +92,7 @@ def _hook_scores(config: TilingConfig) -> None:
         """As verl's: ``[tokens]`` both; each rank gets its own columns' part of the hidden states' gradient."""
         if reduction != "none":
             return stock(hidden, weight, labels, temperature, reduction, dist_process_group)
-        loop = HeadLoop(
-            head_tiles(config), dist_process_group, scale=LogitScale(temperature=temperature), entropy=True
-        )
+        loop = HeadLoop(head_tiles(config), dist_process_group, scale=LogitScale(temperature=temperature), entropy=True)
         scores = head_scores(hidden, weight, labels.reshape(-1, 1), loop)
         assert scores.entropy is not None
         return scores.log_probs.squeeze(1), scores.entropy

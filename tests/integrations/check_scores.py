@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node TP -m tests.integrations.check_scores TRAINER
 
-TRAINER is slime, miles or verl; its package is on the path. Values and every gradient, in float64; logits whole are
-never made. What their modules import beside is stubbed: ``STUBS``.
+TRAINER is slime, miles or verl; its package is on the path. Values and every gradient: in float64 for verl, in float32,
+which the others insist on. Dense miles takes Megatron's fused loss, whose gradient is rounded to bfloat16. What their
+modules import beside is stubbed: ``STUBS``.
 """
 
 import importlib
@@ -133,8 +134,9 @@ def step(run: Callable[[dict[str, Any], Any], Scored], case: dict[str, Any], mod
 
 def check(trainer: str, run: Callable[[dict[str, Any], Any], Scored], options: dict[str, list[Any]]) -> None:
     for case in all_pairs(options):
-        model = build(case | FIXED).double()
-        model.config.params_dtype = torch.float64
+        model = build(case | FIXED)
+        if trainer == "verl":
+            model.double()
         expected = step(run, case, model)
         tile(model, TILING)
         if trainer != "verl":
@@ -142,7 +144,9 @@ def check(trainer: str, run: Callable[[dict[str, Any], Any], Scored], options: d
         found = step(run, case, model)
         assert found.keys() == expected.keys()
         for name, one in expected.items():
-            assert relative_error(found[name], one) < (1e-10 if trainer == "verl" else 1e-6), (name, case)
+            error = relative_error(found[name], one)
+            limit = {"verl": 1e-10, "slime": 5e-6, "miles": 1e-6 if name.startswith("value") else 4e-3}[trainer]
+            assert error < limit, (name, error, case)
 
 
 def check_lazy() -> None:

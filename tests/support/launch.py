@@ -20,7 +20,7 @@ TIMEOUT = 900
 """Seconds."""
 
 
-def search_path(*folders: Path) -> str:
+def search_path(*folders: Path | str) -> str:
     """For PYTHONPATH: modules from the folders first, then the checkout's (``tests.``, the examples), then as usual."""
     given = filter(None, [os.environ.get("PYTHONPATH")])
     return os.pathsep.join(map(str, (*folders, ROOT, EXAMPLES, *given)))
