@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,23 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], di
         yield "tiled: factor 8, keep 0", {}, {"factor": 8, "mlp_keep": 0}
 
 
-def candidates(args: argparse.Namespace) -> tuple[list[Candidate], Any]:
-    """All of them, and the DDP wrapper that holds main_grad."""
+def candidates(
+    args: argparse.Namespace, chosen: Iterable[tuple[str, dict[str, Any], dict[str, Any] | None]], build: Any = gpt.build
+) -> tuple[list[Candidate], Any]:
+    """All of them, and the DDP wrapper that holds main_grad.
+
+    Args:
+        chosen: as from ``settings``.
+        build: ``(args, changes)`` -> a model.
+    """
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.report import table
 
     inputs = gpt.batch(args, args.sequence, args.batch)
     found: list[Candidate] = []
     ddp: Any = None
-    for name, changes, tiling in settings(args):
-        model = gpt.build(args, changes)
+    for name, changes, tiling in chosen:
+        model = build(args, changes)
         if ddp is None:
             ddp = gpt.with_main_grad(model)
             parameters = dict(model.named_parameters())
@@ -199,7 +206,7 @@ def profile(candidate: Candidate, ddp: Any) -> None:
 def markdown(record: dict[str, Any]) -> str:
     rows = record["candidates"]
     dense, recipe = rows[0], record["fp8"]
-    title = "A GPT on TransformerEngine, forward and backward" + f", FP8 {recipe}" * bool(recipe)
+    title = record["title"] + f", FP8 {recipe}" * bool(recipe)
     columns = ["", "ms", "time", *["ms of the first", "time of FP8 dense"] * bool(recipe), "ms of the host"]
     columns += ["ms busy, profiled", "peak, MiB", "memory", *["copies of weights, MiB"] * bool(recipe), "loss"]
     lines = [
@@ -265,14 +272,21 @@ def main() -> None:
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args()
     gpt.initialize()
-    found, ddp = candidates(args)
+    found, ddp = candidates(args, settings(args))
     measure(found, ddp, args.repeats, firsts=bool(args.fp8))
+    save(found, args, "A GPT on TransformerEngine, forward and backward")
+    torch.distributed.destroy_process_group()
+
+
+def save(found: list[Candidate], args: argparse.Namespace, title: str) -> None:
+    """Write what was measured as JSON and as a page."""
     origin = Origin.now(gpt.PACKAGES, machine())
     origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
     record = {
+        "title": title,
         "origin": asdict(origin),
         "attention": args.attention,
-        "fp8": args.fp8,
+        "fp8": getattr(args, "fp8", None),
         "repeats": args.repeats,
         "candidates": [
             {key: value for key, value in vars(candidate).items() if key not in ("step", "model")}
@@ -284,7 +298,6 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     print(markdown(record), flush=True)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

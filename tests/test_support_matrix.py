@@ -75,6 +75,14 @@ def test_a_stale_table_is_found(tmp_path: Path, change: dict[str, str], words: s
     assert tool["contradictions"](stale, cells(tmp_path, *RECORDS, change)) == [words]
 
 
+def test_each_page_has_its_own_features(tmp_path: Path) -> None:
+    (tmp_path / "outcomes.json").write_text(
+        json.dumps([*RECORDS, record("LoRA", "0.19.2", "run", page="integrations")])
+    )
+    assert tool["read"]([tmp_path / "outcomes.json"], "integrations") == {("LoRA", "0.19"): "run"}
+    assert tool["read"]([tmp_path / "outcomes.json"]) == cells(tmp_path, *RECORDS)
+
+
 def test_a_row_that_no_test_shows_is_found(tmp_path: Path) -> None:
     stale = page(tool["table"](cells(tmp_path, *RECORDS, record("magic", "0.19.2", "run"))))
     assert tool["contradictions"](stale, cells(tmp_path, *RECORDS)) == ["magic: no test shows it"]
@@ -113,5 +121,6 @@ def test_outcomes_of_tests(tmp_path: Path) -> None:
     assert {entry["device"] for entry in found} == {"CPU"}
 
 
-def test_the_page_has_a_table() -> None:
-    assert len(tool["parse"]((ROOT / "docs" / "support-matrix.md").read_text())) > 10
+@pytest.mark.parametrize(("page", "rows"), [("support-matrix", 100), ("integrations", 10)])
+def test_the_page_has_a_table(page: str, rows: int) -> None:
+    assert len(tool["parse"]((ROOT / "docs" / f"{page}.md").read_text())) >= rows

@@ -4,6 +4,8 @@
     tools/support_matrix.py OUTCOMES...            write the table; of several files, what ran counts
     tools/support_matrix.py --check OUTCOMES...    fail where the page says otherwise than these tests
 
+`--page integrations` is about the table of docs/integrations.md.
+
 OUTCOMES are files of `pytest --feature-outcomes FILE` (tests/support/feature_outcomes.py). What has run on
 GPUs is recorded in benchmarks/results/, and always read: *-gpu-tests.json, such a file of the tests on a GPU, and
 *-gpu-runs.json, which names the dated result that each cell is from.
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "support-matrix.md"
+PAGE = "support-matrix"
 GPU_RUNS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- support matrix: written by tools/support_matrix.py -->\n", "<!-- end of the support matrix -->\n"
 #: Of several files, the first of these counts.
@@ -25,12 +27,14 @@ BEST_FIRST = ("failed", "run", "refused", "not run")
 Cells = dict[tuple[str, str], str]
 
 
-def read(files: list[Path]) -> Cells:
-    """``{(feature, column): outcome}``, in the order of the tests; a column is a minor version, or ``GPU``."""
+def read(files: list[Path], page: str = PAGE) -> Cells:
+    """``{(feature, column): outcome}`` of a page, in the order of tests; a column is a minor version, or ``GPU``."""
     cells: Cells = {}
     for file in files:
         records: list[dict[str, Any]] = json.loads(file.read_text())
         for record in records:
+            if record.get("page", PAGE) != page:
+                continue
             minor = ".".join(record["version"].split(".")[:2])
             key = (record["feature"], "GPU" if record["device"] == "GPU" else minor)
             outcome = record["outcome"]
@@ -46,7 +50,7 @@ def rank(outcome: str) -> int:
 
 def table(cells: Cells) -> str:
     """A row a feature and a column a version; what is refused by name follows in one sentence."""
-    columns = [*sorted({column for _, column in cells} - {"GPU"}), "GPU"]
+    columns = sorted({column for _, column in cells})
     refused = {feature for (feature, _), outcome in cells.items() if outcome == "refused"}
     features = [feature for feature in dict.fromkeys(feature for feature, _ in cells) if feature not in refused]
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
@@ -93,21 +97,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The table of what runs where.")
     parser.add_argument("outcomes", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--page", default=PAGE, help="name of a file in docs")
     options = parser.parse_args()
-    cells = read([*options.outcomes, *sorted(GPU_RUNS.glob("*-gpu-*.json"))])
-    page = PAGE.read_text()
+    cells = read([*options.outcomes, *sorted(GPU_RUNS.glob("*-gpu-*.json"))], options.page)
+    file = ROOT / "docs" / f"{options.page}.md"
+    page = file.read_text()
     if BEGIN not in page or END not in page:
-        print(f"support_matrix: {PAGE.name} lacks the line {(BEGIN if BEGIN not in page else END).strip()}")
+        print(f"support_matrix: {file.name} lacks the line {(BEGIN if BEGIN not in page else END).strip()}")
         return 1
     if options.check:
         found = contradictions(page, cells)
         for line in found:
             print(f"support_matrix: {line}")
         if found:
-            print("support_matrix: write the table anew with tools/support_matrix.py", *options.outcomes)
+            again = f"tools/support_matrix.py --page {options.page}"
+            print(f"support_matrix: write the table anew with {again}", *options.outcomes)
         return 1 if found else 0
     before, _, rest = page.partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table(cells) + END + rest.partition(END)[2])
+    file.write_text(before + BEGIN + table(cells) + END + rest.partition(END)[2])
     return 0
 
 

@@ -14,4 +14,8 @@ if [[ ! -e .venv-integrations/.ready || tools/constraints.txt -nt .venv-integrat
     touch .venv-integrations/.ready
 fi
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONPATH="$PWD/.venv-integrations"
-.venv/bin/python -m pytest tests/integrations "$@"
+outcomes=$(mktemp)
+.venv/bin/python -m pytest tests/integrations --feature-outcomes="$outcomes" "$@"
+if (($# == 0)); then
+    tools/support_matrix.py --page integrations --check "$outcomes"
+fi

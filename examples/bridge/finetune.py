@@ -3,9 +3,9 @@ r"""Fine-tune a Hugging Face model with Megatron-Bridge's `finetune` into a Hugg
     torchrun --standalone --nproc-per-node 2 examples/bridge/finetune.py --hf MODEL --save TUNED \
         --tile-factor 8 --tile-keep 0 --lora-rank 16
 
-Without `--hf` a tiny Llama is made in TUNED-start. Without `--tile-factor` nothing is tiled. With `--lora-rank` adapters
-are trained, and merged into what is saved. The data is Megatron's mock data: put your own in `recipe`. The lines for
-tiles are those of `tile_provider`.
+Without `--hf` a tiny Llama is made in TUNED-start. Without `--tile-factor` nothing is tiled. With `--lora-rank`
+adapters are trained, and merged into what is saved. The data is Megatron's mock data: put your own in `recipe`. The
+lines for tiles are those of `tile_provider`.
 """
 
 import argparse

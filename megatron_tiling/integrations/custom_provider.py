@@ -52,7 +52,7 @@ def tiled_model(trainer: Trainer, pre_process: bool, post_process: bool, vp_stag
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     model = factory(stock_args)(pre_process=pre_process, post_process=post_process, **stage)
     model = tiling_hook(config)([model])[0]
-    if post_process and "output" in config.modules:
+    if post_process and "output" in config.tiled_modules:
         hook_scores(trainer.scores, trainer.tested, trainer.entropy_gradient, trainer.whole_with)
         mode = trainer.whole_mode
         reason = f"--{mode.replace('_', '-')}" if mode and getattr(args, mode, False) else defer_logits(model)

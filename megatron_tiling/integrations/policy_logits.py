@@ -13,6 +13,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +28,7 @@ from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.lazy_logits import LazyLogits
 from megatron_tiling.resident.lm_head import TiledOutputLayer, head_loop
-from megatron_tiling.resident.score_processor import forward_of, reason_for_onlookers
+from megatron_tiling.resident.score_processor import forward_of
 from megatron_tiling.resident.stock_code import reason_for_whole_logits
 from megatron_tiling.tiles.head import HeadScores, head_scores
 
@@ -165,40 +166,48 @@ def defer_logits(model: Any) -> str:
         return "the output layer is not tiled, or its pipeline stage is another"
     if model.config.mtp_num_layers:
         return "prediction heads look at logits"
-    stock = model.forward
+    if "forward" in vars(model):
+        return "the model has a forward pass of its own"
+    model.forward = MethodType(_deferring(type(model).forward), model)
+    return ""
+
+
+@functools.cache
+def _deferring(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's ``forward`` that makes no logits where nobody looks at them."""
     signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        layer = model.output_layer
-        tokens = given.get("input_ids")
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(model, *args, **kwargs).arguments
+        layer, tokens = model.output_layer, given.get("input_ids")
         asked_for = ("labels", "inference_context", "inference_params", "runtime_gather_output", "output_processor")
         if (
             any(given.get(name) is not None for name in asked_for)
             or tokens is None
             or tokens.shape[0] != 1
-            or not isinstance(layer, TiledOutputLayer)
-            or reason_for_onlookers(layer)
+            or type(layer) is not TiledOutputLayer
+            or layer.makes_logits(tokens.device)
             or reason_for_whole_logits(model)
-            or torch.is_inference_mode_enabled()
         ):
-            return stock(*args, **kwargs)
+            return stock(model, *args, **kwargs)
+        with forward_of(layer, functools.partial(_logits_of, layer)):
+            return stock(model, *args, **kwargs)
 
-        def logits_of(input_: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[PolicyLogits, None]:
-            def make() -> Tensor:
-                made: Tensor = TiledColumnParallelLinear.forward(layer, input_, weight=weight)[0]
-                return made
+    return forward
 
-            return PolicyLogits(
-                input_, layer.weight if weight is None else weight, head_loop(layer, layer.head_tiles), make=make
-            ), None
 
-        with forward_of(layer, logits_of):
-            return stock(*args, **kwargs)
+def _logits_of(
+    layer: TiledOutputLayer, input_: Tensor, weight: Tensor | None = None, **unused: Any
+) -> tuple[PolicyLogits, None]:
+    """In place of an output layer's ``forward``."""
 
-    model.forward = forward
-    return ""
+    def make() -> Tensor:
+        made: Tensor = TiledColumnParallelLinear.forward(layer, input_, weight=weight)[0]
+        return made
+
+    used = layer.weight if weight is None else weight
+    return PolicyLogits(input_, used, head_loop(layer, layer.head_tiles), make=make), None
 
 
 def hook_scores(module: str, tested: str, entropy_gradient: str, whole_with: Sequence[str]) -> None:

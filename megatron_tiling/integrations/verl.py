@@ -39,7 +39,7 @@ def install() -> None:
     init = symbol("verl.models.mcore", "init_mcore_model", TESTED)
     if hasattr(make, "tiling_config"):
         return
-    if "output" in config.modules:
+    if "output" in config.tiled_modules:
         _hook_scores(config)
     signature = inspect.signature(make)
     if missing := {"bridge", "provider"} - signature.parameters.keys():

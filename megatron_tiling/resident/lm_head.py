@@ -44,8 +44,17 @@ class TiledOutputLayer(TiledColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Any, Tensor | None]:
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> ``[s, b, v]``, maybe lazy, and bias."""
+        whole = self.makes_logits(input_.device, runtime_gather_output)
+        caller = "" if whole else stock_caller(sys._getframe(1))
+        if not caller:
+            return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
+        loop = self.loss_loop(keep_largest=caller == PREDICTION_LOSSES)
+        return LazyLogits(input_, self.weight if weight is None else weight, loop), None
+
+    def makes_logits(self, device: torch.device, runtime_gather_output: bool | None = None) -> bool:
+        """Whether logits have to be made, whoever calls."""
         gathered = self.gather_output if runtime_gather_output is None else runtime_gather_output
-        whole = (
+        return bool(
             gathered
             or self.bias is not None
             or self._forward_hooks
@@ -53,14 +62,9 @@ class TiledOutputLayer(TiledColumnParallelLinear):
             or self._backward_pre_hooks
             or _has_any_global_hook()
             or torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled(input_.device.type)
+            or torch.is_autocast_enabled(device.type)
             or torch.compiler.is_compiling()
         )
-        caller = "" if whole else stock_caller(sys._getframe(1))
-        if not caller:
-            return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
-        loop = self.loss_loop(keep_largest=caller == PREDICTION_LOSSES)
-        return LazyLogits(input_, self.weight if weight is None else weight, loop), None
 
     def loss_loop(self, *, keep_largest: bool = False) -> HeadLoop:
         """How losses are computed without logits."""

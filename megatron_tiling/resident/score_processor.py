@@ -97,15 +97,6 @@ def refuse_onlookers(layer: ColumnParallelLinear, scale_logits: Callable[[Tensor
     Raises:
         ValueError: naming what it is.
     """
-    reason = reason_for_onlookers(layer)
-    if not is_stock(scale_logits, SCALE_LOGITS):
-        reason = "code that is not Megatron's scales logits"
-    if reason:
-        raise ValueError(f"score_processor: {reason}; compute log-probabilities from logits here")
-
-
-def reason_for_onlookers(layer: ColumnParallelLinear) -> str:
-    """Who would look at the logits of an output layer, or ``""``."""
     kinds = (ColumnParallelLinear, TiledColumnParallelLinear, TiledOutputLayer)
     hooks = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
     for found, reason in (
@@ -113,10 +104,10 @@ def reason_for_onlookers(layer: ColumnParallelLinear) -> str:
         ("forward" in vars(layer), "the output layer has a forward of its own"),
         (bool(hooks), "forward or backward hooks look at logits"),
         (layer.bias is not None, "the output layer has a bias"),
+        (not is_stock(scale_logits, SCALE_LOGITS), "code that is not Megatron's scales logits"),
     ):
         if found:
-            return reason
-    return ""
+            raise ValueError(f"score_processor: {reason}; compute log-probabilities from logits here")
 
 
 @contextmanager

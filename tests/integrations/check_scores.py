@@ -7,6 +7,7 @@ which the others insist on. Dense miles takes Megatron's fused loss, whose gradi
 modules import beside is stubbed: ``STUBS``.
 """
 
+import copy
 import importlib
 import sys
 from argparse import Namespace
@@ -22,6 +23,7 @@ from megatron_tiling.integrations.miles import MILES
 from megatron_tiling.integrations.policy_logits import PolicyLogits, defer_logits, hook_scores
 from megatron_tiling.integrations.slime import SLIME
 from tests.integrations import stubs
+from tests.integrations.check_bridge import groups_of
 from tests.resident.check_lm_head import HIDDEN, RANK, SEQUENCE, TP, VOCABULARY, build
 from tests.support.harness import all_pairs, megatron, relative_error
 
@@ -167,6 +169,10 @@ def check_lazy() -> None:
     assert isinstance(model(two, positions.expand(2, -1), mask), Tensor)
     model.output_layer.register_forward_hook(lambda *arguments: None)
     assert isinstance(logits_of(model), Tensor)
+    model.output_layer._forward_hooks.clear()
+    other = copy.deepcopy(model, groups_of(model))
+    torch.nn.init.zeros_(other.output_layer.weight)
+    assert not logits_of(other).squeeze(0).whole().any() and logits_of(model).squeeze(0).whole().any()
     model.output_layer = torch.nn.Linear(HIDDEN, 1)
     assert defer_logits(model).startswith("the output layer is not tiled")
 

@@ -42,6 +42,10 @@ def tune(folder: Path, name: str, flags: str, world: int) -> list[float]:
     return losses(output)
 
 
+@pytest.mark.feature(
+    "Megatron-Bridge: `finetune()` from a Hugging Face model to one, all weights and LoRA: logits within 2e-5",
+    page="integrations",
+)
 def test_exported_models_equal_dense_ones(tmp_path: Path) -> None:
     """All weights, on two ranks and on one; LoRA, merged; both leave the model that they start from."""
     for dense, tiled, flags, world in (("dense", "tiled", "", 2), ("dense-lora", "tiled-lora", LORA, 1)):

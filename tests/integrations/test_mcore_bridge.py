@@ -8,6 +8,11 @@ import pytest
 from tests.support.launch import ROOT, search_path, torchrun
 
 
+@pytest.mark.feature(
+    "ms-swift: models of mcore-bridge, Llama and Qwen3: loaded, export equal to the last bit; LoRA of peft in the tile "
+    "loop; loss within 1e-6, gradients within 1e-5",
+    page="integrations",
+)
 @pytest.mark.skipif(
     importlib.util.find_spec("mcore_bridge") is None,
     reason="mcore-bridge is not installed: tools/test_integrations.sh does",

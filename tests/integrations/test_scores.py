@@ -15,6 +15,10 @@ from tests.support.launch import search_path, torchrun
 MODULE = "tests.integrations.check_scores"
 
 
+@pytest.mark.feature(
+    "verl: log-probabilities and entropies of its fused forward pass, gradients too, within 1e-10 in float64",
+    page="integrations",
+)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl: tools/test_integrations.sh installs it")
 def test_verl(size: int) -> None:
@@ -23,6 +27,10 @@ def test_verl(size: int) -> None:
     assert f"verl passed at TP={size}" in torchrun("-m", MODULE, "verl", world=size, environment=settings)
 
 
+@pytest.mark.feature(
+    "{trainer}: `get_log_probs_and_entropy` of packed samples: values within 5e-6, gradients to rounding",
+    page="integrations",
+)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("trainer", ["slime", "miles"])
 def test_slime_and_miles(trainer: str, size: int) -> None:

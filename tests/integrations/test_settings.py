@@ -63,9 +63,20 @@ def test_what_it_cannot_say(text: str) -> None:
         settings.config_from_environment({settings.VARIABLE: text})
 
 
+SCORES = {
+    "slime": ("slime.backends.megatron_utils.loss", "with_entropy_grad", ", log_prob_keep_mask=None"),
+    "miles": ("miles.backends.training_utils.loss_hub.logit_processors", "entropy_requires_grad", ""),
+}
+
+
+@pytest.mark.feature("{trainer}: the model of its provider, on small modules of its signatures", page="integrations")
 @pytest.mark.parametrize("trainer", ["slime", "miles"])
 def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's own model, tiled; by our flags where its parser knows them; gone functions by name."""
+    scores, entropy_gradient, more = SCORES[trainer]
+    name = "calculate_log_probs_and_entropy"
+    stock = eval(f"lambda logits, tokens, tp_group, with_entropy=False, {entropy_gradient}=True{more}: logits")
+    modules(scores, **{name: stock})
     args = SimpleNamespace(custom_model_provider_path="ours")
     calls: list[Any] = []
 
@@ -90,11 +101,22 @@ def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypa
     args.use_tiled_linear, args.tile_factor, args.transformer_impl = True, 2, "local"
     ours.model_provider()
     assert tiled[-1] == ("model", TilingConfig(2))
+    hooked = getattr(sys.modules[scores], name)
+    assert hooked is not stock and hooked("a tensor", "tokens", "group") == "a tensor"
+    for change, words in ((lambda logits: logits, "takes no"), (None, f"{scores}.{name}, which is not there")):
+        monkeypatch.setattr(sys.modules[scores], name, change)
+        if change is None:
+            monkeypatch.delattr(sys.modules[scores], name)
+        with pytest.raises(ImportError, match=words):
+            ours.model_provider()
     monkeypatch.delattr(sys.modules[path], "get_model_provider_func")
     with pytest.raises(ImportError, match=rf"{path}.get_model_provider_func.*tested with"):
         ours.model_provider()
 
 
+@pytest.mark.feature(
+    "verl: models of Bridge, mbridge and its own, on small modules of its signatures", page="integrations"
+)
 def test_verl(modules: Any, tiled: list[Any]) -> None:
     """Bridge's providers, models of mbridge before its callbacks, and verl's own."""
 
@@ -105,6 +127,7 @@ def test_verl(modules: Any, tiled: list[Any]) -> None:
 
     modules("verl.utils.megatron_utils", make_megatron_module=make_megatron_module)
     modules("verl.models.mcore", init_mcore_model=lambda *args, **kwargs: "model")
+    modules("verl.models.mcore.model_forward_fused", linear_cross_entropy=None)
     importlib.import_module("megatron_tiling.integrations.verl").install()
     hooked = sys.modules["verl.utils.megatron_utils"].make_megatron_module  # type: ignore[attr-defined]
     provider = SimpleNamespace(hooks=[])

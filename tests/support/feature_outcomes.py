@@ -2,8 +2,8 @@
 
 A test says what it shows with `@pytest.mark.feature("name", version=..., refused=...)`. Name and version may hold
 parameters of the test in braces: `"training: {layout.name}"`. The version is that of the installed megatron-core unless
-it is given. With `refused=True`, the test shows that the feature is refused by name. `tools/support_matrix.py` reads
-the file.
+it is given. With `refused=True`, the test shows that the feature is refused by name. `page="integrations"` is for the
+table of docs/integrations.md. `tools/support_matrix.py` reads the file.
 """
 
 import importlib.metadata
@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "feature(name, version=None, refused=False): what a test shows to work")
+    config.addinivalue_line(
+        "markers", "feature(name, version=None, refused=False, page=...): what a test shows to work"
+    )
     if config.getoption("--feature-outcomes") and not hasattr(config, "workerinput"):  # no worker of pytest-xdist
         config.pluginmanager.register(_Recorder(Path(config.getoption("--feature-outcomes"))))
 
@@ -43,6 +45,7 @@ def _record(item: pytest.Item, marker: pytest.Mark, position: int) -> dict[str, 
         "version": version.format(**parameters),
         "device": "GPU" if torch.cuda.is_available() else "CPU",
         "refused": marker.kwargs.get("refused", False),
+        "page": marker.kwargs.get("page", "support-matrix"),
     }
 
 
