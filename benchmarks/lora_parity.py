@@ -1,11 +1,14 @@
 """Loss curves of LoRA on a frozen GPT of TransformerEngine's layers, dense and tiled, at one tensor-parallel size.
 
     torchrun --standalone --nproc-per-node TP -m benchmarks.lora_parity [--iterations 50] [--attention auto]
-        [--results DIR]
+        [--sequence-parallel] [--results DIR]
 
-All runs start from the same weights and see the same data; bf16, adapters' gradients and master weights in float32,
-sequence parallel at TP > 1. The yardstick is a second dense run with half the micro-batch, which differs from the first
-by nothing but the order of sums. Adapters are those of Megatron-Bridge, as in ``benchmarks.lora``.
+All runs start from the same weights and see the same data; bf16, adapters' gradients and master weights in float32.
+The yardstick is a second dense run with half the micro-batch, which differs from the first by nothing but the order of
+sums. Adapters are those of Megatron-Bridge, as in ``benchmarks.lora``.
+
+Under sequence parallelism curves part where TransformerEngine drops the gradient of a gathered norm's output (2.17.1 and
+2.20.2 do): docs/integrations.md.
 """
 
 import argparse
@@ -89,9 +92,9 @@ def train(args: argparse.Namespace, parallel: dict[str, Any], kind: str) -> list
 
 def page(args: argparse.Namespace, curves: dict[str, list[float]]) -> str:
     world = torch.distributed.get_world_size()
-    where = f"attention: {args.attention}"
+    where, sp = f"attention: {args.attention}", " with sequence parallelism" * args.sequence_parallel
     lines = [
-        *Origin.now(gpt.PACKAGES, machine(several=world > 1)).head(f"LoRA, loss parity at TP={world}", where),
+        *Origin.now(gpt.PACKAGES, machine(several=world > 1)).head(f"LoRA, loss parity at TP={world}{sp}", where),
         f"Loss over {args.iterations} iterations; differences against dense:",
         "",
         "| | first loss | last loss | largest difference | mean |",
@@ -106,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 4, "hidden_size": 1024, "ffn_hidden_size": 2816, "query_groups": 2, "vocabulary": 8192}
     gpt.add_shape(parser, **shape, sequence=512, batch=8, rank=16, iterations=50)
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -117,12 +121,12 @@ def main() -> None:
     torch.distributed.init_process_group("nccl")
     world = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(world)
-    parallel = {"tensor_model_parallel_size": world, "sequence_parallel": world > 1}
+    parallel = {"tensor_model_parallel_size": world, "sequence_parallel": args.sequence_parallel}
     curves = {kind: train(args, parallel, kind) for kind in KINDS}
     if torch.distributed.get_rank() == 0:
         text = page(args, curves)
         date = Origin.now((), "").date
-        (args.results / f"{date}-lora-parity-tp{world}.md").write_text(text)
+        (args.results / f"{date}-lora-parity-tp{world}{'-sp' * args.sequence_parallel}.md").write_text(text)
         print(text, flush=True)
     torch.distributed.destroy_process_group()
 
