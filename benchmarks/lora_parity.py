@@ -7,8 +7,8 @@ All runs start from the same weights and see the same data; bf16, adapters' grad
 The yardstick is a second dense run with half the micro-batch, which differs from the first by nothing but the order of
 sums. Adapters are those of Megatron-Bridge, as in ``benchmarks.lora``.
 
-Under sequence parallelism curves part where TransformerEngine drops the gradient of a gathered norm's output (2.17.1 and
-2.20.2 do): docs/integrations.md.
+Under sequence parallelism curves part where TransformerEngine drops the gradient of a gathered norm's output, as 2.17.1
+and 2.20.2 do: docs/integrations.md.
 """
 
 import argparse

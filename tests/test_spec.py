@@ -60,6 +60,9 @@ def classes(node: Any, found: list[type] | None = None) -> list[type]:
     return found
 
 
+@pytest.mark.feature(
+    "`--spec megatron_tiling.spec tiled_layer_spec`, as Megatron-Bridge and slime call it", page="integrations"
+)
 @pytest.mark.parametrize("caller", CALLS)
 def test_any_call_with_a_config_gives_the_tiled_layers(caller: str) -> None:
     block = CALLS[caller]()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Tests with the packages of the trainers that megatron_tiling.integrations hooks: tests/integrations, on a CPU.
+# Without arguments it also compares what ran with the table of docs/integrations.md.
 #
 # They go into .venv-integrations (100 MB) beside .venv, without what they require and these tests do not import:
 # Megatron-Bridge alone requires flashinfer, datasets and wandb. TransformerEngine is tests/stand_ins.
@@ -15,7 +16,7 @@ if [[ ! -e .venv-integrations/.ready || tools/constraints.txt -nt .venv-integrat
 fi
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONPATH="$PWD/.venv-integrations"
 outcomes=$(mktemp)
-.venv/bin/python -m pytest tests/integrations --feature-outcomes="$outcomes" "$@"
+.venv/bin/python -m pytest tests/integrations tests/test_spec.py --feature-outcomes="$outcomes" "$@"
 if (($# == 0)); then
     tools/support_matrix.py --page integrations --check "$outcomes"
 fi

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(not HAS_BRIDGE, reason="Megatron-Bridge: tools/t
 CHECKS = {
     "models": "Llama, Qwen2 tied, Qwen3, Qwen3 experts sequential and grouped: loaded before and after tiling; loss "
     "within 1e-6, gradients within 5e-6, export equal to the last bit",
-    "adapters": "LoRA, DoRA, CanonicalLoRA, before and after tiling: loss within 1e-6, gradients within 1e-5; LoRA "
-    "merged, equal to the last bit",
+    "adapters": "LoRA, DoRA, CanonicalLoRA on Llama, LoRA on Qwen2 tied and on Qwen3 experts, before and after tiling: "
+    "loss within 1e-6, gradients within 1e-5; LoRA merged, equal to the last bit",
     "lora_in_the_loop": "LoRA of fc1, fc2 or both in the tile loop, keep 0, 1 and all, weights frozen or not: "
     "within 1e-12 in float64",
     "memory_of_lora": "an MLP with LoRA, frozen: below 0.6 of stock's bytes with keep all, 0.45 with keep 0",
