@@ -101,6 +101,17 @@ def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypa
     args.use_tiled_linear, args.tile_factor, args.transformer_impl = True, 2, "local"
     ours.model_provider()
     assert tiled[-1] == ("model", TilingConfig(2))
+    deferred: list[Any] = []
+    monkeypatch.setattr(custom_provider, "defer_logits", lambda model: deferred.append(model) or "")
+    for mode, stages, expected in (
+        (False, (True, True), 1),
+        (True, (True, True), trainer == "slime"),
+        (False, (True, False), 0),
+    ):
+        args.true_on_policy_mode = mode
+        ours.model_provider(*stages)
+        assert len(deferred) == expected
+        deferred.clear()
     hooked = getattr(sys.modules[scores], name)
     assert hooked is not stock and hooked("a tensor", "tokens", "group") == "a tensor"
     for change, words in ((lambda logits: logits, "takes no"), (None, f"{scores}.{name}, which is not there")):
