@@ -12,6 +12,7 @@ if [[ ! -e .venv-integrations/.ready || tools/constraints.txt -nt .venv-integrat
     rm -rf .venv-integrations
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint tools/constraints.txt \
         --target .venv-integrations "${packages[@]}"
+    rm -rf .venv-integrations/tests .venv-integrations/scripts # of verl's wheel
     touch .venv-integrations/.ready
 fi
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONPATH="$PWD/.venv-integrations"
