@@ -21,8 +21,7 @@ from benchmarks.record import RESULTS
 LINEARS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
-def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-    """Name, changes of Megatron's config, and settings of the tiling, if any."""
+def settings(args: argparse.Namespace) -> Iterator[whole_model.Setting]:
     yield whole_model.DENSE, {}, None
     yield "dense, recompute mlp", {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, None
     for factor, keep in ((4, "all"), (4, 2), (4, 0), (8, 0)) if args.more else ((4, "all"), (4, 2), (4, 0)):

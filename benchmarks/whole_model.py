@@ -48,6 +48,8 @@ KINDS = (
     ("rope", ("rope", "rotary")),
     ("casts to FP8", ("cast_transpose", "amax", "transpose_optimized", "unary_kernel")),
 )
+#: Name, changes of Megatron's config, and settings of the tiling, if any.
+Setting = tuple[str, dict[str, Any], dict[str, Any] | None]
 
 
 @dataclass
@@ -75,8 +77,7 @@ class Candidate:
                 getattr(module, name, {}).clear()
 
 
-def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-    """Name, changes of Megatron's config, and settings of the tiling, if any."""
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
     mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     yield DENSE, {}, None
     if args.fp8:
@@ -101,7 +102,7 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], di
 
 
 def candidates(
-    args: argparse.Namespace, chosen: Iterable[tuple[str, dict[str, Any], dict[str, Any] | None]], build: Any = gpt.build
+    args: argparse.Namespace, chosen: Iterable[Setting], build: Any = gpt.build
 ) -> tuple[list[Candidate], Any]:
     """All of them, and the DDP wrapper that holds main_grad.
 
