@@ -2,9 +2,10 @@
 
     python -m benchmarks.experts [--cases 8:2:1536 8:8:14336 64:8:768] [--tokens 8192] [--repeats 20] [--results DIR]
 
-A case is local experts, experts a token goes to, and ffn of an expert. The permuted tokens are the input, and are not
-counted, as are output, weights and float32 gradients (``main_grad``), into which all candidates add within their GEMMs.
-Every case has a process of its own, candidates run interleaved in random order.
+A case is local experts, experts a token goes to, and ffn of an expert. What runs is Megatron's permutation (fused) of
+tokens that are all local, and the experts. Tokens, output, weights and float32 gradients (``main_grad``), to which all
+candidates add within their GEMMs, are not counted. Every case has a process of its own, candidates run interleaved in
+random order.
 """
 
 import argparse
@@ -26,6 +27,7 @@ CASES = ("8:2:1536", "8:8:1536", "8:2:14336", "8:8:14336", "64:8:768")
 STOCK = "TransformerEngine"
 #: Tiles, and how many keep their pre-activations.
 OURS: tuple[tuple[int, int | str], ...] = ((1, "all"), (4, "all"), (4, 2), (4, 0), (8, 0))
+ONCE = ", tokens kept once"
 HEAD_START = 40_000_000  # GPU cycles: the host launches the many products of a step in the meantime
 MIB = 2**20
 
@@ -51,30 +53,49 @@ def build(hidden_size: int, experts: int, ffn_hidden_size: int) -> Any:
     return torch.nn.ModuleDict({"experts": module}).cuda()
 
 
-def rows_of(tokens: int, experts: int, top_k: int) -> list[int]:
-    """Rows of each expert: tokens go to the ``top_k`` best of random scores, of which some experts have better ones."""
+def routing(tokens: int, experts: int, top_k: int) -> Any:
+    """``[tokens, experts]``: a token goes to the ``top_k`` best of random scores, and some experts have better ones."""
     import torch
 
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(tokens, experts, generator=generator) + 0.25 * torch.randn(experts, generator=generator)
-    return scores.topk(top_k).indices.flatten().bincount(minlength=experts).tolist()
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, scores.topk(top_k).indices, True)
 
 
-def candidates(case: tuple[int, ...], rows: list[int], probs: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+class LocalTokens:
+    """Stands for the dispatcher of a MoE layer whose tokens are all local."""
+
+    def __init__(self, tokens: Any, routing_map: Any) -> None:
+        self.tokens, self.indices = tokens, routing_map.t().nonzero()[:, 1].contiguous()
+
+    def source_of(self, permuted: Any) -> Any:
+        from megatron_tiling.tiles.experts import Source
+
+        return Source(self.tokens, self.indices)
+
+
+def candidates(
+    case: tuple[int, ...], tokens: Any, routing_map: Any, probs: Any
+) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     """On the same weights: stock, recomputed by Megatron, and tiled."""
     import torch
     from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import permute
 
     from benchmarks.gpt import share
     from megatron_tiling import TilingConfig, tile
 
-    counts = torch.tensor(rows)
+    counts = routing_map.sum(0).cpu()
     dense = build(*case)
     for parameter in dense.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
     def run(experts: Any) -> Callable[[Any], Any]:
-        return lambda hidden: experts(hidden, counts, probs)[0]
+        def permuted_through(hidden: Any) -> Any:
+            rows = permute(hidden, routing_map, num_out_tokens=len(probs), fused=hidden.is_cuda)[0]
+            return experts(rows, counts, probs)[0]
+
+        return permuted_through
 
     yield STOCK, run(dense.experts)
     recomputed = build(*case)
@@ -88,6 +109,12 @@ def candidates(case: tuple[int, ...], rows: list[int], probs: Any) -> Iterator[t
         share(model, dict(dense.named_parameters()))
         tile(model, TilingConfig(splits={"experts": (1, tiles)}, mlp_keep=keep))  # type: ignore[arg-type]
         yield f"ours: T={tiles} keep {keep}", run(model.experts)
+        if keep == 0:
+            once = build(*case)
+            share(once, dict(dense.named_parameters()))
+            tile(once, TilingConfig(splits={"experts": (1, tiles)}, mlp_keep=0))
+            once.experts._dispatcher = LocalTokens(tokens, routing_map)
+            yield f"ours: T={tiles} keep {keep}{ONCE}", run(once.experts)
 
 
 def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[float, float]:
@@ -118,14 +145,14 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str
     torch._dynamo.config.automatic_dynamic_shapes = False
     model_parallel_cuda_manual_seed(7)
     experts, top_k, ffn = map(int, case.split(":"))
-    rows = rows_of(tokens, experts, top_k)
-    hidden = torch.randn(sum(rows), hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    probs = torch.rand(sum(rows), device="cuda", requires_grad=True)
-    grad_output = torch.randn_like(hidden)
+    routing_map = routing(tokens, experts, top_k).cuda()
+    hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    probs = torch.rand(tokens * top_k, device="cuda", requires_grad=True)
+    grad_output = torch.randn(tokens * top_k, hidden_size, device="cuda", dtype=torch.bfloat16)
     found: dict[str, dict[str, Any]] = {}
     chosen = []
     exact: list[Any] = []
-    for name, run in candidates((hidden_size, experts, ffn), rows, probs):
+    for name, run in candidates((hidden_size, experts, ffn), hidden, routing_map, probs):
         candidate = Candidate(name, run, [probs])
         output = measure.step(candidate, hidden, grad_output)
         values = [output.detach().clone(), hidden.grad.clone(), probs.grad.clone()]
@@ -135,7 +162,9 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str
             measure.step(candidate, hidden, grad_output)
         del output, values
         kept, peak = memory(run, hidden, grad_output)
-        found[name] = {"name": name, "kept_mib": kept, "peak_mib": peak, "difference": max(differences)}
+        rows_mib = 0.0 if ONCE in name or name.endswith("recompute moe") else grad_output.nbytes / MIB
+        found[name] = {"name": name, "kept_mib": kept, "rows_mib": rows_mib, "peak_mib": peak}
+        found[name]["difference"] = max(differences)
         found[name]["milliseconds"] = []
         chosen.append(candidate)
     for _ in range(repeats):
@@ -145,16 +174,16 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str
     for candidate in chosen:
         found[candidate.name]["kernels"] = measure.kernel_table(candidate, hidden, grad_output)
     torch.distributed.destroy_process_group()
-    return {"case": case, "rows": rows, "gpu": machine(), "candidates": list(found.values())}
+    return {"case": case, "rows": routing_map.sum(0).tolist(), "gpu": machine(), "candidates": list(found.values())}
 
 
 def markdown(record: dict[str, Any]) -> str:
     lines = [
         *Origin(**record["origin"]).head("Experts in grouped GEMMs", "main_grad held"),
         f"{record['tokens']} tokens, h={record['hidden_size']}, SwiGLU, bf16, random data, medians of "
-        f"{record['repeats']} interleaved runs. Kept between the passes, and the peak, beside input, output and its "
-        "gradient; the gradient of the input is in the peak. Difference: the largest relative RMS from stock of output "
-        "and of the gradients of input and probabilities.",
+        f"{record['repeats']} interleaved runs. Kept between the passes, beside tokens and output: the permuted rows, "
+        "and what else, which is compared. The peak is that of all that a step allocates. Difference: the largest "
+        "relative RMS from stock of output and of the gradients of tokens and probabilities.",
     ]
     for run in record["runs"]:
         experts, top_k, ffn = run["case"].split(":")
@@ -162,12 +191,13 @@ def markdown(record: dict[str, Any]) -> str:
         base = statistics.median(stock["milliseconds"])
         spread = f"{min(run['rows'])} to {max(run['rows'])}"
         lines += ["", f"## {experts} local experts, top-{top_k}, ffn={ffn}; {spread} rows an expert", ""]
-        lines += ["| | ms | time | kept MiB | kept | peak MiB | peak | difference |", "|---" * 8 + "|"]
+        lines += ["| | ms | time | rows MiB | else MiB | else | peak MiB | peak | difference |", "|---" * 9 + "|"]
+        base_kept = stock["kept_mib"] - stock["rows_mib"]
         for row in run["candidates"]:
-            median = statistics.median(row["milliseconds"])
+            median, kept = statistics.median(row["milliseconds"]), row["kept_mib"] - row["rows_mib"]
             lines.append(
-                f"| {row['name']} | {median:.2f} | {median / base:.3f} | {row['kept_mib']:.0f} | "
-                f"{row['kept_mib'] / stock['kept_mib']:.3f} | {row['peak_mib']:.0f} | "
+                f"| {row['name']} | {median:.2f} | {median / base:.3f} | {row['rows_mib']:.0f} | {kept:.0f} | "
+                f"{kept / base_kept:.3f} | {row['peak_mib']:.0f} | "
                 f"{row['peak_mib'] / stock['peak_mib']:.3f} | {row['difference']:.1e} |"
             )
         for row in run["candidates"]:
