@@ -17,6 +17,9 @@ def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """Flags of a model's shape; heads are 128 wide."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--experts", type=int, default=0, help="in every layer, in grouped GEMMs, in place of its MLP")
+    parser.add_argument("--top-k", type=int, default=8, help="experts that a token goes to")
+    parser.add_argument("--moe-ffn-hidden-size", type=int, default=768, help="of an expert")
     parser.add_argument("--tied", action="store_true", help="one weight for the embedding and the output layer")
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
 
@@ -43,6 +46,11 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):  # Megatron sets them once a process
         os.environ.pop(variable, None)
     model_parallel_cuda_manual_seed(11)
+    experts: dict[str, Any] = {}
+    if args.experts:
+        experts = {"num_moe_experts": args.experts, "moe_router_topk": args.top_k, "moe_grouped_gemm": True}
+        experts |= {"moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_permute_fusion": True}
+        experts |= {"moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none"}
     config = TransformerConfig(
         num_layers=args.layers,
         hidden_size=args.hidden_size,
@@ -63,11 +71,11 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         gradient_accumulation_fusion=True,
         cross_entropy_loss_fusion=True,
         attention_backend=AttnBackend[args.attention],
-        **changes,
+        **experts | changes,
     )
     return GPTModel(
         config,
-        get_gpt_layer_with_transformer_engine_spec(),
+        get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm),
         vocab_size=args.vocabulary,
         max_sequence_length=args.sequence,
         position_embedding_type="rope",

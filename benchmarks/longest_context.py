@@ -44,8 +44,8 @@ class Setting:
         return tokens / statistics.median(self.seconds[tokens])
 
 
-def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-    """Name, changes of Megatron's config, and settings of the tiling, if any."""
+def settings(experts: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Name, changes of Megatron's config, and settings of the tiling, if any; of a model with experts or without."""
 
     def selective(*modules: str) -> dict[str, Any]:
         return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
@@ -56,6 +56,18 @@ def settings() -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
 
     head: dict[str, Any] = {"modules": ("output",)}
     yield "stock", {}, None
+    if experts:
+        yield "stock, recompute moe_act", selective("moe_act"), None
+        yield "stock, recompute moe", selective("moe"), None
+        yield "stock, full recompute", full(1), None
+        yield "tiled: output alone", {}, head
+        yield "tiled: output alone, recompute moe_act", selective("moe_act"), head
+        yield "tiled: output alone, recompute moe", selective("moe"), head
+        yield "tiled: default", {}, {}
+        yield "tiled: keep 0", {}, {"mlp_keep": 0}
+        yield "tiled: output alone, full recompute", full(1), head
+        yield "tiled: keep 0, full recompute", full(1), {"mlp_keep": 0}
+        return
     yield "stock, recompute core_attn", selective("core_attn"), None
     yield "stock, recompute mlp", selective("mlp"), None
     yield "stock, recompute core_attn mlp", selective("core_attn", "mlp"), None
@@ -83,7 +95,7 @@ class Trainer:
 
         self._args = args
         self.found: list[Setting] = []
-        for name, changes, tiling in settings():
+        for name, changes, tiling in settings(bool(args.experts)):
             if args.settings and name not in args.settings:
                 continue
             model = gpt.build(args, changes)
@@ -278,10 +290,11 @@ def main() -> None:
     trainer = Trainer(args)
     measure(trainer, args.repeats)
     tied = ", tied" if args.tied else ""
+    experts = f", {args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}" if args.experts else ""
     record = {
         "origin": asdict(Origin.now(gpt.PACKAGES, machine())),
         "model": f"{args.layers} layers, h={args.hidden_size}, ffn={args.ffn_hidden_size}, {args.query_groups} groups, "
-        f"{args.vocabulary} words{tied}; attention: {args.attention}",
+        f"{args.vocabulary} words{tied}{experts}; attention: {args.attention}",
         "held": trainer.held / GIB,
         "repeats": args.repeats,
         "settings": [{k: v for k, v in vars(setting).items() if k != "model"} for setting in trainer.found],
