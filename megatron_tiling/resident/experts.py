@@ -86,24 +86,22 @@ class TiledExperts(torch.nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``[n, h]``, sorted by expert, and ``[n]`` -> ``[n, h_out]`` and no bias, as stock's."""
         hidden, scale, rows = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
-        weights = self.weights()
         source = None if self._dispatcher is None else self._dispatcher.source_of(hidden)
-        if self.reason_for_stock_forward(hidden, rows, weights, buffers):
+        if self.reason_for_stock_forward(hidden, rows, buffers):
             result: tuple[Tensor, Tensor | None] = super().forward(hidden, tokens_per_expert, scale, **buffers)
             return result
         if self.config.moe_apply_probs_on_input:
             if self.config.moe_router_topk != 1:
                 raise ValueError("moe_apply_probs_on_input only works with moe_router_topk=1")
             hidden, scale = (scale.unsqueeze(-1) * hidden).to(hidden.dtype), torch.ones_like(scale)
+        weights = self.weights()
         output = self._run_loop(hidden, scale, rows, weights, source)
         if weights.fc2_biases:
             output = stock.TEGroupedMLP._apply_bias(output, weights.fc2_biases, rows, scale.unsqueeze(-1))
         return output, None
 
     @torch.compiler.disable
-    def reason_for_stock_forward(
-        self, hidden: Tensor, rows: list[int], weights: Weights, buffers: dict[str, Tensor | None]
-    ) -> str:
+    def reason_for_stock_forward(self, hidden: Tensor, rows: list[int], buffers: dict[str, Tensor | None]) -> str:
         """Why a call now would run stock's ``forward``, or nothing."""
         if any(buffer is not None for buffer in buffers.values()):
             return "others give the memory of outputs"
@@ -113,11 +111,14 @@ class TiledExperts(torch.nn.Module):
             return "there are hooks for all modules"
         if hidden.dim() != 2 or hidden.shape[0] != sum(rows):
             return "there are rows of no expert"
+        if reason := self.reason_in_layers():
+            return reason
+        weights = self.weights()
         if any(weight.dtype != hidden.dtype for weight in (*weights.fc1, *weights.fc2)):
             return "inputs are of another dtype than weights"
         if any(len({weight.requires_grad for weight in layer}) > 1 for layer in weights):
             return "some experts are frozen, others are not"
-        return self.reason_in_layers()
+        return ""
 
     def reason_in_layers(self) -> str:
         """Why the layers' own ``forward`` must be called, or nothing."""

@@ -69,11 +69,16 @@ def with_weights(experts: Any) -> Any:
     return experts
 
 
-def tiled_of(experts: Any, tiles: int = 3, **options: Any) -> Any:
-    """A copy, tiled."""
+def copy_of(experts: Any) -> Any:
+    """Of the parameters; process groups stay shared."""
     values = (value for module in experts.modules() for value in vars(module).values())
     shared = (torch.distributed.ProcessGroup, ProcessGroupCollection)
-    copied = copy.deepcopy(experts, {id(value): value for value in values if isinstance(value, shared)})
+    return copy.deepcopy(experts, {id(value): value for value in values if isinstance(value, shared)})
+
+
+def tiled_of(experts: Any, tiles: int = 3, **options: Any) -> Any:
+    """A copy, tiled."""
+    copied = copy_of(experts)
     (report,) = tile(torch.nn.ModuleDict({"experts": copied}), TilingConfig(splits={"experts": (1, tiles)}, **options))
     assert report.expert_tiles == tiles and report.module == "experts", report
     return copied
@@ -117,10 +122,20 @@ def check_values() -> None:
 
 
 def reason(tiled: Any, rows: list[int], **buffers: Any) -> str:
-    found: str = tiled.reason_for_stock_forward(
-        torch.zeros(sum(rows), HIDDEN, dtype=torch.float64), rows, tiled.weights(), buffers
-    )
+    hidden = torch.zeros(sum(rows), HIDDEN, dtype=torch.float64)
+    found: str = tiled.reason_for_stock_forward(hidden, rows, buffers)
     return found
+
+
+class Adapted(torch.nn.Module):
+    """Stands for an adapter of Megatron-Bridge's."""
+
+    def __init__(self, to_wrap: Any) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+
+    def forward(self, hidden: Tensor, rows: list[int]) -> tuple[Tensor, None]:
+        return 2 * self.to_wrap(hidden, rows)[0], None
 
 
 def check_main_grad() -> None:
@@ -157,6 +172,13 @@ def check_stock_forward() -> None:
         })  # fmt: skip
     assert seen == [(sum(ROWS[0]), FEATURES)]
     assert reason(tiled_of(experts), ROWS[0], output_buffer=torch.empty(1)) == "others give the memory of outputs"
+    adapted = [copy_of(experts), tiled_of(experts)]
+    for one in adapted:
+        one.linear_fc2 = Adapted(one.linear_fc2)
+    assert reason(adapted[1], ROWS[0]) == "linear_fc2 has an adapter around it"
+    assert_equal(run(adapted[1], ROWS[0]), run(adapted[0], ROWS[0]))
+    (report,) = tile(torch.nn.ModuleDict({"experts": adapted[0]}), TilingConfig())
+    assert report.reason == "linear_fc2 has an adapter around it"
     forward, tiled = stock.TEGroupedMLP.forward, tiled_of(experts)
     stock.TEGroupedMLP.forward = lambda *operands, **buffers: forward(*operands, **buffers)
     assert reason(tiled, ROWS[0]) == "TEGroupedMLP.forward is not Megatron's own"
