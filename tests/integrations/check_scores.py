@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node TP -m tests.integrations.check_scores TRAINER
 
 TRAINER is slime, miles or verl; its package is on the path. Values and every gradient: in float64 for verl, in float32,
-which the others insist on. Dense miles takes Megatron's fused loss, whose gradient is rounded to bfloat16. What their
-modules import beside is stubbed: ``STUBS``.
+which the others insist on; no tensor is as large as all logits. Dense miles takes Megatron's fused loss, whose gradient
+is rounded to bfloat16. What their modules import beside is stubbed: ``STUBS``.
 """
 
 import copy
@@ -24,6 +24,7 @@ from megatron_tiling.integrations.policy_logits import PolicyLogits, defer_logit
 from megatron_tiling.integrations.slime import SLIME
 from tests.integrations import stubs
 from tests.integrations.check_bridge import groups_of
+from tests.resident import check_lm_head
 from tests.resident.check_lm_head import HIDDEN, RANK, SEQUENCE, TP, VOCABULARY, build
 from tests.support.harness import all_pairs, megatron, relative_error
 
@@ -39,6 +40,7 @@ OPTIONS: dict[str, list[Any]] = {
 }
 FIXED = {"prediction_heads": 0, "detach_heads": False, "fp16_lm_cross_entropy": False, "loss_fusion": False}
 FIXED |= {"per_token_loss": False, "dtype": torch.float32}
+check_lm_head.LOGITS = SEQUENCE * VOCABULARY // TP  # of one sequence
 LENGTHS, RESPONSES = [7, 5], [3, 4]
 TILING = TilingConfig(3, ("output",), head_tokens=5, splits={"output": (1, 3)})
 
@@ -139,11 +141,15 @@ def check(trainer: str, run: Callable[[dict[str, Any], Any], Scored], options: d
         model = build(case | FIXED)
         if trainer == "verl":
             model.double()
-        expected = step(run, case, model)
+        with check_lm_head.Whole() as whole:
+            expected = step(run, case, model)
+        assert whole.seen
         tile(model, TILING)
         if trainer != "verl":
             assert defer_logits(model) == ""
-        found = step(run, case, model)
+        with check_lm_head.Whole() as whole:
+            found = step(run, case, model)
+        assert not whole.seen, case
         assert found.keys() == expected.keys()
         for name, one in expected.items():
             error = relative_error(found[name], one)
@@ -160,6 +166,13 @@ def check_lazy() -> None:
     logits = logits_of(model)
     assert logits.shape == expected.shape and logits.dtype == torch.float32
     assert relative_error(logits.squeeze(0).whole(), expected[0]) < 1e-6
+    flat, rows = logits.squeeze(0), torch.tensor([1, 2, 7, 8])
+    some = torch.cat([flat[1:5][:2], flat[7:9]], dim=0)  # of context parallelism
+    assert some.shape == (4, len(model.output_layer.weight))
+    assert relative_error(some.whole(), expected[0][rows]) < 1e-6
+    wanted, found = (view.scores(tokens()[0][chosen], True) for view, chosen in ((flat, slice(None)), (some, rows)))
+    assert relative_error(found.log_probs, wanted.log_probs[rows]) < 1e-6
+    assert relative_error(found.entropy, wanted.entropy[rows]) < 1e-6
     for use in (lambda: logits.exp(), lambda: torch.exp(logits), lambda: 1 * logits.sum()):
         with pytest.raises(TypeError, match="never exist"):
             use()
@@ -177,6 +190,42 @@ def check_lazy() -> None:
     assert defer_logits(model).startswith("the output layer is not tiled")
 
 
+def check_wrapped() -> None:
+    """In bf16, behind Megatron's wrapper that makes outputs float32."""
+    from megatron.core.transformer.module import Float16Module
+
+    case = {**{name: values[0] for name, values in OPTIONS.items()}, **FIXED, "dtype": torch.bfloat16}
+    model = build(case)
+    wrapped = Float16Module(model.config, model)
+    expected = logits_of(wrapped).squeeze(0)
+    tile(model, TILING)
+    assert defer_logits(model) == ""
+    logits = logits_of(wrapped)
+    assert isinstance(logits, PolicyLogits) and logits.dtype == expected.dtype == torch.float32
+    assert relative_error(logits.squeeze(0).whole(), expected) < 1e-2
+    scores, log_p = logits.squeeze(0).scores(tokens()[0], True), expected.log_softmax(-1)
+    assert TP > 1 or relative_error(scores.log_probs, log_p.gather(1, tokens()[0][:, None])) < 1e-2
+
+
+def check_kept_columns() -> None:
+    """slime's top-p replay, whose columns are masked in whole logits."""
+    from megatron.core import parallel_state
+
+    module: Any = importlib.import_module(SLIME.scores)
+    model = build({**{name: values[0] for name, values in OPTIONS.items()}, **FIXED})
+    dense = logits_of(model).squeeze(0)
+    tile(model, TILING)
+    assert defer_logits(model) == ""
+    group = parallel_state.get_tensor_model_parallel_group()
+    kept = torch.rand(dense.shape, generator=torch.Generator().manual_seed(8)) < 0.5
+    wanted, found = (
+        module.calculate_log_probs_and_entropy(logits, tokens()[0], group, True, log_prob_keep_mask=kept)
+        for logits in (dense, logits_of(model).squeeze(0))
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
 def main() -> None:
     trainer = sys.argv[1]
     stubs.install(*STUBS)
@@ -188,9 +237,12 @@ def main() -> None:
         else:
             hooked = SLIME if trainer == "slime" else MILES
             check_lazy()
+            check_wrapped()
             for _ in range(2):
                 hook_scores(hooked.scores, hooked.tested, hooked.entropy_gradient, hooked.whole_with)
             check(trainer, slime if trainer == "slime" else miles, OPTIONS)
+            if trainer == "slime":
+                check_kept_columns()
         if RANK == 0:
             print(f"{trainer} passed at TP={TP}", flush=True)
 

@@ -23,7 +23,7 @@ MODULE = "tests.integrations.check_scores"
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl: tools/test_integrations.sh installs it")
 def test_verl(size: int) -> None:
     """Its fused forward pass, with the hooked function and with the function's formula."""
-    settings = {VARIABLE: "factor=3 modules=output"}
+    settings = {VARIABLE: "factor=3 modules=output splits=output=1x3 head_tokens=5"}
     assert f"verl passed at TP={size}" in torchrun("-m", MODULE, "verl", world=size, environment=settings)
 
 
