@@ -1,6 +1,6 @@
 """Step time and peak memory of whole training steps on the stock trainer, one GPU a run.
 
-    python -m benchmarks.end_to_end --script PRETRAIN_GPT --output FOLDER [--gpus 4]
+    python -m benchmarks.end_to_end --script PRETRAIN_GPT --output FOLDER [--gpus 4] [--only NAME ...]
 
 Six Llama-style layers, h=4096, ffn=14336, 8 query groups, sequence 4096, micro-batch 1, global batch 4, bf16, local
 implementation. Each candidate is a process of its own on one GPU; with several GPUs the candidates are spread over
@@ -8,6 +8,7 @@ them, and dense runs on each of them, so that every ratio is taken on one GPU.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import statistics
@@ -30,6 +31,7 @@ MODEL = """
     --eval-interval 1000000 --eval-iters 0 --log-interval 1
 """.split()
 PLAIN = "--no-gradient-accumulation-fusion"
+APEX = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 TILED = "--use-tiled-linear --tile-factor 4"
 BODY = f"{TILED} --tiled-linear-modules qkv proj fc1 fc2"
 
@@ -44,6 +46,7 @@ class Candidate:
 SMALL, LARGE = 32000, 128256
 CANDIDATES = [
     Candidate("dense", SMALL, PLAIN),
+    *([Candidate("dense, fused by apex", SMALL, "")] if APEX else []),
     Candidate("dense, recompute mlp", SMALL, f"{PLAIN} --recompute-granularity selective --recompute-modules mlp"),
     Candidate("dense, mlp_chunks_for_training=4", SMALL, f"{PLAIN} --mlp-chunks-for-training 4"),
     Candidate("tiled but the output layer, keep all", SMALL, BODY),
@@ -61,6 +64,7 @@ CANDIDATES = [
 class Measurement:
     milliseconds: float
     mib: float
+    last_loss: float
 
 
 def run(candidate: Candidate, gpu: int, args: argparse.Namespace) -> Measurement | str:
@@ -69,7 +73,7 @@ def run(candidate: Candidate, gpu: int, args: argparse.Namespace) -> Measurement
     flags += ["--train-iters", str(args.iterations)]
     log = args.output / f"{candidate.name.replace(' ', '_')}.{candidate.vocabulary}.gpu{gpu}.log"
     environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu],
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(29600 + gpu),
@@ -84,16 +88,17 @@ def run(candidate: Candidate, gpu: int, args: argparse.Namespace) -> Measurement
     text = log.read_text()
     times = [float(time) for time in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", text)]
     peaks = re.findall(r"max allocated: ([0-9.]+)", text)
+    losses = re.findall(r"lm loss: ([0-9.E+-]+)", text)
     if len(times) != args.iterations or not peaks:
         error = re.findall(r"^.*(?:Error|megatron_tiling:).*$", text, re.M)
         return error[-1][:150] if error else f"failed, see {log.name}"
-    return Measurement(statistics.median(times[args.warm_up :]), float(peaks[-1]))
+    return Measurement(statistics.median(times[args.warm_up :]), float(peaks[-1]), float(losses[-1]))
 
 
 def run_all(args: argparse.Namespace) -> list[tuple[Candidate, int, Measurement | str]]:
     """Every candidate on one GPU, beside dense of its vocabulary on the same GPU."""
     queues: list[list[Candidate]] = [[] for _ in range(args.gpus)]
-    others = [candidate for candidate in CANDIDATES if candidate.name != "dense"]
+    others = [one for one in CANDIDATES if one.name != "dense" and (not args.only or one.name in args.only)]
     for index, candidate in enumerate(others):
         queue = queues[index % args.gpus]
         dense = next(c for c in CANDIDATES if c.name == "dense" and c.vocabulary == candidate.vocabulary)
@@ -110,17 +115,17 @@ def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.
     origin = Origin.now(("torch", "megatron-core"), machine())
     lines = [
         *origin.head("Training steps end to end", f"one GPU a run, {args.gpus} runs side by side"),
-        "No apex, no TransformerEngine, so dense runs without gradient accumulation fusion.",
+        "No TransformerEngine. Dense runs without gradient accumulation fusion, which needs apex, if not said otherwise.",
         f"Median of {args.iterations - args.warm_up} steps, against dense on the same GPU; peak of",
         "`torch.cuda.max_memory_allocated` over the run, as Megatron logs it.",
     ]
-    for vocabulary in (SMALL, LARGE):
+    for vocabulary in sorted({candidate.vocabulary for candidate, *_ in rows}):
         lines += [
             "",
             f"Vocabulary {vocabulary}:",
             "",
-            "| | ms a step | time | peak MB | GPU |",
-            "|---|---|---|---|---|",
+            "| | ms a step | time | peak MB | last loss | GPU |",
+            "|---|---|---|---|---|---|",
         ]
         dense = {gpu: m for c, gpu, m in rows if c.name == "dense" and c.vocabulary == vocabulary}
         for candidate, gpu, measured in rows:
@@ -128,11 +133,12 @@ def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.
                 continue
             base = dense[gpu]
             if isinstance(measured, str) or isinstance(base, str):
-                lines.append(f"| {candidate.name} | {measured if isinstance(measured, str) else base} | | | {gpu} |")
+                lines.append(f"| {candidate.name} | {measured if isinstance(measured, str) else base} | | | | {gpu} |")
                 continue
             ratio = measured.milliseconds / base.milliseconds
             lines.append(
-                f"| {candidate.name} | {measured.milliseconds:.1f} | {ratio:.3f} | {measured.mib:.0f} | {gpu} |"
+                f"| {candidate.name} | {measured.milliseconds:.1f} | {ratio:.3f} | {measured.mib:.0f} | "
+                f"{measured.last_loss:.5f} | {gpu} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -142,6 +148,7 @@ def main() -> None:
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates, beside dense; by default all")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     args = parser.parse_args()
