@@ -115,7 +115,7 @@ def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.
     origin = Origin.now(("torch", "megatron-core"), machine())
     lines = [
         *origin.head("Training steps end to end", f"one GPU a run, {args.gpus} runs side by side"),
-        "No TransformerEngine. Dense runs without gradient accumulation fusion, which needs apex, if not said otherwise.",
+        "No TransformerEngine. Dense runs without gradient accumulation fusion where it is not said.",
         f"Median of {args.iterations - args.warm_up} steps, against dense on the same GPU; peak of",
         "`torch.cuda.max_memory_allocated` over the run, as Megatron logs it.",
     ]
