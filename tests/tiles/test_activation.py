@@ -157,7 +157,7 @@ def test_torch_path(gated: bool) -> None:
     expected = function(*leaves)
     expected.backward(grad)
     out = torch.empty_like(grad)
-    amax, amax_of_grad = torch.zeros(2, 1)
+    amax, amax_of_grad = grad.new_zeros(2, 1, dtype=torch.float32)
     activation.forward(pre, bias, scale, out, amax)
     bias_grad, scale_grad = activation.backward(pre, bias, scale, grad, amax_of_grad, bias_grad=True, scale_grad=True)
     assert amax == out.abs().max().float() and amax_of_grad == pre.abs().max().float()
