@@ -5,7 +5,7 @@ Pure Python. The rows of a rank are sorted by expert, so neighbouring experts ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid, partition_uniform
@@ -20,38 +20,53 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """One tile of neighbouring experts, or several tiles of one expert, each with some of its features.
+    """Tiles whose fc1 products are one: of neighbouring experts, or of one expert, each with some of its features.
 
     Args:
-        segments: the experts and their rows, none of which are empty.
-        parts: boundaries ``(0, ..., f)`` of the tiles over the intermediate features.
-        kept: the first so many tiles keep their pre-activations for the backward pass.
+        tiles: neighbouring experts and their rows, none of which are empty, tile by tile; of an expert in several tiles
+            all its rows.
+        parts: boundaries ``(0, ..., f)`` over the intermediate features, of which an expert in several tiles has more.
+        kept: the first so many tiles keep their pre-activations for the backward pass; all or none, where these are
+            tiles of experts.
     """
 
-    segments: tuple[Segment, ...]
+    tiles: tuple[tuple[Segment, ...], ...]
     parts: tuple[int, ...]
     kept: int
 
     @property
+    def count(self) -> int:
+        return len(self.tiles) * (len(self.parts) - 1)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(chain(*self.tiles))
+
+    @property
     def rows(self) -> slice:
-        return slice(self.segments[0].rows.start, self.segments[-1].rows.stop)
+        return rows_of(self.segments)
 
     @property
     def columns(self) -> list[slice]:
         return [slice(start, stop) for start, stop in pairwise(self.parts)]
 
     @property
-    def kept_columns(self) -> int:
-        return self.parts[self.kept]
+    def kept_columns(self) -> slice:
+        return slice(0, self.parts[-1] if self.kept == self.count else self.parts[self.kept])
 
     @property
-    def steps(self) -> list[tuple[Segment, ...]]:
+    def steps(self) -> tuple[tuple[Segment, ...], ...]:
         """What the forward pass computes at once, with all features: as many rows as hold the bytes of a tile."""
         if len(self.parts) == 2:
-            return [self.segments]
+            return self.tiles
         ((expert, rows),) = self.segments
         bounds = partition_uniform(rows.stop - rows.start, len(self.parts) - 1)
-        return [(Segment(expert, slice(rows.start + a, rows.start + b)),) for a, b in pairwise(bounds)]
+        return tuple((Segment(expert, slice(rows.start + a, rows.start + b)),) for a, b in pairwise(bounds))
+
+
+def rows_of(segments: Sequence[Segment]) -> slice:
+    """Of neighbouring experts."""
+    return slice(segments[0].rows.start, segments[-1].rows.stop)
 
 
 def expert_groups(rows: Sequence[int], features: int, tiles: int, keep: int) -> list[Group]:
@@ -71,11 +86,15 @@ def expert_groups(rows: Sequence[int], features: int, tiles: int, keep: int) -> 
     while sum(cuts for _, cuts in found) > tiles:
         limit += -(-limit // 16)
         found = _within(limit, rows, features)
-    groups = []
+    groups: list[Group] = []
     for segments, cuts in found:
         parts = TileGrid(features, 1, in_splits=cuts, alignment=FEATURE_ALIGNMENT).in_parts
-        groups.append(Group(tuple(segments), tuple(parts), min(keep, cuts)))
-        keep -= groups[-1].kept
+        group = Group((tuple(segments),), tuple(parts), min(keep, cuts))
+        keep -= group.kept
+        if groups and cuts == 1 and group.kept and groups[-1].parts == group.parts:  # the one before keeps its own
+            group = Group((*groups[-1].tiles, *group.tiles), group.parts, groups[-1].kept + 1)
+            groups.pop()
+        groups.append(group)
     return groups
 
 

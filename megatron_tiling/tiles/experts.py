@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
-from megatron_tiling.tiles.expert_groups import Group, Segment
+from megatron_tiling.tiles.expert_groups import Group, Segment, rows_of
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.spans import Span, padded
@@ -116,7 +116,7 @@ class _TiledExperts(torch.autograd.Function):
     ==========  ==================================================  ===================================================
 
     In fc1 ``f`` is gate and up if gated. Of an expert in several tiles, forward rows are those of a step, and backward
-    features those of a tile: dx is the sum over them.
+    features those of a tile: dx is the sum over them. fc1's products of neighbouring tiles that are kept are one.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ class _TiledExperts(torch.autograd.Function):
         records = grad_enabled and any(ctx.needs_input_grad)
         kept = [_forward(loop, group, hidden, scale, fc1, biases, fc2, output, records) for group in loop.groups]
         if records:
-            recomputes = any(group.kept < len(group.columns) for group in loop.groups)
+            recomputes = any(group.kept < group.count for group in loop.groups)
             needs_fc1 = any(ctx.needs_input_grad[6 : 6 + counts[0]])
             ctx.loop, ctx.counts, ctx.kept_is_intact = loop, counts, True
             ctx.parameters = parameters  # they carry main_grad, which saved tensors may lose
@@ -170,18 +170,21 @@ def _forward(
 ) -> Tensor | None:
     """The rows of a group, into ``output``; ``[n, halves, f_kept]``, the pre-activations that are kept, if any."""
     halves, rows = loop.activation.halves, group.rows
-    keeps = group.kept if records else 0
-    kept = scratch(hidden, rows.stop - rows.start, halves, group.kept_columns) if keeps else None
+    kept, columns, keeps_all = None, group.kept_columns, group.kept == group.count
+    if records and group.kept:
+        kept = scratch(hidden, rows.stop - rows.start, halves, columns.stop)
+    if kept is not None and keeps_all:
+        _fc1(loop, group.segments, hidden, fc1, kept)
     for step in group.steps:
         start, stop = step[0].rows.start, step[-1].rows.stop
         here = slice(start - rows.start, stop - rows.start)
-        if kept is not None and keeps == len(group.columns):
+        if kept is not None and keeps_all:
             pre = kept[here]
         else:
             pre = scratch(hidden, stop - start, halves, loop.features)
-        _fc1(loop, step, hidden, fc1, pre)
-        if kept is not None and keeps < len(group.columns):
-            kept[here].copy_(pre[:, :, : group.kept_columns])
+            _fc1(loop, step, hidden, fc1, pre)
+            if kept is not None:
+                kept[here].copy_(pre[:, :, columns])
         activated = scratch(hidden, stop - start, loop.features)
         for segment in _of_one_bias(step, biases):
             part = slice(segment.rows.start - start, segment.rows.stop - start)
@@ -284,7 +287,7 @@ class _Backward:
                 grads.clear(expert for expert in range(len(self.fc1)) if expert not in busy)
         for group, kept in zip(self.loop.groups, self.kept, strict=True):
             kept = None if kept is None else kept.detach().data
-            (self._one_tile if len(group.columns) == 1 else self._tiles_of_one)(group, kept)
+            (self._whole_experts if len(group.columns) == 1 else self._one_expert)(group, kept)
         fc1, fc2 = (
             [None] * share if grads is None else grads.results()
             for grads, share in zip((self.fc1_grads, self.fc2_grads), self.shares, strict=True)
@@ -292,64 +295,77 @@ class _Backward:
         scale = None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype)
         return self.dgrad, scale, None, None, None, None, *fc1, *self.bias_grads, *fc2
 
-    def _input(self, rows: slice) -> Tensor | None:
-        """``[n, h]`` of a tile, if anything needs it."""
-        if self.hidden is None or self.indices is None:
-            return None if self.hidden is None else self.hidden[rows]
-        gathered: Tensor = self.hidden.index_select(0, self.indices[rows])
-        return gathered
+    def _input(self, rows: slice) -> Tensor:
+        """``[n, h]`` of these rows."""
+        if self.hidden is None:
+            return self.dy[:0]  # nothing needs it
+        found: Tensor = self.hidden[rows] if self.indices is None else self.hidden.index_select(0, self.indices[rows])
+        return found
 
-    def _one_tile(self, group: Group, kept: Tensor | None) -> None:
-        """A group of experts, or one, with all features."""
-        segments, gemm = group.segments, self.loop.gemm
-        start, count = group.rows.start, group.rows.stop - group.rows.start
-        hidden = self._input(group.rows)
-        pre = scratch(self.dy, count, self.halves, self.loop.features) if kept is None else kept
-        if kept is None and hidden is not None:
+    def _whole_experts(self, group: Group, kept: Tensor | None) -> None:
+        """Tiles of experts, with all features: fc2 tile by tile, fc1 at once."""
+        gemm, segments, rows = self.loop.gemm, group.segments, group.rows
+        start, hidden, pre = rows.start, None, kept
+        if pre is None:
+            hidden, pre = self._input(rows), scratch(self.dy, rows.stop - start, self.halves, self.loop.features)
             _fc1(self.loop, segments, hidden, self.fc1, pre, start)
-        activated = scratch(self.dy, count, self.loop.features)  # its gradient at first
-        dy, activations = _rows_of(self.dy, segments), _rows_of(activated, segments, start)
-        gemm(activations, dy, [self.fc2[expert] for expert, _ in segments], accumulate=False)
-        self._activation_backward(segments, slice(None), pre.transpose(0, 1), activated)
+        for tile in group.tiles:
+            here = rows_of(tile)
+            activated = scratch(self.dy, here.stop - here.start, self.loop.features)  # its gradient at first
+            dy, activations = _rows_of(self.dy, tile), _rows_of(activated, tile, here.start)
+            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile], accumulate=False)
+            pre_of_tile = pre[here.start - start : here.stop - start].transpose(0, 1)
+            self._activation_backward(tile, slice(None), pre_of_tile, activated)
+            if self.fc2_grads is not None:
+                self._wgrad(self.fc2_grads, tile, dy, activations)
+            del activated, activations  # before the next ones are made, or there would be two of each
         pre_grads = _rows_of(pre.flatten(1), segments, start)
         if self.dgrad is not None:
             factors = [self.fc1[expert] for expert, _ in segments]
             gemm(_rows_of(self.dgrad, segments), pre_grads, factors, accumulate=False)
-        for grads, gradients, inputs in (
-            (self.fc2_grads, dy, activations),
-            (self.fc1_grads, pre_grads, () if hidden is None else _rows_of(hidden, segments, start)),
-        ):
-            if grads is not None:
-                gemm(grads.of(segments), [part.t() for part in gradients], inputs, accumulate=grads.fused)
+        if self.fc1_grads is not None:
+            for part in (segments,) if self.indices is None else group.tiles:  # gathered rows exist a tile at a time
+                here = rows_of(part)
+                inputs = self._input(here) if hidden is None else hidden[here.start - start : here.stop - start]
+                pre_grads = _rows_of(pre.flatten(1), part, start)
+                self._wgrad(self.fc1_grads, part, pre_grads, _rows_of(inputs, part, here.start))
+                del inputs
 
-    def _tiles_of_one(self, group: Group, kept: Tensor | None) -> None:
-        """One expert, some of its features at a time."""
+    def _wgrad(
+        self, grads: _WeightGrads, segments: Sequence[Segment], grad: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        self.loop.gemm(grads.of(segments), [part.t() for part in grad], inputs, accumulate=grads.fused)
+
+    def _one_expert(self, group: Group, kept: Tensor | None) -> None:
+        """Tiles of one expert, some of its features at a time; fc1 of those that are kept at once, as the last."""
         ((expert, rows),) = group.segments
-        hidden = self._input(rows)
-        hidden = self.dy[:0] if hidden is None else hidden  # which nothing needs
-        dy, fc1, fc2 = self.dy[rows], self.fc1[expert], self.fc2[expert]
-        dgrad = None if self.dgrad is None else self.dgrad[rows]
-        widens = self.loop.fp32_accumulate and dy.dtype.itemsize < 4
+        hidden, dgrad = self._input(rows), None if self.dgrad is None else self.dgrad[rows]
+        widens = self.loop.fp32_accumulate and self.dy.dtype.itemsize < 4
         total = dgrad if dgrad is None or not widens else torch.empty_like(dgrad, dtype=torch.float32)
-        for index, columns in enumerate(group.columns):
-            span = Span([columns], self.halves, self.loop.features, kept=False)
-            width = columns.stop - columns.start
-            activated = scratch(dy, dy.shape[0], padded(width))[:, :width]  # its gradient at first
-            gemm_into(activated, dy, fc2[:, columns], accumulate=False)
-            if kept is not None and index < group.kept:
-                pre = kept[:, :, columns].transpose(0, 1)
-            else:
-                pre = span.fc1([(hidden, fc1)])
-            self._activation_backward(group.segments, columns, pre, activated)
+        number = 0 if kept is None else group.kept
+        spans = [[columns] for columns in group.columns[number:]] + ([group.columns[:number]] if number else [])
+        for tiles in spans:
+            span = Span(tiles, self.halves, self.loop.features, kept=False)
+            is_kept = kept is not None and tiles is spans[-1]
+            pre = kept.transpose(0, 1) if kept is not None and is_kept else span.fc1([(hidden, self.fc1[expert])])
+            for columns in tiles:
+                self._fc2_of_columns(expert, group.segments, columns, span.of_tile(pre, columns))
             if total is not None:
-                span.dgrad(total, pre, fc1, accumulate=index > 0)
-            if (grads := self.fc2_grads) is not None:
-                gemm_into(grads.tensors[expert][:, columns], dy.t(), activated, accumulate=grads.fused)
+                span.dgrad(total, pre, self.fc1[expert], accumulate=tiles is not spans[0])
             if (grads := self.fc1_grads) is not None:
                 span.wgrad(grads.tensors[expert], pre, hidden, accumulate=grads.fused)
-            del pre, activated  # before the next ones are made, or there would be two of each
+            del pre  # before the next one is made, or there would be two
         if dgrad is not None and total is not None and total is not dgrad:
             dgrad.copy_(total)
+
+    def _fc2_of_columns(self, expert: int, segments: Sequence[Segment], columns: slice, pre: Tensor) -> None:
+        """fc2's products with these features of one expert; ``pre [halves, n, f_i]`` becomes its gradient."""
+        dy, width = self.dy[segments[0].rows], columns.stop - columns.start
+        activated = scratch(dy, dy.shape[0], padded(width))[:, :width]  # its gradient at first
+        gemm_into(activated, dy, self.fc2[expert][:, columns], accumulate=False)
+        self._activation_backward(segments, columns, pre, activated)
+        if (grads := self.fc2_grads) is not None:
+            gemm_into(grads.tensors[expert][:, columns], dy.t(), activated, accumulate=grads.fused)
 
     def _activation_backward(self, segments: Sequence[Segment], columns: slice, pre: Tensor, grad: Tensor) -> None:
         """In place: ``pre [halves, n, f_i]`` becomes its gradient and ``grad [n, f_i]`` the activation."""

@@ -94,10 +94,12 @@ def test_tiles_are_few_and_balanced(rows: list[int], tiles: int, keep: int, feat
     assert [(expert, part.stop - part.start) for expert, part in segments] == [
         (expert, count) for expert, count in enumerate(rows) if count
     ]
-    assert sum(len(group.columns) for group in groups) <= tiles
-    assert sum(group.kept for group in groups) == min(keep, sum(len(group.columns) for group in groups))
+    count = sum(group.count for group in groups)
+    assert count <= tiles and sum(group.kept for group in groups) == min(keep, count)
     for group in groups:
-        assert group.parts[0] == 0 and group.parts[-1] == features and len(group.segments) * len(group.columns) > 0
+        assert group.parts[0] == 0 and group.parts[-1] == features
+        assert group.kept in (0, group.count) or len(group.segments) == len(group.tiles) == 1
+        assert len(group.tiles) == 1 or (group.kept and len(group.columns) == 1)
         covered = [range(part.start, part.stop) for step in group.steps for _, part in step]
         assert [row for part in covered for row in part] == list(range(group.rows.start, group.rows.stop))
 
