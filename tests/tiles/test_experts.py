@@ -237,8 +237,12 @@ def test_bf16_sums_in_float32() -> None:
     assert errors[1] < errors[0]
 
 
-def test_gemm_of_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grouped product gets the experts of a tile that have rows, and dense matrices."""
+@pytest.mark.parametrize(
+    ("keep", "numbers"),
+    [(0, [2, 2, 1, 1, *[2] * 5, *[1] * 5]), (1, [2, 2, 1, 1, *[2] * 4, *[1] * 5]), (2, [3, 2, 1, 2, 2, 1, 1, 3, 3])],
+)
+def test_grouped_products(keep: int, numbers: list[int]) -> None:
+    """They get the experts of a tile that have rows, fc1 those of all kept tiles; and dense matrices."""
     calls = []
 
     def gemm(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
@@ -248,6 +252,6 @@ def test_gemm_of_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
         loops.one_by_one(out, a, b, accumulate=accumulate)
 
     case = Case([2, 0, 2, 4])
-    output, expected = case.tiled(case.loop(2, 1, gemm=gemm)), case.sequential()
+    output, expected = case.tiled(case.loop(2, keep, gemm=gemm)), case.sequential()
     assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
-    assert calls == [2, 2, 1, 1, *[2] * 4, *[1] * 5]
+    assert calls == numbers
