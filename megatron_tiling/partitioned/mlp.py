@@ -23,7 +23,7 @@ from megatron_tiling.partitioned.layers import (
 )
 from megatron_tiling.partitioned.modules import MLPTile, MLPTilePart
 from megatron_tiling.resident.activation import activation_of
-from megatron_tiling.resident.layers import comm_of
+from megatron_tiling.resident.comm import comm_of
 from megatron_tiling.resident.mlp import MLP_LAYERS, TiledMLP, run_weight_hooks
 from megatron_tiling.tiles.grid import TileGrid
 

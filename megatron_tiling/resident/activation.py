@@ -21,7 +21,6 @@ from megatron_tiling.resident.stock_code import is_own_function
 from megatron_tiling.tiles.activation import Activation, Formula
 
 #: Activation functions that the kernels know, outside Megatron's fused ones.
-#: Activation functions that the kernels know, outside Megatron's fused ones.
 FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
     F.silu: "silu",
     F.gelu: "gelu",

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_tiling.resident.layers import reduced, summed
+from megatron_tiling.resident.comm import reduced, summed
 
 WRAPPED = ("to_wrap", "base_layer")
 ReasonInHooks = Callable[[torch.nn.Module], str]

@@ -14,15 +14,11 @@ from functools import cache, partialmethod
 from typing import Any, Self
 
 import torch
-from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
+from megatron_tiling.resident.comm import column_comm
 from megatron_tiling.resident.stock_code import replaced_in_products
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
@@ -327,19 +323,6 @@ def check_parts(layer: Any, input_: Tensor | Sequence[Tensor]) -> None:
         raise ValueError("an already split input cannot be offloaded to the CPU; leave out --cpu-offloading")
 
 
-def reduced(row_layer: Any, output: Tensor) -> Tensor:
-    """What ``RowParallelLinear.forward`` does with its product, as the layer is set now."""
-    return output if row_layer.explicit_expert_comm else summed(row_layer, output)
-
-
-def summed(row_layer: Any, output: Tensor) -> Tensor:
-    """The sum over tensor-parallel ranks: of all tokens, or under sequence parallelism of this rank's."""
-    scatters = row_layer.sequence_parallel
-    reduce = reduce_scatter_to_sequence_parallel_region if scatters else reduce_from_tensor_model_parallel_region
-    result: Tensor = reduce(output, group=row_layer.tp_group)
-    return result
-
-
 #: What a stock layer becomes.
 RESIDENT_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {
     ColumnParallelLinear: TiledColumnParallelLinear,
@@ -384,23 +367,3 @@ def shard_shape(layer: Any) -> tuple[int, int]:
         return layer.output_size, layer.input_size_per_partition
     weight = next((weight for weight in layer.parameters(recurse=False) if weight.dim() > 1), None)
     return (weight.shape[0], weight.shape[-1]) if weight is not None else (0, 0)
-
-
-def column_comm(group: Any, sequence_parallel: bool, allreduce_dgrad: bool) -> ColumnComm | None:
-    """The collectives that stock's column layer asks its product for, if any."""
-    if not (sequence_parallel or allreduce_dgrad):
-        return None
-    return ColumnComm(group, sequence_parallel, allreduce_dgrad, mpu_buffer)
-
-
-def comm_of(layer: Any) -> ColumnComm | None:
-    """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
-    if layer.explicit_expert_comm:
-        return None
-    return column_comm(layer.tp_group, layer.sequence_parallel, layer.allreduce_dgrad)
-
-
-def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Megatron's shared gather buffer, the same that stock layers use."""
-    buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")
-    return buffer

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, mpu_buffer
+from megatron_tiling.resident.comm import mpu_buffer
+from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.lazy_logits import LazyLogits, compute_language_model_loss, has_tiled_loss, stock_caller
 from megatron_tiling.resident.stock_code import PREDICTION_LOSSES, calls_the_loss, reason_for_whole_logits
 from megatron_tiling.tiles.comm import ColumnComm

@@ -21,7 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.resident.activation import activation_of, reason_in_activation
 from megatron_tiling.resident.adapters import looped_adapter, reason_outside_loop, unwrapped
-from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear, comm_of, reduced
+from megatron_tiling.resident.comm import comm_of, reduced
+from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.resident.stock_code import replaced_in_layers, replaced_in_mlp
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.grid import TileGrid

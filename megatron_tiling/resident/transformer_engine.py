@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_tiling.arguments import OFFLOADING, Refused, reasons_of_row
 from megatron_tiling.config import ROW_MODULES
-from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, comm_of, one_tensor, reduced
+from megatron_tiling.resident.comm import comm_of, reduced
+from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
