@@ -66,14 +66,18 @@ def test_table() -> None:
         replace(layer("mlp.linear_fc2", (4096, 14336), (4, 1)), name="decoder.layers.1.mlp.linear_fc2"),
         LayerReport("mtp.layers.0.eh_proj", (8, 16), 2, reason="not one of the modules that are tiled"),
         LayerReport("output_layer", (128256, 4096), 2, TileGrid(4096, 128256, 1, 4), loss_tiles=HeadTiles(272)),
+        LayerReport("mlp.experts", (3072, 4096), 2, experts=8, expert_tiles=4, kept_tiles=0, gathers_rows=True),
+        LayerReport("moe.experts", (3072, 4096), 2, experts=8, reason="--moe-paged-stash: tiles do not do this"),
     ]
-    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:7]] == [
+    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:9]] == [
         "1 4096 x 6144 1x4 12.00 partitioned".split(),
         "1 4096 x 28672 1x4 56.00 TiledMLP, keep all, at most 4 token steps".split(),
         "1 14336 x 4096 4x1 28.00 TiledMLP, keep 1, at most 4 token steps".split(),
         "1 14336 x 4096 4x1 28.00 partitioned".split(),
         "1 16 x 8 dense 0.00 not one of the modules that are tiled".split(),
         "1 4096 x 128256 - - loss in tiles of tokens x columns of logits within 272 MiB, keep what fits".split(),
+        "1 8 x 4096 x 3072 - - TiledExperts, at most 4 tiles of about as many rows, keep 0, tokens kept once".split(),
+        "1 8 x 4096 x 3072 dense - --moe-paged-stash: tiles do not do this".split(),
     ]
     assert table(layers[:1] * 3).splitlines()[1].split()[:2] == ["decoder.layers.*.self_attention.linear_qkv", "3"]
 

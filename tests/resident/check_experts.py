@@ -223,6 +223,9 @@ def check_reasons() -> None:
     assert report.reason == "linear_fc1 is not a stock grouped layer but Sequential"
     (report,) = tile(torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)}), TilingConfig(modules=("fc1", "fc2")))
     assert report.reason == "not in --tiled-linear-modules"
+    partitioned = TilingConfig(storage="partitioned")
+    (report,) = tile(torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)}), partitioned)
+    assert report.reason == "partitioned tiles are not of grouped experts"
     experts = torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)})
     expect_error(lambda: tile(experts, TilingConfig(splits={"experts": (1, 2)}, mlp_keep=3)), "within [0, 2]")
 

@@ -2,9 +2,14 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_tiling.resident import experts
+from megatron_tiling.tiles.experts import one_by_one
 from tests.support.launch import ROOT, search_path, torchrun
 from tests.support.megatron_lm import VERSIONS, Version, unpacked_wheel
 
@@ -35,3 +40,39 @@ def test_as_stock(layout: str, output: str) -> None:
 def test_stocks_own_grouped_mlp(output: str) -> None:
     """In 0.16 alone."""
     assert ("GroupedMLP: as stock" in output) == output.startswith("0.16")
+
+
+def as_transformer_engine(
+    a: list[Tensor], b: list[Tensor], out: list[Tensor], quantizers: list[None], dtype: torch.dtype, **options: Any
+) -> None:
+    """What its ``general_grouped_gemm`` does: operands in the order of columns, dense in memory."""
+    assert all(tensor.is_contiguous() for tensor in (*a, *b, *out)) and len(quantizers) == len(out)
+    assert options["layout"] in ("TN", "NN", "NT") and options["m_splits"] == [tensor.shape[0] for tensor in out]
+    for one, other, result in zip(a, b, out, strict=True):
+        left = other.t() if options["layout"][1] == "T" else other
+        right = one.t() if options["layout"][0] == "T" else one
+        result.copy_(left @ right + (result if options["accumulate"] else 0))
+
+
+@pytest.mark.parametrize("rows", [[3, 1, 17], [0, 5, 1], [4, 4, 4], [1, 1, 1]])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_as_transformer_engine_takes_them(
+    rows: list[int], accumulate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_GROUPED_GEMM", as_transformer_engine)
+    wide, narrow, weights = (
+        [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+        for shapes in ([(size, 7) for size in rows], [(size, 5) for size in rows], [(7, 5) for _ in rows])
+    )
+    for out, a, b in (
+        (wide, narrow, [weight.t() for weight in weights]),
+        (narrow, wide, weights),
+        (weights, [part.t() for part in wide], narrow),
+        ([weight.t() for weight in weights], [part.t() for part in narrow], wide),
+    ):
+        results = []
+        for gemm in (experts._of_transformer_engine, one_by_one):
+            copies = [tensor.clone() for tensor in out]
+            gemm(copies, a, b, accumulate=accumulate)
+            results.append(copies)
+        assert all(map(torch.allclose, *results))

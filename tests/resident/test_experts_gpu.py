@@ -68,11 +68,14 @@ def stock_experts(**options: Any) -> Any:
     )  # fmt: skip
     submodules = stock.GroupedMLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = stock.TEGroupedMLP(EXPERTS, config, submodules, pg_collection=groups).cuda()
-    generator = torch.Generator("cuda").manual_seed(3)
-    for parameter in experts.parameters():
+    return with_weights(stock.TEGroupedMLP(EXPERTS, config, submodules, pg_collection=groups).cuda())
+
+
+def with_weights(module: Any) -> Any:
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(3)
+    for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    return experts
+    return module
 
 
 def tiled(tiles: int, keep: int | None, **options: Any) -> Any:
@@ -214,3 +217,47 @@ def test_what_is_kept(keep: int | None) -> None:
     held = torch.cuda.memory_allocated() - before - output.nbytes
     kept = EXPERTS if keep is None else keep
     assert abs(held - kept * 2048 * 2 * FEATURES * 2) <= 2**20
+
+
+def moe_layer(dispatcher: str, fused: bool) -> Any:
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FEATURES, moe_ffn_hidden_size=FEATURES, num_attention_heads=2,
+        num_moe_experts=EXPERTS, moe_router_topk=4, moe_grouped_gemm=True, params_dtype=torch.bfloat16, bf16=True,
+        add_bias_linear=False, moe_token_dispatcher_type=dispatcher, moe_permute_fusion=fused, **SWIGLU,
+    )  # fmt: skip
+    spec = get_moe_module_spec(use_te=True, num_experts=EXPERTS, moe_grouped_gemm=True)
+    return with_weights(spec(config=config).cuda())
+
+
+@pytest.mark.feature("grouped experts of TransformerEngine, tokens kept once: {dispatcher}")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_tokens_are_kept_once(dispatcher: str, fused: bool) -> None:
+    from megatron_tiling import TilingConfig, tile
+
+    results, held = [], []
+    for tiled_too in (False, True):
+        layer = moe_layer(dispatcher, fused)
+        if tiled_too:
+            (report,) = [one for one in tile(layer, TilingConfig(mlp_keep=0)) if one.experts]
+            assert report.gathers_rows
+        generator = torch.Generator("cuda").manual_seed(5)
+        hidden, grad = (torch.randn(4096, 1, HIDDEN, device="cuda", generator=generator).bfloat16() for _ in range(2))
+        hidden.requires_grad_()
+        for _ in range(2):
+            layer.zero_grad()
+            hidden.grad = None
+            before = torch.cuda.memory_allocated()
+            output, _ = layer(hidden)
+            held.append(torch.cuda.memory_allocated() - before)
+            output.backward(grad)
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        results.append([output.detach(), hidden.grad, *gradients])
+    assert layer.token_dispatcher.is_known
+    for found, expected in zip(*reversed(results), strict=True):
+        assert distance(found, expected.double()) < 2e-2
+    rows = 4096 * 4 * HIDDEN * 2
+    assert held[1] - held[3] > rows  # and the intermediates besides
