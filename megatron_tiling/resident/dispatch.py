@@ -4,7 +4,8 @@ Where all tokens are local, every row that experts take is a copy of one. So til
 the router keeps anyway, and copy the rows of a tile again in the backward pass. A built dispatcher has its class set.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher as stock
@@ -14,30 +15,66 @@ from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.tiles.experts import Source
 
 
+class _Dispatch(NamedTuple):
+    """One under way: tokens ``[t, h]``, routing map ``[t, experts]``, and the rows that the last step gave."""
+
+    tokens: Tensor
+    routing_map: Tensor
+    rows: Tensor
+    versions: tuple[int, int]
+
+    def followed_by(self, rows: Tensor) -> "_Dispatch":
+        return self._replace(rows=rows, versions=(self.versions[0], rows._version))
+
+    def is_untouched(self, *given: Any) -> bool:
+        """Whether these are the last step's rows, and neither they nor the tokens have been written to."""
+        untouched = (self.tokens._version, self.rows._version) == self.versions
+        return untouched and any(one is self.rows for one in given)
+
+
 class RememberingDispatcher:
-    """Put before the stock class.
+    """Put before the stock class. Each step must get what the one before gave: others may change rows in between.
 
     Attributes:
-        remembered: tokens ``[t, h]`` and routing map ``[t, experts]`` of the dispatch under way.
+        remembered: the dispatch under way.
         is_known: whether ``source_of`` gives what experts get, which is looked at once.
     """
 
-    remembered: tuple[Tensor, Tensor] | None = None
+    remembered: _Dispatch | None = None
     is_known: bool | None = None
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> Any:
-        self.remembered = hidden_states.view(-1, hidden_states.shape[-1]), routing_map
-        return super().dispatch_preprocess(hidden_states, routing_map, probs)  # type: ignore[misc]
+        self.remembered, tokens = None, hidden_states.view(-1, hidden_states.shape[-1])
+        result = super().dispatch_preprocess(hidden_states, routing_map, probs)  # type: ignore[misc]
+        if torch.is_grad_enabled() and self.is_known is not False:
+            rows = result[0]
+            self.remembered = _Dispatch(tokens, routing_map, rows, (tokens._version, rows._version))
+        return result
+
+    def token_dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(super().token_dispatch, *args, **kwargs)  # type: ignore[misc]
+
+    def dispatch_postprocess(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(super().dispatch_postprocess, *args, **kwargs)  # type: ignore[misc]
+
+    def _step(self, stock_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        dispatch, self.remembered = self.remembered, None
+        if dispatch is not None and not dispatch.is_untouched(*args, *kwargs.values()):
+            dispatch = None
+        result = stock_step(*args, **kwargs)
+        if dispatch is not None:
+            self.remembered = dispatch.followed_by(result[0])
+        return result
 
     def source_of(self, permuted: Tensor) -> Source | None:
         """Where the rows that experts were given come from, ``[n, h]``, if that is known. To be asked once a dispatch.
 
         Rows are sorted by expert, and those of an expert as their tokens are.
         """
-        remembered, self.remembered = self.remembered, None
-        if remembered is None or self.is_known is False or not torch.is_grad_enabled():
+        dispatch, self.remembered = self.remembered, None
+        if dispatch is None or not dispatch.is_untouched(permuted):
             return None
-        tokens, routing_map = remembered
+        tokens, routing_map = dispatch.tokens, dispatch.routing_map
         numbers = torch.arange(tokens.shape[0], device=tokens.device)
         indices = numbers.expand(routing_map.shape[1], -1).masked_select(routing_map.bool().t())
         if self.is_known is None and indices.numel():

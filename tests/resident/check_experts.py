@@ -8,7 +8,7 @@ With megatron-core 0.16 its GroupedMLP too.
 import copy
 import itertools
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import experts as stock
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor
 
 from megatron_tiling import TilingConfig, tile
@@ -284,20 +285,34 @@ def check_models() -> None:
 
 
 def check_other_rows() -> None:
-    """A dispatcher whose rows are no copies of tokens in their order is found out, and its rows are kept."""
-    dense, tiled = models()
-    for model in (dense, tiled):
-        if model is tiled:
-            tile(tiled, TilingConfig(mlp_keep=0))
-        dispatcher = model.decoder.layers[0].mlp.token_dispatcher
-        dispatch = dispatcher.dispatch_postprocess
-        dispatcher.dispatch_postprocess = lambda *operands, dispatch=dispatch: (
-            lambda hidden, *rest: (hidden * 2, *rest)
-        )(*dispatch(*operands))
+    """Rows that are no copies of tokens in their order, from the first dispatch on or later, are found out and kept."""
     inputs = batch() | {"attention_mask": None}
-    assert_same(step(tiled, **inputs), step(dense, **inputs))
-    first, second = (layer.mlp.token_dispatcher for layer in tiled.decoder.layers)
-    assert first.is_known is False and second.is_known is True and first.remembered is None
+
+    def doubled_before_dispatch(mlp: Any) -> None:
+        dispatch = mlp.token_dispatcher.token_dispatch
+        mlp.token_dispatcher.token_dispatch = lambda hidden, probs: dispatch(hidden * 2, probs)
+
+    def doubled_before_experts(mlp: Any, double: Any = lambda hidden: hidden * 2) -> None:
+        mlp.experts.register_forward_pre_hook(lambda _, operands: (double(operands[0]), *operands[1:]))
+
+    def doubled_in_place(mlp: Any) -> None:
+        doubled_before_experts(mlp, lambda hidden: hidden.mul_(2))
+
+    for change in (doubled_before_dispatch, doubled_before_experts, doubled_in_place):
+        dense, tiled = models()
+        tile(tiled, TilingConfig(mlp_keep=0))
+        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        assert all(layer.mlp.token_dispatcher.is_known for layer in tiled.decoder.layers)
+        for model in (dense, tiled):
+            model.zero_grad()
+            change(model.decoder.layers[0].mlp)
+        assert_same(step(tiled, **inputs), step(dense, **inputs))
+    dense, tiled = models()
+    tile(tiled, TilingConfig(mlp_keep=0))
+    with patch.object(MoEAllGatherTokenDispatcher, "token_dispatch", lambda _, hidden, probs: (hidden * 2, probs)):
+        assert_same(step(tiled, **inputs), step(dense, **inputs))
+    for layer in tiled.decoder.layers:
+        assert layer.mlp.token_dispatcher.is_known is False and layer.mlp.token_dispatcher.remembered is None
 
 
 def check_grouped_mlp() -> None:
