@@ -82,13 +82,15 @@ class TiledExperts(torch.nn.Module):
         permuted_local_hidden_states: Tensor,
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
-        **buffers: Tensor | None,
+        *buffers: Tensor | None,
+        **named_buffers: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """``[n, h]``, sorted by expert, and ``[n]`` -> ``[n, h_out]`` and no bias, as stock's."""
         hidden, scale, rows = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
         source = None if self._dispatcher is None else self._dispatcher.source_of(hidden)
-        if self.reason_for_stock_forward(hidden, rows, buffers):
-            result: tuple[Tensor, Tensor | None] = super().forward(hidden, tokens_per_expert, scale, **buffers)
+        if self.reason_for_stock_forward(hidden, scale, rows, (*buffers, *named_buffers.values())):
+            operands = hidden, tokens_per_expert, scale, *buffers
+            result: tuple[Tensor, Tensor | None] = super().forward(*operands, **named_buffers)
             return result
         if self.config.moe_apply_probs_on_input:
             if self.config.moe_router_topk != 1:
@@ -101,9 +103,11 @@ class TiledExperts(torch.nn.Module):
         return output, None
 
     @torch.compiler.disable
-    def reason_for_stock_forward(self, hidden: Tensor, rows: list[int], buffers: dict[str, Tensor | None]) -> str:
+    def reason_for_stock_forward(
+        self, hidden: Tensor, scale: Tensor, rows: list[int], buffers: Sequence[Tensor | None]
+    ) -> str:
         """Why a call now would run stock's ``forward``, or nothing."""
-        if any(buffer is not None for buffer in buffers.values()):
+        if any(buffer is not None for buffer in buffers):
             return "others give the memory of outputs"
         if torch.is_autocast_enabled(hidden.device.type):
             return "autocast is on"
@@ -111,6 +115,8 @@ class TiledExperts(torch.nn.Module):
             return "there are hooks for all modules"
         if hidden.dim() != 2 or hidden.shape[0] != sum(rows):
             return "there are rows of no expert"
+        if scale.shape != hidden.shape[:1]:
+            return "probabilities are not one a row"
         if reason := self.reason_in_layers():
             return reason
         weights = self.weights()
@@ -165,7 +171,8 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
     """``TEGroupedMLP`` in tiles."""
 
     def reason_in_layers(self) -> str:
-        if reason := _replaced(stock.TEGroupedMLP) or reason_in_activation(self):
+        replaced = _replaced(stock.TEGroupedMLP) or _replaced(self, "_apply_bias")
+        if reason := replaced or reason_in_activation(self):
             return reason
         if te.FP8GlobalStateManager.is_fp8_enabled():
             return "FP8 is on"
@@ -259,10 +266,10 @@ if hasattr(stock, "GroupedMLP"):  # in 0.16 alone
     TILED_CLASSES[stock.GroupedMLP] = TiledGroupedMLP
 
 
-def _replaced(kind: Any) -> str:
-    """The ``forward`` of a class of Megatron's, if somebody has replaced it, or nothing."""
-    forward: Any = kind.forward
-    return "" if is_own_function(forward) else f"{kind.__name__}.forward is not Megatron's own"
+def _replaced(owner: Any, name: str = "forward") -> str:
+    """A function of a class of Megatron's or of an instance, if somebody has replaced it, or nothing."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return "" if is_own_function(getattr(owner, name)) else f"{kind.__name__}.{name} is not Megatron's own"
 
 
 class _PassOn(torch.nn.Module):

@@ -7,6 +7,7 @@ With megatron-core 0.16 its GroupedMLP too.
 
 import copy
 import itertools
+from inspect import signature
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -124,7 +125,7 @@ def check_values() -> None:
 
 def reason(tiled: Any, rows: list[int], **buffers: Any) -> str:
     hidden = torch.zeros(sum(rows), HIDDEN, dtype=torch.float64)
-    found: str = tiled.reason_for_stock_forward(hidden, rows, buffers)
+    found: str = tiled.reason_for_stock_forward(hidden, hidden[:, 0], rows, tuple(buffers.values()))
     return found
 
 
@@ -186,6 +187,12 @@ def check_stock_forward() -> None:
     assert_equal(run(tiled, ROWS[0]), expected)
     stock.TEGroupedMLP.forward = forward
     assert not reason(tiled, ROWS[0])
+    tiled._apply_bias = lambda output, *_: output  # as without biases
+    assert reason(tiled, ROWS[0]) == "TiledTEGroupedMLP._apply_bias is not Megatron's own"
+    assert_equal(run(tiled, ROWS[0]), expected)
+    operands = torch.ones(16, HIDDEN).double(), torch.tensor(ROWS[0]), torch.ones(1).double()  # probabilities of all
+    unused = (None,) * (len(signature(forward).parameters) - 1 - len(operands))
+    torch.testing.assert_close(tiled_of(experts)(*operands, *unused)[0], experts(*operands, *unused)[0])
     try:
         tiled_of(experts)(torch.zeros(5, HIDDEN).double(), torch.tensor([1, 1, 1, 1]), torch.ones(5).double())
     except RuntimeError as error:  # stock's, for a row of no expert
