@@ -6,8 +6,8 @@
 Four Llama-style layers, h=4096, ffn=14336, 8 query groups, vocabulary 32000, sequence 2048, global batch 8, local
 implementation, tile factor 4. Dense and tiled start from the same weights and read the same data: in fp32 their
 losses and gradient norms differ by the order of sums alone, in bf16 by its rounding too. Peak memory is PyTorch's,
-from the first step on; gathered parameters are counted by gathered.py. Writes fsdp.md. With ``--hosts 2``, four
-processes share two GPUs (hosts.py).
+from the first step on; gathered parameters are counted by tests/support/gathered.py. Writes fsdp.md. With
+``--hosts 2``, four processes share two GPUs (tests/support/hosts.py).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The page and the picture of a benchmark's JSON record: ``python -m benchmarks.mlp_report RECORD.json``."""
 
 import json
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -141,4 +141,6 @@ def _places() -> Iterator[tuple[tuple[float, float], str, str]]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = ArgumentParser(description="The page and the picture of a benchmark's JSON record.")
+    parser.add_argument("record", type=Path, metavar="RECORD.json")
+    write(parser.parse_args().record)

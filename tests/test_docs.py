@@ -26,7 +26,7 @@ PAGES = sorted(
 COMMANDED = [page for page in PAGES if RESULTS not in page.parents]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*\b")
 #: Of torchrun, pytest, pip, git and trainers, where a page speaks of these.
-FLAGS_OF_OTHERS = {"--standalone", "--nproc-per-node", "--custom-model-provider-path"}
+FLAGS_OF_OTHERS = {"--standalone", "--nproc-per-node", "--no-deps", "--custom-model-provider-path"}
 FLAGS_OF_OTHERS |= {"--output-logit-dtype", "--megatron-fsdp-version"}  # of Megatron-LM's main branch
 
 
