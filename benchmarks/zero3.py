@@ -3,8 +3,8 @@
     python -m benchmarks.zero3 [--layouts 1x1 2x1 1x2 2x2] [--tiles 4 8 16] [--hosts 1] [--results DIR]
 
 A layout is tensor parallel x data parallel, and takes as many GPUs, or half of them with ``--hosts 2``
-(tests/support/hosts.py), to see losses and memory. Without a GPU it runs over gloo at sizes given by ``--small``, to see that it runs. Every layout
-is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
+(tests/support/hosts.py), to see losses and memory. Without a GPU it runs over gloo at sizes given by ``--small``, to
+see that it runs. Every layout is a torchrun of its own; ``<date>-zero3.md`` holds all tables.
 
 * Memory: two MLPs with 16 tokens, parameters offloaded to host memory, so that what the GPU holds of them is what is
   gathered. Peak beyond what is held between steps, in the forward pass (no gradients there) and in the whole step.
