@@ -28,7 +28,7 @@ from megatron_tiling.resident.stock_code import is_own_function
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.expert_groups import expert_groups
-from megatron_tiling.tiles.experts import ExpertsLoop, Source, one_by_one, tiled_experts
+from megatron_tiling.tiles.experts import ExpertsLoop, GroupedGemm, Source, one_by_one, tiled_experts
 
 
 def _known_grouped_gemm() -> Callable[..., Any] | None:
@@ -120,8 +120,8 @@ class TiledExperts(torch.nn.Module):
         if reason := self.reason_in_layers():
             return reason
         weights = self.weights()
-        if any(weight.dtype != hidden.dtype for weight in (*weights.fc1, *weights.fc2)):
-            return "inputs are of another dtype than weights"
+        if any(weight.dtype != hidden.dtype or not weight.is_contiguous() for weight in (*weights.fc1, *weights.fc2)):
+            return "weights are of another dtype than inputs, or not contiguous"
         if any(len({weight.requires_grad for weight in layer}) > 1 for layer in weights):
             return "some experts are frozen, others are not"
         return ""
@@ -140,13 +140,13 @@ class TiledExperts(torch.nn.Module):
             groups=expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep),
             features=features,
             activation=Activation(self.config.gated_linear_unit, self.activation(), self.formula()),
-            gemm=_of_transformer_engine if _GROUPED_GEMM is not None and hidden.is_cuda else one_by_one,
+            gemm=self.gemm() if hidden.is_cuda else one_by_one,
             fuse_wgrad=self.own_fuse_wgrad() if self.fuse_wgrad is None else self.fuse_wgrad,
             fp32_accumulate=self.fp32_accumulate,
             fc1_of_experts=fc1,
             fc2_of_experts=fc2,
         )
-        return tiled_experts(hidden, scale, weights.fc1, weights.fc1_biases, weights.fc2, loop, source)
+        return tiled_experts(hidden.contiguous(), scale, weights.fc1, weights.fc1_biases, weights.fc2, loop, source)
 
     def weights(self) -> Weights:
         raise NotImplementedError
@@ -162,6 +162,10 @@ class TiledExperts(torch.nn.Module):
     def formula(self) -> Formula | None:
         """The same for GPU kernels, if they know it."""
         raise NotImplementedError
+
+    def gemm(self) -> GroupedGemm:
+        """Of experts on a GPU."""
+        return one_by_one
 
     def own_fuse_wgrad(self) -> bool:
         return bool(self.config.gradient_accumulation_fusion)
@@ -222,6 +226,9 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
         if kind is None:
             return None
         return Formula(kind, clamp, offset) if gated else Formula(kind)
+
+    def gemm(self) -> GroupedGemm:
+        return one_by_one if _GROUPED_GEMM is None else _of_transformer_engine
 
     def own_fuse_wgrad(self) -> bool:
         layer: Any = self.linear_fc1
@@ -342,22 +349,17 @@ def shard_shape(experts: Any) -> tuple[int, int]:
 
 
 def _of_transformer_engine(
-    out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool
+    out: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    accumulate: bool = False,
 ) -> None:
-    """TransformerEngine names operands in the order of columns, and takes dense ones, as they lie or transposed."""
-    if not _are_dense(out):
-        out, a, b = ([tensor.t() for tensor in tensors] for tensors in (out, b, a))
-    layout, operands = "", []
-    for tensors in (b, a):
-        lies = _are_dense(tensors)
-        layout += "N" if lies else "T"
-        operands.append(list(tensors) if lies else [tensor.t() for tensor in tensors])
+    """A ``GroupedGemm``. TransformerEngine names operands in the order of columns."""
+    layout = ("T" if transpose_b else "N") + ("T" if transpose_a else "N")
     rows = [tensor.shape[0] for tensor in out]
-    nothing = [None] * len(rows)
+    options = {"layout": layout, "m_splits": rows, "accumulate": accumulate}
     assert _GROUPED_GEMM is not None
-    _GROUPED_GEMM(*operands, list(out), nothing, out[0].dtype, layout=layout, m_splits=rows, accumulate=accumulate)
-
-
-def _are_dense(tensors: Sequence[Tensor]) -> bool:
-    """All of them: one row is dense either way."""
-    return all(tensor.is_contiguous() for tensor in tensors)
+    _GROUPED_GEMM(list(b), list(a), list(out), [None] * len(rows), out[0].dtype, **options)

@@ -24,10 +24,20 @@ from megatron_tiling.tiles.wgrad import WeightGrad
 
 
 class GroupedGemm(Protocol):
-    """``out[i] = a[i] @ b[i]``, or ``+=``, in place. Each matrix is dense, possibly transposed; rows may be none."""
+    """``out[i] = a[i] @ b[i]``, or ``+=``, in place, of either one transposed. Matrices may have no rows.
+
+    They are contiguous, if parameters and inputs of the loop are.
+    """
 
     def __call__(
-        self, out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool
+        self,
+        out: Sequence[Tensor],
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        accumulate: bool = False,
     ) -> None: ...
 
 
@@ -38,10 +48,18 @@ class Source(NamedTuple):
     indices: Tensor
 
 
-def one_by_one(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
+def one_by_one(
+    out: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    accumulate: bool = False,
+) -> None:
     """A ``GroupedGemm`` of torch's products."""
-    for operands in zip(out, a, b, strict=True):
-        gemm_into(*operands, accumulate=accumulate)
+    for total, left, right in zip(out, a, b, strict=True):
+        gemm_into(total, left.t() if transpose_a else left, right.t() if transpose_b else right, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
@@ -190,8 +208,8 @@ def _forward(
             part = slice(segment.rows.start - start, segment.rows.stop - start)
             bias = _bias(biases, segment, slice(None), halves)
             loop.activation.forward(pre[part].transpose(0, 1), bias, scale[segment.rows], activated[part])
-        outputs, factors = _rows_of(output, step), [fc2[expert].t() for expert, _ in step]
-        loop.gemm(outputs, _rows_of(activated, step, start), factors, accumulate=False)
+        outputs, factors = _rows_of(output, step), [fc2[expert] for expert, _ in step]
+        loop.gemm(outputs, _rows_of(activated, step, start), factors, transpose_b=True)
         del pre, activated  # before the next ones are made, or there would be two of each
     return kept
 
@@ -201,9 +219,7 @@ def _fc1(
 ) -> None:
     """``pre [n, halves, f]`` of these rows, of an input that begins at row ``start``."""
     products = _rows_of(pre.flatten(1), segments, segments[0].rows.start)
-    loop.gemm(
-        products, _rows_of(hidden, segments, start), [fc1[expert].t() for expert, _ in segments], accumulate=False
-    )
+    loop.gemm(products, _rows_of(hidden, segments, start), [fc1[expert] for expert, _ in segments], transpose_b=True)
 
 
 def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tuple[Tensor, ...]:
@@ -313,7 +329,7 @@ class _Backward:
             here = rows_of(tile)
             activated = scratch(self.dy, here.stop - here.start, self.loop.features)  # its gradient at first
             dy, activations = _rows_of(self.dy, tile), _rows_of(activated, tile, here.start)
-            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile], accumulate=False)
+            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile])
             pre_of_tile = pre[here.start - start : here.stop - start].transpose(0, 1)
             self._activation_backward(tile, slice(None), pre_of_tile, activated)
             if self.fc2_grads is not None:
@@ -322,7 +338,7 @@ class _Backward:
         pre_grads = _rows_of(pre.flatten(1), segments, start)
         if self.dgrad is not None:
             factors = [self.fc1[expert] for expert, _ in segments]
-            gemm(_rows_of(self.dgrad, segments), pre_grads, factors, accumulate=False)
+            gemm(_rows_of(self.dgrad, segments), pre_grads, factors)
         if self.fc1_grads is not None:
             for part in (segments,) if self.indices is None else group.tiles:  # gathered rows exist a tile at a time
                 here = rows_of(part)
@@ -334,7 +350,7 @@ class _Backward:
     def _wgrad(
         self, grads: _WeightGrads, segments: Sequence[Segment], grad: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> None:
-        self.loop.gemm(grads.of(segments), [part.t() for part in grad], inputs, accumulate=grads.fused)
+        self.loop.gemm(grads.of(segments), grad, inputs, transpose_a=True, accumulate=grads.fused)
 
     def _one_expert(self, group: Group, kept: Tensor | None) -> None:
         """Tiles of one expert, some of its features at a time; fc1 of those that are kept at once, as the last."""

@@ -64,15 +64,14 @@ def test_products_as_transformer_engine_takes_them(
         [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
         for shapes in ([(size, 7) for size in rows], [(size, 5) for size in rows], [(7, 5) for _ in rows])
     )
-    for out, a, b in (
-        (wide, narrow, [weight.t() for weight in weights]),
-        (narrow, wide, weights),
-        (weights, [part.t() for part in wide], narrow),
-        ([weight.t() for weight in weights], [part.t() for part in narrow], wide),
+    for out, a, b, transposed in (
+        (wide, narrow, weights, {"transpose_b": True}),
+        (narrow, wide, weights, {}),
+        (weights, wide, narrow, {"transpose_a": True}),
     ):
         results = []
         for gemm in (experts._of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
-            gemm(copies, a, b, accumulate=accumulate)
+            gemm(copies, a, b, accumulate=accumulate, **transposed)
             results.append(copies)
         assert all(map(torch.allclose, *results))

@@ -188,17 +188,16 @@ def test_products(rows: list[int], accumulate: bool) -> None:
         [torch.randn(size, width, device="cuda").bfloat16() for size in rows] for width in (FEATURES, HIDDEN)
     )
     weights = [torch.randn(FEATURES, HIDDEN, device="cuda").bfloat16() for _ in rows]
-    for out, a, b in (
-        (wide, narrow, [weight.t() for weight in weights]),
-        (narrow, wide, weights),
-        ([weight.float() for weight in weights], [part.t() for part in wide], narrow),
-        (weights, [part.t() for part in wide], narrow),
-        ([weight.t() for weight in weights], [part.t() for part in narrow], wide),
+    for out, a, b, transposed in (
+        (wide, narrow, weights, {"transpose_b": True}),
+        (narrow, wide, weights, {}),
+        ([weight.float() for weight in weights], wide, narrow, {"transpose_a": True}),
+        (weights, wide, narrow, {"transpose_a": True}),
     ):
         results = []
         for gemm in (_of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
-            gemm(copies, a, b, accumulate=accumulate)
+            gemm(copies, a, b, accumulate=accumulate, **transposed)
             results.append(torch.cat([tensor.flatten() for tensor in copies]))
         assert distance(results[0], results[1].double()) < 5e-3
 
@@ -208,7 +207,7 @@ def test_what_is_kept(keep: int | None) -> None:
     """Between the passes, beside input, output and probabilities: the pre-activations of kept tiles."""
     rows = [2048] * EXPERTS
     experts = tiled(EXPERTS, keep, **SWIGLU)
-    hidden, probs, _ = inputs(rows)
+    hidden, probs = inputs(rows)[:2]
     hidden.requires_grad_()
     experts(hidden, torch.tensor(rows), probs)
     gc.collect()  # what earlier tests have left
@@ -216,7 +215,7 @@ def test_what_is_kept(keep: int | None) -> None:
     output, _ = experts(hidden, torch.tensor(rows), probs)
     held = torch.cuda.memory_allocated() - before - output.nbytes
     kept = EXPERTS if keep is None else keep
-    assert abs(held - kept * 2048 * 2 * FEATURES * 2) <= 2**20
+    assert abs(held - kept * 2048 * 2 * FEATURES * 2) <= 2 * 2**20  # whole blocks of the allocator
 
 
 def moe_layer(dispatcher: str, fused: bool) -> Any:

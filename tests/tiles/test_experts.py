@@ -242,14 +242,13 @@ def test_bf16_sums_in_float32() -> None:
     [(0, [2, 2, 1, 1, *[2] * 5, *[1] * 5]), (1, [2, 2, 1, 1, *[2] * 4, *[1] * 5]), (2, [3, 2, 1, 2, 2, 1, 1, 3, 3])],
 )
 def test_grouped_products(keep: int, numbers: list[int]) -> None:
-    """They get the experts of a tile that have rows, fc1 those of all kept tiles; and dense matrices."""
+    """They get the experts of a tile that have rows, fc1 those of all kept tiles; contiguous matrices."""
     calls = []
 
-    def gemm(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, accumulate: bool) -> None:
-        dense = (tensor.is_contiguous() or tensor.t().is_contiguous() for tensor in (*out, *a, *b))
-        assert all(dense) and all(tensor.numel() for tensor in (*out, *a, *b))
-        calls.append(len(out))
-        loops.one_by_one(out, a, b, accumulate=accumulate)
+    def gemm(*operands: Sequence[Tensor], **options: bool) -> None:
+        assert all(tensor.is_contiguous() and tensor.numel() for tensors in operands for tensor in tensors)
+        calls.append(len(operands[0]))
+        loops.one_by_one(*operands, **options)
 
     case = Case([2, 0, 2, 4])
     output, expected = case.tiled(case.loop(2, keep, gemm=gemm)), case.sequential()
