@@ -226,7 +226,7 @@ def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tup
     """The rows of each segment of a group, of a tensor that begins at row ``start``."""
     first = segments[0].rows.start - start
     sizes = [rows.stop - rows.start for _, rows in segments]
-    return tensor[first : first + sum(sizes)].split(sizes)
+    return tensor[first : first + sum(sizes)].split_with_sizes(sizes)
 
 
 def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[Segment]:
