@@ -40,7 +40,7 @@ class PolicyLogits(LazyLogits):
     Args:
         make: computes them whole, ``[s, 1, v]``, in the hidden states' dtype.
         layout: ``sbv``, ``bsv`` or ``tv`` (``[tokens, v]``).
-        rows: ``[n]`` int64, which tokens a ``tv`` view has, in rising order; ``None`` is all.
+        rows: ``[n]`` int64 on the CPU, which tokens a ``tv`` view has, none twice; ``None`` is all.
         scored: log-probabilities that were computed, of all views.
     """
 
@@ -97,7 +97,7 @@ class PolicyLogits(LazyLogits):
         if self.layout != "tv" or not isinstance(tokens, slice):
             self._refuse("index", tokens)
         self._communicate_once()
-        rows = torch.arange(self.shape[0], device=self.device) if self.rows is None else self.rows
+        rows = torch.arange(self.shape[0]) if self.rows is None else self.rows
         return replace(self, rows=rows[tokens])
 
     def _communicate_once(self) -> None:
@@ -116,7 +116,9 @@ class PolicyLogits(LazyLogits):
         if func is torch.cat and kwargs == {"dim": 0} and all(isinstance(view, cls) for view in views):
             first = views[0]
             if all(view.hidden is first.hidden and view.loop == first.loop for view in views):
-                return replace(first, rows=torch.cat([view.rows for view in views]))
+                rows = torch.cat([view.rows for view in views])
+                if len(rows.unique()) == len(rows):
+                    return replace(first, rows=rows)
         return cls._refuse(getattr(func, "__name__", func))
 
     def sum(self) -> _OnlyTimesZero:
@@ -125,8 +127,9 @@ class PolicyLogits(LazyLogits):
 
     def scores(self, tokens: Tensor, entropy: bool) -> HeadScores:
         """Log-probabilities ``[n, 1]`` of ``tokens`` ``[n]``, and entropies ``[n]``."""
+        rows = None if self.rows is None else self.rows.to(self.device)
         scores = head_scores(
-            self.hidden, self.weight, tokens.reshape(-1, 1), replace(self.loop, entropy=entropy), self.rows
+            self.hidden, self.weight, tokens.reshape(-1, 1), replace(self.loop, entropy=entropy), rows
         )
         self.scored.append(scores.log_probs)
         return scores
@@ -145,8 +148,8 @@ class _OnlyTimesZero:
         if factor != 0:
             self.logits._refuse("sum")
         if not self.logits.scored:
-            tokens = torch.zeros(1, dtype=torch.long, device=self.logits.device)
-            replace(self.logits, rows=tokens).scores(tokens, entropy=False)
+            row = torch.zeros(1, dtype=torch.long)
+            replace(self.logits, rows=row).scores(row.to(self.logits.device), entropy=False)
         return 0 * self.logits.scored[-1].sum()
 
     def __getattr__(self, name: str) -> NoReturn:

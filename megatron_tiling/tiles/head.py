@@ -89,7 +89,7 @@ def head_scores(
         columns: ``[n, k]`` int64, columns of the whole vocabulary. As in Megatron's loss, the log-probability of a
             column outside it is the largest logit less the log-sum-exp, and its gradient that of the log-sum-exp.
         loop: tiles, collectives and options.
-        rows: ``[n]`` int64, which tokens of all ranks' ``hidden`` are meant, in rising order; ``None`` is all.
+        rows: ``[n]`` int64, which tokens of all ranks' ``hidden`` are meant, none of them twice; ``None`` is all.
     """
     if not torch.is_grad_enabled():  # which autograd functions are not told: the cut is for one pass then
         hidden, weight = hidden.detach(), weight.detach()

@@ -126,7 +126,7 @@ def scores_of(
         rows = _rows(mask.reshape(-1), mask_count)
     elif mask_count is not None:
         raise ValueError(f"mask_count {mask_count}: there is no mask")
-    chosen = columns.reshape(tokens.numel(), -1)
+    chosen = columns.reshape(tokens.numel(), columns.shape[len(tokens) :].numel())
     found = head_scores(hidden, weight, chosen if rows is None else chosen[rows], loop, rows)
 
     def whole(value: Tensor | None, *last: int) -> Tensor | None:

@@ -173,7 +173,13 @@ def check_lazy() -> None:
     wanted, found = (view.scores(tokens()[0][chosen], True) for view, chosen in ((flat, slice(None)), (some, rows)))
     assert relative_error(found.log_probs, wanted.log_probs[rows]) < 1e-6
     assert relative_error(found.entropy, wanted.entropy[rows]) < 1e-6
-    for use in (lambda: logits.exp(), lambda: torch.exp(logits), lambda: 1 * logits.sum()):
+    twice = [flat[1:5], flat[3:9]]
+    for use in (
+        lambda: logits.exp(),
+        lambda: torch.exp(logits),
+        lambda: 1 * logits.sum(),
+        lambda: torch.cat(twice, dim=0),
+    ):
         with pytest.raises(TypeError, match="never exist"):
             use()
     positions, mask = torch.arange(SEQUENCE)[None], torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()

@@ -114,6 +114,17 @@ def test_masked_tokens_are_not_projected(monkeypatch):
     assert not nothing.log_probs.any() and not nothing.entropy.any() and not nothing.top_columns.any()
 
 
+@pytest.mark.parametrize("tokens", [(0, 2), (3, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_batches_without_tokens(tokens, masked, k):
+    case = problem(tokens, 9, 5, k, seed=4)
+    scores = tiled_scores(*case[:3], mask=case.mask if masked else None, entropy=True, top_k=2)
+    assert scores.log_probs.shape == (*tokens, k) and scores.top_columns.shape == (*tokens, 2)
+    (scores.log_probs.sum() + scores.entropy.sum()).backward()
+    assert case.hidden.grad.shape == (*tokens, 5) and not case.weight.grad.any()
+
+
 @pytest.mark.parametrize("mask_count", [None, "right"])
 def test_weight_gradient_is_added_to_main_grad(mask_count):
     case = problem((5, 2), 11, 4, 2, seed=3)
