@@ -128,9 +128,7 @@ class PolicyLogits(LazyLogits):
     def scores(self, tokens: Tensor, entropy: bool) -> HeadScores:
         """Log-probabilities ``[n, 1]`` of ``tokens`` ``[n]``, and entropies ``[n]``."""
         rows = None if self.rows is None else self.rows.to(self.device)
-        scores = head_scores(
-            self.hidden, self.weight, tokens.reshape(-1, 1), replace(self.loop, entropy=entropy), rows
-        )
+        scores = head_scores(self.hidden, self.weight, tokens.reshape(-1, 1), replace(self.loop, entropy=entropy), rows)
         self.scored.append(scores.log_probs)
         return scores
 
