@@ -15,7 +15,7 @@ from pathlib import Path
 
 LOSS = re.compile(r" iteration +(\d+)/ *(\d+) .* lm loss: (\S+)")
 # what megatron_tiling prints: its messages, and the startup table of modules, shapes and grids
-OURS = re.compile(r"megatron_tiling:|module +layers |\S+ +\d+ +\d+ x \d+ +(\d+x\d+|dense)\b")
+OURS = re.compile(r"megatron_tiling:|module +layers |\S+ +\d+ +\d+ x \d+ ")
 
 
 def follow(lines: Iterable[str], every: int) -> None:

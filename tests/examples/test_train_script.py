@@ -28,3 +28,4 @@ def test_train_script(tmp_path: Path) -> None:
     )
     assert found and float(found[1]) < 1e-4 and Path(found[2]).stat().st_size > 0, last
     assert re.search(r"mlp\.linear_fc1 .* 1x4 .*TiledMLP", done.stdout)
+    assert re.search(r"output_layer .* loss in tiles", done.stdout)
