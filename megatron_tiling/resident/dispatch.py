@@ -66,6 +66,7 @@ class RememberingDispatcher:
             self.remembered = dispatch.followed_by(result[0])
         return result
 
+    @torch.no_grad()  # torch's checkpoint counts what autograd saves, and rows are compared once
     def source_of(self, permuted: Tensor) -> Source | None:
         """Where the rows that experts were given come from, ``[n, h]``, if that is known. To be asked once a dispatch.
 

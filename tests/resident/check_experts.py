@@ -7,6 +7,7 @@ With megatron-core 0.16 its GroupedMLP too.
 
 import copy
 import itertools
+from functools import partial
 from inspect import signature
 from typing import Any
 from unittest.mock import Mock, patch
@@ -22,6 +23,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import experts as stock
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.report import table
@@ -320,6 +322,16 @@ def check_other_rows() -> None:
         assert_same(step(tiled, **inputs), step(dense, **inputs))
     for layer in tiled.decoder.layers:
         assert layer.mlp.token_dispatcher.is_known is False and layer.mlp.token_dispatcher.remembered is None
+
+
+def check_recomputed_layers() -> None:
+    """By torch's own checkpoint, which counts the tensors that autograd saves."""
+    dense, tiled = models()
+    tile(tiled, TilingConfig(mlp_keep=0))
+    for layer in (*dense.decoder.layers, *tiled.decoder.layers):
+        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+    inputs = batch() | {"attention_mask": None}
+    assert_same(step(tiled, **inputs), step(dense, **inputs))
 
 
 def check_grouped_mlp() -> None:
