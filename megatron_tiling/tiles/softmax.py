@@ -75,7 +75,7 @@ class Statistics:
             zeros[1],
             torch.zeros_like(columns, dtype=dtype),
             zeros[2] if weighted else None,
-            torch.zeros_like(columns[:, 0]) if argmax else None,
+            columns.new_zeros(len(columns)) if argmax else None,
         )
 
     def of(self, tokens: slice) -> Statistics:

@@ -32,7 +32,7 @@ def update_statistics(
     with torch.cuda.device_of(products):
         _update_statistics[(tokens,)](
             products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
-            CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(chosen), CAPPED=scale.softcap is not None,
+            CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
             BLOCKS=triton.cdiv(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
         )  # fmt: skip
 
