@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, Origin, machine
+from benchmarks.record import RESULTS, Origin, kernel_lines, machine
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
 CASES = ("8:2:1536", "8:8:1536", "8:2:14336", "8:8:14336", "64:8:768")
@@ -202,8 +202,7 @@ def markdown(record: dict[str, Any]) -> str:
             )
         for row in run["candidates"]:
             if row["name"] in (STOCK, "ours: T=4 keep all"):
-                lines += ["", f"Kernels of {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
-                lines += [f"| `{name[:90]}` | {calls} | {ms:.3f} |" for name, calls, ms in row["kernels"][:12]]
+                lines += kernel_lines(f"Kernels of {row['name']}", row["kernels"][:12])
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ from benchmarks.lm_head_candidates import (
     output_layer,
 )
 from benchmarks.mlp_measure import measure_held
-from benchmarks.record import RESULTS, Origin, machine
+from benchmarks.record import RESULTS, Origin, kernel_lines, machine
 from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 
 BOUNDS = (160, 272, 320, 400, 512, 650, 1024, 2560)
@@ -95,8 +95,7 @@ def main() -> None:
         lines.append(f"| {result.name} | {' | '.join(cells)} |")
     for result in results:
         if result.kernels:
-            lines += ["", f"Kernels of one step, {result.name}:", "", "| kernel | calls | ms |", "|---|---|---|"]
-            lines += [f"| `{name[:90]}` | {calls} | {time:.3f} |" for name, calls, time in result.kernels[:12]]
+            lines += kernel_lines(f"Kernels of one step, {result.name}", result.kernels[:12])
     args.results.mkdir(parents=True, exist_ok=True)
     page = args.results / f"{origin.date}-head-cuts-tp{args.ranks}.md"
     page.write_text("\n".join(lines) + "\n")

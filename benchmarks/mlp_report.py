@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Origin
+from benchmarks.record import Origin, kernel_lines
 
 DENSE = "dense Megatron-core"
 MEMORY = "memory_with_main_grad_mib"
@@ -65,8 +65,7 @@ def _section(run: dict) -> list[str]:
         lines += [f"| {name} | {width} | {fwd:.2f} | {bwd:.2f} |" for name, width, fwd, bwd in run["activations"]]
     for row in run["candidates"]:
         if row["kernels"]:
-            lines += ["", f"Kernels of one step, {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
-            lines += [f"| `{kernel[:90]}` | {calls} | {ms:.3f} |" for kernel, calls, ms in row["kernels"][:14]]
+            lines += kernel_lines(f"Kernels of one step, {row['name']}", row["kernels"][:14])
             lines.append(f"| all | | {sum(ms for _, _, ms in row['kernels']):.3f} |")
     return lines
 

@@ -29,6 +29,12 @@ def machine(several: bool = False) -> str:
     return f"{torch.cuda.device_count()}x " * several + torch.cuda.get_device_name()
 
 
+def kernel_lines(title: str, kernels: Iterable[tuple[str, int, float]]) -> list[str]:
+    """A table of kernels: name, calls and milliseconds of each."""
+    rows = [f"| `{name[:90]}` | {calls} | {milliseconds:.3f} |" for name, calls, milliseconds in kernels]
+    return ["", f"{title}:", "", "| kernel | calls | ms |", "|---|---|---|", *rows]
+
+
 def command(options: str | None = None) -> str:
     """This process's command.
 

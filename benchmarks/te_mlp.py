@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.each_size import measured
-from benchmarks.record import Origin, machine
+from benchmarks.record import Origin, kernel_lines, machine
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "liger-kernel", "quack-kernels", "deepspeed")
 DENSE = "TransformerEngine"
@@ -186,8 +186,7 @@ def markdown(record: dict[str, Any]) -> str:
             )
         for row in run["candidates"]:
             if row["name"] in (DENSE, "ours: T=4 keep all"):
-                lines += ["", f"Kernels of {row['name']}:", "", "| kernel | calls | ms |", "|---|---|---|"]
-                lines += [f"| `{name[:90]}` | {calls} | {ms:.3f} |" for name, calls, ms in row["kernels"]]
+                lines += kernel_lines(f"Kernels of {row['name']}", row["kernels"])
     return "\n".join(lines) + "\n"
 
 
