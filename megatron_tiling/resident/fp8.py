@@ -28,6 +28,7 @@ from megatron_tiling.resident.activation import activation_of
 from megatron_tiling.resident.fp8_loop import FP8Linear, FP8Loop, fp8_mlp
 from megatron_tiling.resident.fp8_operands import BLOCK, WeightCopies
 from megatron_tiling.resident.mlp import TiledMLP, run_weight_hooks, with_scaled_bias
+from megatron_tiling.resident.stock_code import replaced_forward
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES, normalize
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.remade import made_again
@@ -83,8 +84,9 @@ class TiledFP8MLP(TiledMLP):
         return next((reason for reason, holds in reasons.items() if holds), "") or super().reason_for_stock_forward()
 
     def _reason_in_class(self, layer: Any, tiled_classes: tuple[type, ...]) -> str:
-        stock = type(layer) in TILED_CLASSES and "forward" not in vars(layer)
-        return "" if stock else "is not a layer of TransformerEngine's any more"
+        if type(layer) not in TILED_CLASSES or "forward" in vars(layer):
+            return "is not a layer of TransformerEngine's any more"
+        return replaced_forward(type(layer))
 
     @torch.compiler.disable
     def _output(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.resident.comm import column_comm
-from megatron_tiling.resident.stock_code import replaced_in_products
+from megatron_tiling.resident.stock_code import replaced_forward, replaced_in_products
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
@@ -102,7 +102,9 @@ class TiledParallelLinear(torch.nn.Module):
 
     def reason_to_be_called(self) -> str:
         """Why a ``TiledMLP`` must call this layer's ``forward`` now, or nothing."""
-        return "" if fits(self.grid, self.weight) else "has a weight of another shape than its tiles"
+        if not fits(self.grid, self.weight):
+            return "has a weight of another shape than its tiles"
+        return replaced_forward(type(self))
 
     @property
     def tiles(self) -> TiledLinearReturnBias:

@@ -3,18 +3,21 @@
 The tiled head computes Megatron's loss and never makes the logits; a tiled MLP calls neither its layers nor Megatron's
 ``MLP.forward``. Where somebody has put other code in the way, that code runs. A function is Megatron's own if its code
 lies in the file of its module, under its name: it does not matter who replaced it, on an instance, a class or a module,
-before this package came or after. Hazard: a Megatron whose files were edited passes for the original.
+before this package came or after. TransformerEngine's ``forward`` is behind decorators, and may lie anywhere in it.
+Hazard: a Megatron whose files were edited passes for the original.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 from megatron.core.config_logger import has_config_logger_enabled
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.fusions import fused_cross_entropy
 from megatron.core.models.common.language_module import language_module
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -40,6 +43,7 @@ _PRODUCTS = (
     "linear_with_frozen_weight",
 )
 _FORWARDS = tuple(f"{layer}.forward" for layer in _LAYERS)
+_TRANSFORMER_ENGINE = f"{Path(te.te.__file__).parent}/" if te.HAVE_TE else ""
 _REGIONS = tuple(name for name in vars(layers) if name.endswith("_parallel_region"))
 
 
@@ -96,6 +100,23 @@ def replaced_in_layers() -> str:
 def replaced_in_mlp() -> str:
     """``MLP.forward``, if somebody has replaced it, or nothing."""
     return _replaced(mlp, ("MLP.forward",))
+
+
+@torch.compiler.assume_constant_result
+def replaced_forward(kind: type) -> str:
+    """The ``forward`` of a layer's class, or of one that it extends, that somebody has replaced, or nothing."""
+    for base in kind.__mro__:
+        forward = vars(base).get("forward")
+        if forward is None or base is torch.nn.Module or _is_transformer_engines(forward):
+            continue
+        if not is_stock(forward, f"{base.__module__}.{base.__qualname__}.forward"):
+            return f"has a {base.__name__}.forward that is not its own{_place(forward)}"
+    return ""
+
+
+def _is_transformer_engines(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return te.HAVE_TE and code is not None and code.co_filename.startswith(_TRANSFORMER_ENGINE)
 
 
 def _replaced(owner: Any, names: Sequence[str], found_on: Any = None) -> str:

@@ -20,6 +20,7 @@ from megatron_tiling.arguments import OFFLOADING, Refused, reasons_of_row
 from megatron_tiling.config import ROW_MODULES
 from megatron_tiling.resident.comm import comm_of, reduced
 from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor
+from megatron_tiling.resident.stock_code import replaced_forward
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
@@ -73,7 +74,7 @@ def reason_to_stay_dense(layer: Any, module: str, in_fp8: bool = True) -> str:
     if getattr(layer, "te_quant_params", getattr(layer.config, "quant_recipe", None)) is not None:
         return f"--te-precision-config-file: {_NOT_IN_TILES}"
     overlaps = any(name.startswith("ub_") and value is True for name, value in vars(layer).items())
-    return f"--tp-comm-overlap: {_NOT_IN_TILES}" if overlaps else ""
+    return f"--tp-comm-overlap: {_NOT_IN_TILES}" if overlaps else replaced_forward(type(layer))
 
 
 def normalize(layer: Any, norm: Any, input_: Tensor) -> Tensor:
@@ -131,6 +132,24 @@ class TiledTELinear(TiledParallelLinear):
             raise ValueError(f"the model's spec asks for tiles of {self.module}, with {reason}; leave one of them out")
         super().set_grid(grid, **options)
 
+    def forward(self, input_: Any) -> tuple[Any, ...]:
+        """``_tiled``, or what somebody has put in the place of stock's ``forward`` or of what that calls.
+
+        Raises:
+            RuntimeError: there is such code, and parts to give to it or to take from it.
+        """
+        replaced = replaced_forward(next(stock for stock in TILED_CLASSES if isinstance(self, stock)))
+        if not replaced:
+            return self._tiled(input_)
+        if not isinstance(input_, Tensor) or not self.combine_out_splits:
+            raise RuntimeError(f"a layer in tiles {replaced}: it takes whole inputs; leave this layer dense")
+        output: tuple[Any, ...] = super().forward(input_)
+        return output
+
+    def _tiled(self, input_: Any) -> tuple[Any, ...]:
+        """What ``forward`` returns, computed tile by tile."""
+        raise NotImplementedError
+
     @property
     def skip_bias_add(self) -> bool:
         return self.te_return_bias or not self.use_bias
@@ -173,7 +192,7 @@ class TiledTEColumn(TiledTELinear):
     partition_dim = 0
     input_is_already_split = False
 
-    def forward(self, input_: Tensor) -> tuple[Any, Tensor | None]:
+    def _tiled(self, input_: Tensor) -> tuple[Any, ...]:
         """``[s, b, h]`` (``[s/tp, b, h]`` under sequence parallelism) -> stock's output, or a list of tiles, and bias.
 
         Raises:
@@ -202,13 +221,13 @@ class TiledTELayerNormColumn(TiledTEColumn):
     def normalized(self, input_: Tensor) -> Tensor:
         return normalize(self, self._norm[0], input_)
 
-    def forward(self, input_: Tensor) -> tuple[Any, ...]:
+    def _tiled(self, input_: Tensor) -> tuple[Any, ...]:
         """As without a norm; with ``return_layernorm_output`` the norm's output too, where stock has it.
 
         That of all ranks' tokens with ``return_layernorm_output_gathered``, gathered once for the caller and the tiles.
         """
         if not self.return_layernorm_output:
-            return super().forward(input_)
+            return super()._tiled(input_)
         normed = self.normalized(one_tensor(input_))
         gathers = self.return_layernorm_output_gathered and self.sequence_parallel
         if gathers:  # in the backward pass the gradients of both are reduced as one
@@ -223,7 +242,7 @@ class TiledTERow(TiledTELinear):
     partition_dim = 1
     input_is_already_split = True
 
-    def forward(self, input_: Any) -> tuple[Tensor, Tensor | None]:
+    def _tiled(self, input_: Any) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h/tp]``, or its list of in-tiles -> stock's output and bias.
 
         Raises:

@@ -8,6 +8,7 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformer_engine
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from transformer_engine import pytorch
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.config import MODULE_OF_ATTRIBUTE
@@ -261,6 +263,30 @@ def check_wgrad_fusion() -> None:
         fused = name.startswith("decoder.layers") and name.endswith(".weight")
         assert parameter.grad_added_to_main_grad == fused, name
         assert relative_error(parameter.main_grad if fused else parameter.grad, expected[name]) < 5e-6, name
+
+
+def check_replaced_forwards() -> None:
+    """What somebody puts in the place of Megatron's or TransformerEngine's runs, in a layer and in an MLP."""
+    for owner in (te.TELinear, te.TELayerNormColumnParallelLinear, pytorch.Linear, pytorch.LayerNormLinear):
+        forward = owner.forward
+
+        def doubled(*args: Any, forward: Any = forward, **options: Any) -> Any:
+            output = forward(*args, **options)
+            return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+        dense, tiled = te_gpt(**LLAMA), te_gpt(**LLAMA)
+        tile(tiled, LINEARS)
+        mlp, plain = tiled.decoder.layers[0].mlp, step(dense, **inputs())
+        dense.zero_grad()
+        with patch.object(owner, "forward", doubled):
+            words = f"has a {owner.__name__}.forward that is not its own, but of {__file__}"
+            assert words in mlp.reason_for_stock_forward()
+            assert_same(step(tiled, **inputs()), step(dense, **inputs()))
+            reports = tile(te_gpt(**LLAMA), LINEARS)
+            assert any(words in report.reason for report in reports)
+        tiled.zero_grad()
+        assert not mlp.reason_for_stock_forward()
+        assert_same(step(tiled, **inputs()), plain)
 
 
 def check_what_stays_dense() -> None:

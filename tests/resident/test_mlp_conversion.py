@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.mlp import convert_mlp
 from tests.tiles.test_mlp import (
     ACTIVATIONS,
@@ -122,6 +123,18 @@ def test_what_somebody_replaced_in_megatron_runs(where: str, loops: Loops, monke
             assert_same(expected, plain)
     assert_same(step(mlp), plain)
     assert loops.count == 1
+
+
+def test_what_somebody_replaced_in_tiled_layers_runs(loops: Loops, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_mlp(**SWIGLU)
+    mlp = tiled(stock, 3)
+    results = []
+    for one, owner in ((stock, ColumnParallelLinear), (mlp, TiledColumnParallelLinear)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "forward", doubled(owner.forward))
+            results.append(step(one))
+    assert_same(*results)
+    assert loops.count == 0
 
 
 @pytest.mark.parametrize("features", [7, 13])
