@@ -101,15 +101,21 @@ def columns_of(operand: Operand, columns: slice) -> Operand:
     return _per_block(operand, None, None, operand._columnwise_data[columns], scales)
 
 
-def joined(parts: Sequence[Operand]) -> Operand:
-    """``[n, k_i]`` of one scale, or of blocks, that have their columns -> ``[n, sum of k_i]`` that has its columns."""
+def joined(parts: Sequence[Operand], *, rowwise: bool = False) -> Operand:
+    """Parts of one scale, or of blocks: their columns side by side, or their rows below one another."""
     first = parts[0]
     if len(parts) == 1:
         return first
+
+    def together(name: str, dim: int = 0) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], dim=dim)
+
     if isinstance(first, Float8TensorStorage):
-        return _per_tensor(first, data_transpose=torch.cat([part._transpose for part in parts]))
-    columns = torch.cat([part._columnwise_data for part in parts])
-    return _per_block(first, None, None, columns, torch.cat([part._columnwise_scale_inv for part in parts], dim=1))
+        name, argument = ("_data", "data") if rowwise else ("_transpose", "data_transpose")
+        return _per_tensor(first, **{argument: together(name)})
+    name, dim = "_rowwise" if rowwise else "_columnwise", 0 if first._is_2D_scaled else 1
+    operands = together(f"{name}_data"), together(f"{name}_scale_inv", dim)
+    return _per_block(first, *operands) if rowwise else _per_block(first, None, None, *operands)
 
 
 class WeightCopies:
@@ -136,7 +142,8 @@ class WeightCopies:
         operand = self._held.get(tuple(ranges))
         if operand is None:
             is_quantized = isinstance(weight, QuantizedTensorStorage)
-            operand = _below_another(weight, ranges) if is_quantized else self._quantized(weight, ranges)
+            parts = [rows_of(weight, rows) for rows in ranges] if is_quantized else [self._quantized(weight, ranges)]
+            operand = joined(parts, rowwise=True)
             if self._hold:
                 self._held[tuple(ranges)] = operand
         if columnwise:
@@ -186,17 +193,6 @@ def _with_scale_of(quantizer: Quantizer, amax: Tensor) -> Quantizer:
 
 def _with_scale(quantizer: Quantizer, scale: Tensor) -> Quantizer:
     return Float8Quantizer(scale, torch.empty_like(scale), quantizer.dtype)
-
-
-def _below_another(weight: Operand, ranges: Sequence[slice]) -> Operand:
-    parts = [rows_of(weight, rows) for rows in ranges]
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Float8TensorStorage):
-        return _per_tensor(first, data=torch.cat([part._data for part in parts]))
-    scales = torch.cat([part._rowwise_scale_inv for part in parts])
-    return _per_block(first, torch.cat([part._rowwise_data for part in parts]), scales)
 
 
 def _scales(operand: Operand, scales: Tensor, rows: slice) -> Tensor:
