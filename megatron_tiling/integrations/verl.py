@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.integrations.bridge import tile_provider
 from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
+from megatron_tiling.resident.comm import column_comm
 from megatron_tiling.resident.lm_head import head_tiles
 from megatron_tiling.tiles.head import HeadLoop, head_scores
 from megatron_tiling.tiles.softmax import LogitScale
@@ -89,10 +90,18 @@ def _hook_scores(config: TilingConfig) -> None:
         reduction: str = "none",
         dist_process_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As verl's: ``[tokens]`` both; each rank gets its own columns' part of the hidden states' gradient."""
+        """As verl's: ``[tokens]`` both. But it sums the gradient of hidden states over ranks, where verl forgets to.
+
+        With sequence parallelism the gather before it does. Without, verl leaves each rank its own columns' part.
+        """
         if reduction != "none":
             return stock(hidden, weight, labels, temperature, reduction, dist_process_group)
-        loop = HeadLoop(head_tiles(config), dist_process_group, scale=LogitScale(temperature=temperature), entropy=True)
+        group = dist_process_group
+        is_gathered = "GatherFromSequenceParallelRegion" in type(hidden.grad_fn).__name__
+        sums = group is not None and group.size() > 1 and not is_gathered
+        comm = column_comm(group, sequence_parallel=False, allreduce_dgrad=sums)
+        scale = LogitScale(temperature=temperature)
+        loop = HeadLoop(head_tiles(config), group, comm, scale=scale, entropy=True)
         scores = head_scores(hidden, weight, labels.reshape(-1, 1), loop)
         assert scores.entropy is not None
         return scores.log_probs.squeeze(1), scores.entropy
