@@ -6,6 +6,7 @@ function of one feature alone (two, of a gated linear unit), the same each time,
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ FORMULA_KINDS: dict[Callable[..., Tensor], Any] = {
     unfused_quick_gelu: "quick_gelu",
     squared_relu: "squared_relu",
 }
-#: Names, in Megatron's module, of the fused activations that the kernels know.
-FUSED = ("bias_gelu_impl", "bias_geglu_impl", "bias_swiglu_impl", "weighted_bias_swiglu_impl")
+#: Names, in Megatron's modules, of the fused activations that the kernels know.
+_FUSED = (
+    *("bias_gelu_impl", "bias_geglu_impl", "bias_swiglu_impl", "weighted_bias_swiglu_impl"),
+    *("weighted_bias_quick_geglu_impl", "weighted_squared_relu_impl"),
+)
 PROBE = 16, 64  # tokens, features
 
 
@@ -47,7 +51,7 @@ def activation_of(mlp: MLP, scaled: bool) -> Activation:
 def _formula(mlp: MLP, scaled: bool) -> Formula | None:
     config, function, gated = mlp.config, activation_function(mlp), mlp.config.gated_linear_unit
     if config.bias_activation_fusion:
-        if not all(is_own_function(getattr(mlp_module, name)) for name in FUSED):
+        if not has_own_fused(mlp_module):
             return None
         clamped = config.activation_func_clamp_value is not None  # by stock's fused SwiGLU from 0.20 on alone
         if function == F.silu and gated and not clamped and not (scaled and config.add_bias_linear):
@@ -61,20 +65,27 @@ def _formula(mlp: MLP, scaled: bool) -> Formula | None:
     return Formula(kind, config.activation_func_clamp_value, config.glu_linear_offset) if gated else Formula(kind)
 
 
+def has_own_fused(module: ModuleType) -> bool:
+    """Whether the fused activations in a module of Megatron's are its own. Versions have some, or others."""
+    return all(is_own_function(getattr(module, name)) for name in _FUSED if hasattr(module, name))
+
+
 class _BetweenLayers:
     """Stands for an MLP whose linear layers pass on what they are given."""
 
     def __init__(self, mlp: MLP, fc1_bias: Tensor | None) -> None:
         self.config, self.activation_func = mlp.config, mlp.activation_func
-        self.linear_fc1, self.linear_fc2 = _PassOn(fc1_bias), _PassOn(None)
+        self.linear_fc1, self.linear_fc2 = PassOn(fc1_bias), PassOn()
 
 
-class _PassOn(torch.nn.Module):
-    def __init__(self, bias: Tensor | None) -> None:
+class PassOn(torch.nn.Module):
+    """Stands for a layer: returns its input, and a bias."""
+
+    def __init__(self, bias: Tensor | None = None) -> None:
         super().__init__()
         self._output_bias = (bias,)  # in a tuple: not a parameter
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *of_experts: Any) -> tuple[Tensor, Tensor | None]:
         return input_, self._output_bias[0]
 
 

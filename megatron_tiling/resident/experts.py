@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.resident.activation import FORMULA_KINDS, reason_in_activation
+from megatron_tiling.resident.activation import FORMULA_KINDS, PassOn, has_own_fused, reason_in_activation
 from megatron_tiling.resident.adapters import unwrapped
 from megatron_tiling.resident.dispatch import RememberingDispatcher, can_remember, remember
 from megatron_tiling.resident.mlp import MLP_LAYERS, reason_in_hooks, run_weight_hooks
-from megatron_tiling.resident.stock_code import is_own_function
+from megatron_tiling.resident.stock_code import is_own_function, replaced_forward
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.expert_groups import expert_groups
@@ -41,10 +41,6 @@ def _known_grouped_gemm() -> Callable[..., Any] | None:
 
 
 _GROUPED_GEMM = _known_grouped_gemm() if te.HAVE_TE else None
-
-
-#: Names, in Megatron's module, of the fused activations that the kernels know.
-FUSED = ("weighted_bias_swiglu_impl", "weighted_bias_quick_geglu_impl", "weighted_squared_relu_impl")
 
 
 class Weights(NamedTuple):
@@ -201,7 +197,7 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
         def between(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
             alone = copy.copy(self)
             alone.__class__ = stock.TEGroupedMLP
-            alone._modules = self._modules | dict.fromkeys(MLP_LAYERS, _PassOn())
+            alone._modules = self._modules | dict.fromkeys(MLP_LAYERS, PassOn())
             alone.activation_recompute = False  # type: ignore[assignment]
             pre = pre if bias is None else pre + bias  # as fc1 does
             output: Tensor = stock.TEGroupedMLP.forward(alone, pre, torch.tensor([pre.shape[0]]), scale)[0]
@@ -212,7 +208,7 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
     def formula(self) -> Formula | None:
         config, function, gated = self.config, self.activation_func, self.config.gated_linear_unit
         clamp, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        if not all(is_own_function(getattr(stock, name, squared_relu)) for name in FUSED):
+        if not has_own_fused(stock):
             return None
         if config.bias_activation_fusion:
             if function == F.silu and gated and clamp is None:
@@ -279,18 +275,13 @@ def _replaced(owner: Any, name: str = "forward") -> str:
     return "" if is_own_function(getattr(owner, name)) else f"{kind.__name__}.{name} is not Megatron's own"
 
 
-class _PassOn(torch.nn.Module):
-    def forward(self, input_: Tensor, rows: list[int]) -> tuple[Tensor, None]:
-        return input_, None
-
-
 def _reason_in_class(layer: Any) -> str:
     """Why a layer is none of TransformerEngine's that can be left uncalled, or nothing."""
     if unwrapped(layer) is not layer:
         return "has an adapter around it"
     if type(layer) not in (te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear) or "forward" in vars(layer):
         return f"is not a stock grouped layer but {type(layer).__name__}"
-    return _replaced(type(layer))
+    return replaced_forward(type(layer))
 
 
 def reason_to_stay_stock(experts: Any) -> str:
@@ -349,17 +340,10 @@ def shard_shape(experts: Any) -> tuple[int, int]:
 
 
 def _of_transformer_engine(
-    out: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    *,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
-    accumulate: bool = False,
+    out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], layout: str, accumulate: bool
 ) -> None:
     """A ``GroupedGemm``. TransformerEngine names operands in the order of columns."""
-    layout = ("T" if transpose_b else "N") + ("T" if transpose_a else "N")
     rows = [tensor.shape[0] for tensor in out]
-    options = {"layout": layout, "m_splits": rows, "accumulate": accumulate}
+    options = {"layout": layout[::-1], "m_splits": rows, "accumulate": accumulate}
     assert _GROUPED_GEMM is not None
     _GROUPED_GEMM(list(b), list(a), list(out), [None] * len(rows), out[0].dtype, **options)

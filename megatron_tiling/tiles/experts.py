@@ -10,7 +10,7 @@ Depends on torch alone.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,23 +22,10 @@ from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
 
-
-class GroupedGemm(Protocol):
-    """``out[i] = a[i] @ b[i]``, or ``+=``, in place, of either one transposed. Matrices may have no rows.
-
-    They are contiguous, if parameters and inputs of the loop are.
-    """
-
-    def __call__(
-        self,
-        out: Sequence[Tensor],
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        *,
-        transpose_a: bool = False,
-        transpose_b: bool = False,
-        accumulate: bool = False,
-    ) -> None: ...
+#: ``(out, a, b, layout, accumulate)``: ``out[i] = a[i] @ b[i]``, or ``+=``, in place. The layout says of each operand
+#: whether it is transposed: "NT" is ``a[i] @ b[i].T``. Matrices are contiguous, if parameters and inputs of the loop
+#: are, and may have no rows.
+GroupedGemm = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], str, bool], None]
 
 
 class Source(NamedTuple):
@@ -48,18 +35,11 @@ class Source(NamedTuple):
     indices: Tensor
 
 
-def one_by_one(
-    out: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    *,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
-    accumulate: bool = False,
-) -> None:
+def one_by_one(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], layout: str, accumulate: bool) -> None:
     """A ``GroupedGemm`` of torch's products."""
     for total, left, right in zip(out, a, b, strict=True):
-        gemm_into(total, left.t() if transpose_a else left, right.t() if transpose_b else right, accumulate=accumulate)
+        left, right = left.t() if layout[0] == "T" else left, right.t() if layout[1] == "T" else right
+        gemm_into(total, left, right, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
@@ -87,6 +67,23 @@ class ExpertsLoop:
     fc2_of_experts: Callable[[Sequence[Tensor]], list[Tensor]] = list
 
 
+class _Parts(NamedTuple):
+    """Parameters, or what there is of each of them."""
+
+    fc1: Sequence[Any]
+    biases: Sequence[Any]
+    fc2: Sequence[Any]
+
+    def like(self, values: Sequence[Any]) -> "_Parts":
+        """As many values each."""
+        fc1, biases = len(self.fc1), len(self.fc1) + len(self.biases)
+        return _Parts(values[:fc1], values[fc1:biases], values[biases:])
+
+    def of_experts(self, loop: ExpertsLoop) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """fc1, its bias and fc2 of each expert."""
+        return loop.fc1_of_experts(self.fc1), list(self.biases), loop.fc2_of_experts(self.fc2)
+
+
 def tiled_experts(
     hidden: Tensor,
     scale: Tensor,
@@ -110,9 +107,8 @@ def tiled_experts(
     Returns:
         ``[n, h_out]``.
     """
-    counts = len(fc1), len(fc1_biases), len(fc2)
     source = None if source is None else Source(source.tokens.detach(), source.indices)
-    options = counts, loop, source, torch.is_grad_enabled()
+    options = _Parts(fc1, fc1_biases, fc2), loop, source, torch.is_grad_enabled()
     output: Tensor = _TiledExperts.apply(hidden, scale, *options, *fc1, *fc1_biases, *fc2)
     return output
 
@@ -142,37 +138,30 @@ class _TiledExperts(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         scale: Tensor,
-        counts: tuple[int, int, int],
+        parts: _Parts,
         loop: ExpertsLoop,
         source: Source | None,
         grad_enabled: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        fc1, biases, fc2 = _of_experts(parameters, counts, loop)
+        fc1, biases, fc2 = parts.like(parameters).of_experts(loop)
         output = hidden.new_empty(hidden.shape[0], fc2[0].shape[0])
         records = grad_enabled and any(ctx.needs_input_grad)
         kept = [_forward(loop, group, hidden, scale, fc1, biases, fc2, output, records) for group in loop.groups]
         if records:
             recomputes = any(group.kept < group.count for group in loop.groups)
-            needs_fc1 = any(ctx.needs_input_grad[6 : 6 + counts[0]])
-            ctx.loop, ctx.counts, ctx.kept_is_intact = loop, counts, True
-            ctx.parameters = parameters  # they carry main_grad, which saved tensors may lose
+            ctx.needs = parts.like(ctx.needs_input_grad[-len(parameters) :])
+            ctx.loop, ctx.kept_is_intact = loop, True
+            ctx.parts = parts.like(parameters)  # they carry main_grad, which saved tensors may lose
             inputs = (hidden, None) if source is None else source
-            ctx.save_for_backward(*(inputs if needs_fc1 or recomputes else (None, None)), scale, *parameters, *kept)
+            needs_input = any(ctx.needs.fc1) or recomputes
+            ctx.save_for_backward(*(inputs if needs_input else (None, None)), scale, *parameters, *kept)
         return output
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _Backward(ctx, grad_output).run()
-
-
-def _of_experts(
-    tensors: Sequence[Tensor], counts: tuple[int, int, int], loop: ExpertsLoop
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """fc1, its bias and fc2 of each expert, out of the parameters or tensors of their shapes."""
-    fc1, biases = counts[0], counts[0] + counts[1]
-    return loop.fc1_of_experts(tensors[:fc1]), list(tensors[fc1:biases]), loop.fc2_of_experts(tensors[biases:])
 
 
 def _forward(
@@ -209,7 +198,7 @@ def _forward(
             bias = _bias(biases, segment, slice(None), halves)
             loop.activation.forward(pre[part].transpose(0, 1), bias, scale[segment.rows], activated[part])
         outputs, factors = _rows_of(output, step), [fc2[expert] for expert, _ in step]
-        loop.gemm(outputs, _rows_of(activated, step, start), factors, transpose_b=True)
+        loop.gemm(outputs, _rows_of(activated, step, start), factors, "NT", False)
         del pre, activated  # before the next ones are made, or there would be two of each
     return kept
 
@@ -219,7 +208,7 @@ def _fc1(
 ) -> None:
     """``pre [n, halves, f]`` of these rows, of an input that begins at row ``start``."""
     products = _rows_of(pre.flatten(1), segments, segments[0].rows.start)
-    loop.gemm(products, _rows_of(hidden, segments, start), [fc1[expert] for expert, _ in segments], transpose_b=True)
+    loop.gemm(products, _rows_of(hidden, segments, start), [fc1[expert] for expert, _ in segments], "NT", False)
 
 
 def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tuple[Tensor, ...]:
@@ -270,12 +259,12 @@ class _Backward:
     def __init__(self, ctx: Any, grad_output: Tensor) -> None:
         self.loop: ExpertsLoop = ctx.loop
         self.halves = self.loop.activation.halves
-        fc1, biases = ctx.counts[0], ctx.counts[0] + ctx.counts[1]
+        parts, self.needs = ctx.parts, ctx.needs
         self.needs_dgrad, self.needs_scale = ctx.needs_input_grad[:2]
-        needs = ctx.needs_input_grad[6:]
-        self.needs_bias = any(needs[fc1:biases])
+        self.needs_bias = any(self.needs.biases)
         self.hidden, self.indices, self.scale, *saved = ctx.saved_tensors
-        parameters, self.kept = saved[: len(needs)], saved[len(needs) :]
+        count = sum(map(len, parts))
+        parameters, self.kept = saved[:count], saved[count:]
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = [None] * len(self.kept)
             if self.hidden is None:
@@ -284,16 +273,15 @@ class _Backward:
                     "kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
                 )
         ctx.kept_is_intact = False
-        self.fc1, self.biases, self.fc2 = _of_experts(parameters, ctx.counts, self.loop)
+        self.fc1, self.biases, self.fc2 = parts.like(parameters).of_experts(self.loop)
         self.dy = grad_output.contiguous()
         self.dgrad = self.dy.new_empty(self.dy.shape[0], self.fc1[0].shape[1]) if self.needs_dgrad else None
         wide = torch.promote_types(self.scale.dtype, torch.float32)
         self.scale_grad = torch.zeros_like(self.scale, dtype=wide) if self.needs_scale else None
         self.bias_grads = [torch.zeros_like(bias) if self.needs_bias else None for bias in self.biases]
-        weights, fuse = ctx.parameters, self.loop.fuse_wgrad
-        self.fc1_grads = _WeightGrads(weights[:fc1], self.loop.fc1_of_experts, fuse) if any(needs[:fc1]) else None
-        self.fc2_grads = _WeightGrads(weights[biases:], self.loop.fc2_of_experts, fuse) if any(needs[biases:]) else None
-        self.shares = fc1, len(needs) - biases
+        loop, fuse = self.loop, self.loop.fuse_wgrad
+        self.fc1_grads = _WeightGrads(parts.fc1, loop.fc1_of_experts, fuse) if any(self.needs.fc1) else None
+        self.fc2_grads = _WeightGrads(parts.fc2, loop.fc2_of_experts, fuse) if any(self.needs.fc2) else None
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients of all arguments of ``_TiledExperts``."""
@@ -304,10 +292,8 @@ class _Backward:
         for group, kept in zip(self.loop.groups, self.kept, strict=True):
             kept = None if kept is None else kept.detach().data
             (self._whole_experts if len(group.columns) == 1 else self._one_expert)(group, kept)
-        fc1, fc2 = (
-            [None] * share if grads is None else grads.results()
-            for grads, share in zip((self.fc1_grads, self.fc2_grads), self.shares, strict=True)
-        )
+        fc1 = [None] * len(self.needs.fc1) if self.fc1_grads is None else self.fc1_grads.results()
+        fc2 = [None] * len(self.needs.fc2) if self.fc2_grads is None else self.fc2_grads.results()
         scale = None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype)
         return self.dgrad, scale, None, None, None, None, *fc1, *self.bias_grads, *fc2
 
@@ -329,7 +315,7 @@ class _Backward:
             here = rows_of(tile)
             activated = scratch(self.dy, here.stop - here.start, self.loop.features)  # its gradient at first
             dy, activations = _rows_of(self.dy, tile), _rows_of(activated, tile, here.start)
-            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile])
+            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile], "NN", False)
             pre_of_tile = pre[here.start - start : here.stop - start].transpose(0, 1)
             self._activation_backward(tile, slice(None), pre_of_tile, activated)
             if self.fc2_grads is not None:
@@ -337,8 +323,7 @@ class _Backward:
             del activated, activations  # before the next ones are made, or there would be two of each
         pre_grads = _rows_of(pre.flatten(1), segments, start)
         if self.dgrad is not None:
-            factors = [self.fc1[expert] for expert, _ in segments]
-            gemm(_rows_of(self.dgrad, segments), pre_grads, factors)
+            gemm(_rows_of(self.dgrad, segments), pre_grads, [self.fc1[expert] for expert, _ in segments], "NN", False)
         if self.fc1_grads is not None:
             for part in (segments,) if self.indices is None else group.tiles:  # gathered rows exist a tile at a time
                 here = rows_of(part)
@@ -350,7 +335,7 @@ class _Backward:
     def _wgrad(
         self, grads: _WeightGrads, segments: Sequence[Segment], grad: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> None:
-        self.loop.gemm(grads.of(segments), grad, inputs, transpose_a=True, accumulate=grads.fused)
+        self.loop.gemm(grads.of(segments), grad, inputs, "TN", grads.fused)
 
     def _one_expert(self, group: Group, kept: Tensor | None) -> None:
         """Tiles of one expert, some of its features at a time; fc1 of those that are kept at once, as the last."""

@@ -64,14 +64,14 @@ def test_products_as_transformer_engine_takes_them(
         [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
         for shapes in ([(size, 7) for size in rows], [(size, 5) for size in rows], [(7, 5) for _ in rows])
     )
-    for out, a, b, transposed in (
-        (wide, narrow, weights, {"transpose_b": True}),
-        (narrow, wide, weights, {}),
-        (weights, wide, narrow, {"transpose_a": True}),
+    for out, a, b, layout in (
+        (wide, narrow, weights, "NT"),
+        (narrow, wide, weights, "NN"),
+        (weights, wide, narrow, "TN"),
     ):
         results = []
         for gemm in (experts._of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
-            gemm(copies, a, b, accumulate=accumulate, **transposed)
+            gemm(copies, a, b, layout, accumulate)
             results.append(copies)
         assert all(map(torch.allclose, *results))

@@ -188,16 +188,16 @@ def test_products(rows: list[int], accumulate: bool) -> None:
         [torch.randn(size, width, device="cuda").bfloat16() for size in rows] for width in (FEATURES, HIDDEN)
     )
     weights = [torch.randn(FEATURES, HIDDEN, device="cuda").bfloat16() for _ in rows]
-    for out, a, b, transposed in (
-        (wide, narrow, weights, {"transpose_b": True}),
-        (narrow, wide, weights, {}),
-        ([weight.float() for weight in weights], wide, narrow, {"transpose_a": True}),
-        (weights, wide, narrow, {"transpose_a": True}),
+    for out, a, b, layout in (
+        (wide, narrow, weights, "NT"),
+        (narrow, wide, weights, "NN"),
+        ([weight.float() for weight in weights], wide, narrow, "TN"),
+        (weights, wide, narrow, "TN"),
     ):
         results = []
         for gemm in (_of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
-            gemm(copies, a, b, accumulate=accumulate, **transposed)
+            gemm(copies, a, b, layout, accumulate)
             results.append(torch.cat([tensor.flatten() for tensor in copies]))
         assert distance(results[0], results[1].double()) < 5e-3
 

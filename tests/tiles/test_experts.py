@@ -245,10 +245,10 @@ def test_grouped_products(keep: int, numbers: list[int]) -> None:
     """They get the experts of a tile that have rows, fc1 those of all kept tiles; contiguous matrices."""
     calls = []
 
-    def gemm(*operands: Sequence[Tensor], **options: bool) -> None:
-        assert all(tensor.is_contiguous() and tensor.numel() for tensors in operands for tensor in tensors)
-        calls.append(len(operands[0]))
-        loops.one_by_one(*operands, **options)
+    def gemm(out: list[Tensor], a: list[Tensor], b: list[Tensor], *how: Any) -> None:
+        assert all(tensor.is_contiguous() and tensor.numel() for tensor in (*out, *a, *b))
+        calls.append(len(out))
+        loops.one_by_one(out, a, b, *how)
 
     case = Case([2, 0, 2, 4])
     output, expected = case.tiled(case.loop(2, keep, gemm=gemm)), case.sequential()
