@@ -5,6 +5,7 @@ the router keeps anyway, and copy the rows of a tile again in the backward pass.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,12 @@ class _Dispatch(NamedTuple):
         return self._replace(rows=rows, versions=(self.versions[0], rows._version))
 
     def is_untouched(self, *given: Any) -> bool:
-        """Whether these are the last step's rows, and neither they nor the tokens have been written to."""
+        """Whether these are the last step's rows, and neither they nor the tokens have been written to.
+
+        A module with full backward hooks gets other tensors of the same memory, which share its version.
+        """
         untouched = (self.tokens._version, self.rows._version) == self.versions
-        return untouched and any(one is self.rows for one in given)
+        return untouched and any(isinstance(one, Tensor) and one.is_set_to(self.rows) for one in given)
 
 
 class RememberingDispatcher:
@@ -58,13 +62,19 @@ class RememberingDispatcher:
         return self._step(super().dispatch_postprocess, *args, **kwargs)  # type: ignore[misc]
 
     def _step(self, stock_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        dispatch, self.remembered = self.remembered, None
-        if dispatch is not None and not dispatch.is_untouched(*args, *kwargs.values()):
-            dispatch = None
+        dispatch = self._recall(*args, *kwargs.values())
         result = stock_step(*args, **kwargs)
         if dispatch is not None:
             self.remembered = dispatch.followed_by(result[0])
         return result
+
+    def _recall(self, *given: Any) -> _Dispatch | None:
+        """The dispatch under way, if this is how it goes on."""
+        dispatch, self.remembered = self.remembered, None
+        if dispatch is None or dispatch.is_untouched(*given):
+            return dispatch
+        _say_kept_whole()
+        return None
 
     @torch.no_grad()  # torch's checkpoint counts what autograd saves, and rows are compared once
     def source_of(self, permuted: Tensor) -> Source | None:
@@ -72,8 +82,8 @@ class RememberingDispatcher:
 
         Rows are sorted by expert, and those of an expert as their tokens are.
         """
-        dispatch, self.remembered = self.remembered, None
-        if dispatch is None or not dispatch.is_untouched(permuted):
+        dispatch = self._recall(permuted)
+        if dispatch is None:
             return None
         tokens, routing_map = dispatch.tokens, dispatch.routing_map
         numbers = torch.arange(tokens.shape[0], device=tokens.device)
@@ -84,11 +94,15 @@ class RememberingDispatcher:
                 for some, rows in zip(indices.chunk(8), permuted.chunk(8), strict=True)
             )
             if not self.is_known:
-                log_on_rank_0(
-                    "warning: experts are given other rows than copies of tokens in order: they are kept whole"
-                )
+                _say_kept_whole()
         known = self.is_known and indices.shape[0] == permuted.shape[0] and tokens.dtype == permuted.dtype
         return Source(tokens, indices) if known else None
+
+
+@cache
+def _say_kept_whole() -> None:
+    """Once: the table has said otherwise."""
+    log_on_rank_0("warning: experts are given other rows than copies of tokens in order: they are kept whole")
 
 
 class RememberingAllGather(RememberingDispatcher, stock.MoEAllGatherTokenDispatcher):

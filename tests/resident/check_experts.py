@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 from unittest.mock import Mock, patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core import __version__, parallel_state
@@ -24,9 +25,11 @@ from megatron.core.transformer.moe import experts as stock
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformer_engine.pytorch import GroupedLinear
 
 from megatron_tiling import TilingConfig, tile
-from megatron_tiling.report import table
+from megatron_tiling.report import LayerReport, table
+from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
 from tests.check_models import assert_same, batch, expect_error, gpt, make_config, step
 from tests.resident.check_transformer_engine import EXPERTS, entries
@@ -34,16 +37,11 @@ from tests.support.harness import megatron
 
 HIDDEN, FEATURES = 12, 10
 SWIGLU = {"gated_linear_unit": True, "activation_func": F.silu}
+CLAMPED = {"activation_func_clamp_value": 0.4, "glu_linear_offset": 1.0}
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "swiglu": SWIGLU | {"bias_activation_fusion": True},
-    "swiglu unfused, clamped": SWIGLU | {"activation_func_clamp_value": 0.4, "glu_linear_offset": 1.0},
-    "quick geglu": {
-        "gated_linear_unit": True,
-        "activation_func": quick_gelu,
-        "bias_activation_fusion": True,
-        "activation_func_clamp_value": 0.4,
-        "glu_linear_offset": 1.0,
-    },
+    "swiglu unfused, clamped": SWIGLU | CLAMPED,
+    "quick geglu": SWIGLU | CLAMPED | {"activation_func": quick_gelu, "bias_activation_fusion": True},
     "gelu": {"activation_func": F.gelu},
     "squared relu": {"activation_func": squared_relu, "use_fused_weighted_squared_relu": True},
 }
@@ -80,10 +78,16 @@ def copy_of(experts: Any) -> Any:
     return copy.deepcopy(experts, {id(value): value for value in values if isinstance(value, shared)})
 
 
+def report_of(experts: Any, **options: Any) -> LayerReport:
+    """Of these, tiled if they can be."""
+    (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig(**options))
+    return report
+
+
 def tiled_of(experts: Any, tiles: int = 3, **options: Any) -> Any:
     """A copy, tiled."""
     copied = copy_of(experts)
-    (report,) = tile(torch.nn.ModuleDict({"experts": copied}), TilingConfig(splits={"experts": (1, tiles)}, **options))
+    report = report_of(copied, splits={"experts": (1, tiles)}, **options)
     assert report.expert_tiles == tiles and report.module == "experts", report
     return copied
 
@@ -171,9 +175,8 @@ def check_stock_forward() -> None:
         change(tiled)
         assert reason(tiled, ROWS[0])
         found = run(tiled, ROWS[0])
-        assert_equal({name: found[name] for name in expected if found[name] is not None}, {
-            name: value for name, value in expected.items() if found[name] is not None
-        })  # fmt: skip
+        of_trained = {name: one for name, one in found.items() if one is not None}
+        assert_equal(of_trained, {name: expected[name] for name in of_trained})
     assert seen == [(sum(ROWS[0]), FEATURES)]
     assert reason(tiled_of(experts), ROWS[0], output_buffer=torch.empty(1)) == "others give the memory of outputs"
     adapted = [copy_of(experts), tiled_of(experts)]
@@ -181,13 +184,17 @@ def check_stock_forward() -> None:
         one.linear_fc2 = Adapted(one.linear_fc2)
     assert reason(adapted[1], ROWS[0]) == "linear_fc2 has an adapter around it"
     assert_equal(run(adapted[1], ROWS[0]), run(adapted[0], ROWS[0]))
-    (report,) = tile(torch.nn.ModuleDict({"experts": adapted[0]}), TilingConfig())
-    assert report.reason == "linear_fc2 has an adapter around it"
+    assert report_of(adapted[0]).reason == "linear_fc2 has an adapter around it"
     forward, tiled = stock.TEGroupedMLP.forward, tiled_of(experts)
-    stock.TEGroupedMLP.forward = lambda *operands, **buffers: forward(*operands, **buffers)
-    assert reason(tiled, ROWS[0]) == "TEGroupedMLP.forward is not Megatron's own"
-    assert_equal(run(tiled, ROWS[0]), expected)
-    stock.TEGroupedMLP.forward = forward
+    with patch.object(stock.TEGroupedMLP, "forward", lambda *operands, **buffers: forward(*operands, **buffers)):
+        assert reason(tiled, ROWS[0]) == "TEGroupedMLP.forward is not Megatron's own"
+        assert_equal(run(tiled, ROWS[0]), expected)
+    product = GroupedLinear.forward
+    with patch.object(GroupedLinear, "forward", lambda *operands, **options: 2 * product(*operands, **options)):
+        words = "linear_fc1 has a GroupedLinear.forward that is not its own, but of "
+        assert reason(tiled, ROWS[0]).startswith(words)
+        assert_equal(run(tiled, ROWS[0]), run(experts, ROWS[0]))
+        assert report_of(copy_of(experts)).reason.startswith(words)
     assert not reason(tiled, ROWS[0])
     tiled._apply_bias = lambda output, *_: output  # as without biases
     assert reason(tiled, ROWS[0]) == "TiledTEGroupedMLP._apply_bias is not Megatron's own"
@@ -195,12 +202,8 @@ def check_stock_forward() -> None:
     operands = torch.ones(16, HIDDEN).double(), torch.tensor(ROWS[0]), torch.ones(1).double()  # probabilities of all
     unused = (None,) * (len(signature(forward).parameters) - 1 - len(operands))
     torch.testing.assert_close(tiled_of(experts)(*operands, *unused)[0], experts(*operands, *unused)[0])
-    try:
+    with pytest.raises(RuntimeError, match="split"):  # stock's, for a row of no expert
         tiled_of(experts)(torch.zeros(5, HIDDEN).double(), torch.tensor([1, 1, 1, 1]), torch.ones(5).double())
-    except RuntimeError as error:  # stock's, for a row of no expert
-        assert "split" in str(error)
-    else:
-        raise AssertionError("a row of no expert was left as it was in memory")
 
 
 def check_reasons() -> None:
@@ -216,35 +219,27 @@ def check_reasons() -> None:
     ):
         experts = te_experts(**SWIGLU)
         vars(experts.config).update(changes)
-        (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
+        report = report_of(experts)
         assert type(experts) is stock.TEGroupedMLP and report.reason.startswith(words), report
         assert words in table([report]) and " dense " in table([report])
-    for attribute, words in (
-        ("single_grouped_weight", "--moe-single-grouped-weight"),
-        ("te_quant_params", "--te-precision"),
-    ):
+    flags = {"single_grouped_weight": "--moe-single-grouped-weight", "te_quant_params": "--te-precision"}
+    for attribute, words in flags.items():
         experts = te_experts(**SWIGLU)
         setattr(experts.linear_fc2, attribute, True)
-        (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
-        assert report.reason.startswith(words), report
+        assert report_of(experts).reason.startswith(words)
     experts = te_experts(**SWIGLU)
     experts.linear_fc1 = torch.nn.Sequential(experts.linear_fc1)
-    (report,) = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
-    assert report.reason == "linear_fc1 is not a stock grouped layer but Sequential"
-    (report,) = tile(torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)}), TilingConfig(modules=("fc1", "fc2")))
-    assert report.reason == "not in --tiled-linear-modules"
-    partitioned = TilingConfig(storage="partitioned")
-    (report,) = tile(torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)}), partitioned)
-    assert report.reason == "partitioned tiles are not of grouped experts"
-    experts = torch.nn.ModuleDict({"experts": te_experts(**SWIGLU)})
-    expect_error(lambda: tile(experts, TilingConfig(splits={"experts": (1, 2)}, mlp_keep=3)), "within [0, 2]")
+    assert report_of(experts).reason == "linear_fc1 is not a stock grouped layer but Sequential"
+    experts = te_experts(**SWIGLU)
+    assert report_of(experts, modules=("fc1", "fc2")).reason == "not in --tiled-linear-modules"
+    assert report_of(experts, storage="partitioned").reason == "partitioned tiles are not of grouped experts"
+    expect_error(lambda: report_of(experts, splits={"experts": (1, 2)}, mlp_keep=3), "within [0, 2]")
 
 
 def check_table() -> None:
     experts = tiled_of(te_experts(**SWIGLU), tiles=2, mlp_keep=1)
     for _ in range(2):  # tiled now, or before
-        reports = tile(torch.nn.ModuleDict({"experts": experts}), TilingConfig())
-        row = table(reports).splitlines()[1].split(maxsplit=1)[1]
+        row = table([report_of(experts)]).splitlines()[1].split(maxsplit=1)[1]
         words = "1 4 x 12 x 20 - - TiledExperts, at most 2 tiles of about as many rows, keep 1"
         assert row.split() == words.split(), row
 
@@ -298,30 +293,49 @@ def check_other_rows() -> None:
     inputs = batch() | {"attention_mask": None}
 
     def doubled_before_dispatch(mlp: Any) -> None:
-        dispatch = mlp.token_dispatcher.token_dispatch
-        mlp.token_dispatcher.token_dispatch = lambda hidden, probs: dispatch(hidden * 2, probs)
+        own = mlp.token_dispatcher.token_dispatch
+        mlp.token_dispatcher.token_dispatch = lambda hidden, probs: own(hidden * 2, probs)
 
     def doubled_before_experts(mlp: Any, double: Any = lambda hidden: hidden * 2) -> None:
         mlp.experts.register_forward_pre_hook(lambda _, operands: (double(operands[0]), *operands[1:]))
 
-    def doubled_in_place(mlp: Any) -> None:
-        doubled_before_experts(mlp, lambda hidden: hidden.mul_(2))
-
+    doubled_in_place = partial(doubled_before_experts, double=lambda hidden: hidden.mul_(2))
     for change in (doubled_before_dispatch, doubled_before_experts, doubled_in_place):
         dense, tiled = models()
         tile(tiled, TilingConfig(mlp_keep=0))
         assert_same(step(tiled, **inputs), step(dense, **inputs))
         assert all(layer.mlp.token_dispatcher.is_known for layer in tiled.decoder.layers)
-        for model in (dense, tiled):
-            model.zero_grad()
-            change(model.decoder.layers[0].mlp)
-        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        dispatch._say_kept_whole.cache_clear()
+        with patch.object(dispatch, "log_on_rank_0") as log:
+            for model in (dense, tiled):
+                model.zero_grad()
+                change(model.decoder.layers[0].mlp)
+            for _ in range(2):
+                assert_same(step(tiled, **inputs), step(dense, **inputs))
+        log.assert_called_once_with(
+            "warning: experts are given other rows than copies of tokens in order: they are kept whole"
+        )
     dense, tiled = models()
     tile(tiled, TilingConfig(mlp_keep=0))
     with patch.object(MoEAllGatherTokenDispatcher, "token_dispatch", lambda _, hidden, probs: (hidden * 2, probs)):
         assert_same(step(tiled, **inputs), step(dense, **inputs))
     for layer in tiled.decoder.layers:
         assert layer.mlp.token_dispatcher.is_known is False and layer.mlp.token_dispatcher.remembered is None
+
+
+def check_backward_hooks() -> None:
+    """Full backward hooks give experts other tensors of the same memory: tokens are kept once, as the table says."""
+    dense, tiled = models()
+    assert table(tile(tiled, TilingConfig(mlp_keep=0))).count("tokens kept once") == 1
+    seen: dict[Any, list[Tensor]] = {dense: [], tiled: []}
+    for model, gradients in seen.items():
+        experts = model.decoder.layers[1].mlp.experts
+        experts.register_full_backward_hook(lambda _, grads, __, gradients=gradients: gradients.append(grads[0]))
+    run_loop = tiled.decoder.layers[1].mlp.experts._run_loop = Mock(wraps=experts._run_loop)
+    inputs = batch() | {"attention_mask": None}
+    assert_same(step(tiled, **inputs), step(dense, **inputs))
+    assert run_loop.call_args.args[-1] is not None
+    torch.testing.assert_close(*seen.values())
 
 
 def check_recomputed_layers() -> None:
@@ -338,19 +352,13 @@ def check_grouped_mlp() -> None:
     """megatron-core 0.16's own."""
     if not hasattr(stock, "GroupedMLP"):
         return
-    if parallel_state.get_expert_tensor_parallel_world_size() > 1:
-        return
     stock.gg.assert_grouped_gemm_is_available = lambda: None
 
     def gmm(x: Tensor, weights: Tensor, rows: Tensor, trans_b: bool) -> Tensor:
         assert not trans_b
         return torch.cat([part @ weight for part, weight in zip(x.split(rows.tolist()), weights, strict=True)])
 
-    class Operations:
-        pass
-
-    Operations.gmm = staticmethod(gmm)  # type: ignore[attr-defined]
-    stock.gg.ops = Operations
+    stock.gg.ops = Mock(gmm=gmm)
     for changes in (SWIGLU, {"activation_func": F.gelu}, SWIGLU | {"moe_apply_probs_on_input": True}):
         config = settings(**changes)
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -358,7 +366,7 @@ def check_grouped_mlp() -> None:
         config.bf16 = True  # stock says that it computes nothing else
         for rows, keep in zip(ROWS, (0, 1, None, 2), strict=True):
             tiled = copy.copy(experts)  # the same parameters
-            tile(torch.nn.ModuleDict({"experts": tiled}), TilingConfig(factor=3, mlp_keep=keep))
+            report_of(tiled, factor=3, mlp_keep=keep)
             assert isinstance(tiled, grouped.TILED_CLASSES[stock.GroupedMLP])
             assert_equal(run(tiled, rows), run(experts, rows))
     print("GroupedMLP: as stock", flush=True)
@@ -380,9 +388,9 @@ def main() -> None:
     layouts = {"EP=2": {"expert_model_parallel_size": 2}, "expert TP=2": {"tensor_model_parallel_size": 2}, "alone": {}}
     exchange_on_a_cpu()
     with megatron():
-        for name, sizes in list(layouts.items())[
-            -(torch.distributed.get_world_size() ** 2) :
-        ]:  # in one process, the last
+        for name, sizes in layouts.items():
+            if torch.distributed.get_world_size() == 1 and name != "alone":
+                continue
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(**sizes)
             for check in checks if name == "alone" else [check_models]:
