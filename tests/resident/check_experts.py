@@ -31,8 +31,8 @@ from megatron_tiling import TilingConfig, tile
 from megatron_tiling.report import LayerReport, table
 from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
-from tests.check_models import assert_same, batch, expect_error, gpt, make_config, step
-from tests.resident.check_transformer_engine import EXPERTS, entries
+from tests.check_models import assert_same, expect_error, gpt, make_config, step
+from tests.resident.check_transformer_engine import EXPERTS, entries, inputs
 from tests.support.harness import megatron
 
 HIDDEN, FEATURES = 12, 10
@@ -283,14 +283,12 @@ def check_models() -> None:
         loops = [Mock(wraps=one._run_loop) for one in experts]
         for one, loop in zip(experts, loops, strict=True):
             one._run_loop = loop
-        inputs = batch() | {"attention_mask": None}
-        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
         assert all(loop.called and (loop.call_args.args[-1] is not None) == gathers for loop in loops)
 
 
 def check_other_rows() -> None:
     """Rows that are no copies of tokens in their order, from the first dispatch on or later, are found out and kept."""
-    inputs = batch() | {"attention_mask": None}
 
     def doubled_before_dispatch(mlp: Any) -> None:
         own = mlp.token_dispatcher.token_dispatch
@@ -303,7 +301,7 @@ def check_other_rows() -> None:
     for change in (doubled_before_dispatch, doubled_before_experts, doubled_in_place):
         dense, tiled = models()
         tile(tiled, TilingConfig(mlp_keep=0))
-        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
         assert all(layer.mlp.token_dispatcher.is_known for layer in tiled.decoder.layers)
         dispatch._say_kept_whole.cache_clear()
         with patch.object(dispatch, "log_on_rank_0") as log:
@@ -311,14 +309,14 @@ def check_other_rows() -> None:
                 model.zero_grad()
                 change(model.decoder.layers[0].mlp)
             for _ in range(2):
-                assert_same(step(tiled, **inputs), step(dense, **inputs))
+                assert_same(step(tiled, **inputs()), step(dense, **inputs()))
         log.assert_called_once_with(
             "warning: experts are given other rows than copies of tokens in order: they are kept whole"
         )
     dense, tiled = models()
     tile(tiled, TilingConfig(mlp_keep=0))
     with patch.object(MoEAllGatherTokenDispatcher, "token_dispatch", lambda _, hidden, probs: (hidden * 2, probs)):
-        assert_same(step(tiled, **inputs), step(dense, **inputs))
+        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
     for layer in tiled.decoder.layers:
         assert layer.mlp.token_dispatcher.is_known is False and layer.mlp.token_dispatcher.remembered is None
 
@@ -332,8 +330,7 @@ def check_backward_hooks() -> None:
         experts = model.decoder.layers[1].mlp.experts
         experts.register_full_backward_hook(lambda _, grads, __, gradients=gradients: gradients.append(grads[0]))
     run_loop = tiled.decoder.layers[1].mlp.experts._run_loop = Mock(wraps=experts._run_loop)
-    inputs = batch() | {"attention_mask": None}
-    assert_same(step(tiled, **inputs), step(dense, **inputs))
+    assert_same(step(tiled, **inputs()), step(dense, **inputs()))
     assert run_loop.call_args.args[-1] is not None
     torch.testing.assert_close(*seen.values())
 
@@ -344,8 +341,7 @@ def check_recomputed_layers() -> None:
     tile(tiled, TilingConfig(mlp_keep=0))
     for layer in (*dense.decoder.layers, *tiled.decoder.layers):
         layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-    inputs = batch() | {"attention_mask": None}
-    assert_same(step(tiled, **inputs), step(dense, **inputs))
+    assert_same(step(tiled, **inputs()), step(dense, **inputs()))
 
 
 def check_grouped_mlp() -> None:
