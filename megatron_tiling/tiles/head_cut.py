@@ -127,7 +127,8 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         beside = _beside_logits(sizes, cut.height, bound, several=len(column_parts) > 1)
         tile = cut.height * cut.width * sizes.logit_bytes
         kept = _kept(tiles, cut, bound - beside, tile) if sizes.dgrad or sizes.wgrad else 0
-        cuts.append((cut._replace(kept=kept), beside + tile))
+        at_end = _beside_logits(sizes, cut.height, bound, several=len(column_parts) > 1, waits=False)
+        cuts.append((cut._replace(kept=kept), max(beside + tile, at_end)))
     fitting = [(_time(cut, sizes), index) for index, (cut, memory) in enumerate(cuts) if memory <= bound]
     least = min(fitting or [(memory, index) for index, (_, memory) in enumerate(cuts)])
     return cuts[least[1]][0]
@@ -141,10 +142,11 @@ def _kept(tiles: HeadTiles, cut: HeadCut, room: int, tile_bytes: int) -> int:
     return min(asked, max(1, room // max(tile_bytes, 1)))
 
 
-def _beside_logits(sizes: HeadSizes, height: int, bound: int, *, several: bool) -> int:
+def _beside_logits(sizes: HeadSizes, height: int, bound: int, *, several: bool, waits: bool = True) -> int:
     """Bytes that there are with logits: the input gradient's sum over vocabulary tiles, and what has all tokens.
 
     Chosen rows and the result have all tokens, and are there whatever the cut: half of the bound is the logits' anyway.
+    The result of a single token tile ``waits`` for the logits' memory, and then is there beside its sum.
     """
     token_bytes = sizes.hidden * sizes.element_bytes
     rows = token_bytes * sizes.tokens if sizes.chosen_from else 0
@@ -153,8 +155,8 @@ def _beside_logits(sizes: HeadSizes, height: int, bound: int, *, several: bool) 
     result = token_bytes * (sizes.chosen_from or sizes.tokens)
     if sizes.reduced_by > 1:
         result += result // sizes.reduced_by
-    if total and height == sizes.tokens and not sizes.reduced_by:
-        result = 0  # it can wait for the logits' memory
+    if waits and total and height == sizes.tokens and not sizes.reduced_by:
+        result = 0
     return min(rows + result, bound // 2) + total if sizes.dgrad else min(rows, bound // 2)
 
 
