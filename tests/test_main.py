@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, SCRIPTS, free_port, losses
+from tests.support.training import COMMON, SCRIPTS, losses
 
 #: What is asked for -> words of the one line that answers.
 MISTAKES = {
@@ -47,7 +47,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     runs = [
         {
             "name": str(index),
-            "port": free_port(),
             "log": str(folder / str(index)),
             "argv": [*script, *COMMON, *flags.split()],
             "runner": flags in MISTAKES,

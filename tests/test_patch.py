@@ -21,7 +21,7 @@ from tests.support.megatron_lm import (
     unpacked_wheel,
     use_built_dataset_helpers,
 )
-from tests.support.training import COMMON, ITERATIONS, free_port, losses
+from tests.support.training import COMMON, ITERATIONS, losses
 
 SCRIPT = b"import torch\n\nfrom builders import build\n\nprint(build)\n"
 ADDED = b"import plugin\n\nplugin.install()\n"
@@ -201,7 +201,6 @@ def test_a_patched_tree_trains_without_the_runner(version: Version, tmp_path: Pa
     runs = [
         {
             "name": kind,
-            "port": free_port(),
             "log": str(tmp_path / kind),
             "argv": [str(tree / patch.SCRIPT), *flags, flag],
             "runner": False,

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.support.launch import EXAMPLES, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, LLAMA, free_port
+from tests.support.training import COMMON, LLAMA
 
 ITERATIONS = 6
 SETTINGS = (
@@ -42,10 +42,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "dense": f"{dpo} {dense} {base}",
         "odd": f"{dpo} {base} {dense} --micro-batch-size 1",
     }
-    records = [
-        {"name": name, "port": free_port(), "log": str(folder / f"{name}.log"), "argv": argv.split()}
-        for name, argv in runs.items()
-    ]
+    records = [{"name": name, "log": str(folder / f"{name}.log"), "argv": argv.split()} for name, argv in runs.items()]
     (folder / "runs.json").write_text(json.dumps(records))
     torchrun(TRAIN_MANY, folder / "runs.json", world=2)
     return {name: "".join((folder / f"{name}.log.{rank}").read_text() for rank in range(2)) for name in runs}

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.support.launch import ROOT, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, LLAMA, free_port
+from tests.support.training import COMMON, LLAMA
 
 EXAMPLES = ROOT / "examples" / "gpt"
 SAVED_AT, ITERATIONS = 4, 8
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def add(name: str, *argv: object) -> None:
         log = str(folder / f"{name.replace('/', '.')}.log")
         words = [str(argument) for argument in argv]
-        runs.append({"name": name, "port": free_port(), "log": log, "argv": words})
+        runs.append({"name": name, "log": log, "argv": words})
 
     def train(name: str, script: str, *flags: str) -> None:
         common = [flag for flag in COMMON if flag != "--mock-data"]

@@ -14,7 +14,6 @@ from tests.support.training import (
     ITERATIONS,
     LLAMA,
     SCRIPTS,
-    free_port,
     losses,
     validation_losses,
 )
@@ -54,7 +53,6 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     runs = [
         {
             "name": kind,
-            "port": free_port(),
             "log": str(folder / kind),
             "gathered": True,
             "env": {} if kind == "dense" else {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},

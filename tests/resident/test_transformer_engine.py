@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import ROOT, TRAIN_MANY, search_path, torchrun
-from tests.support.training import COMMON, LLAMA, SCRIPTS, free_port, losses
+from tests.support.training import COMMON, LLAMA, SCRIPTS, losses
 
 ITERATIONS, SAVED_AT, WORLD = 6, 3, 2
 FLAGS = (
@@ -53,7 +53,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         if source is not None:
             commands[name] += ["--load", str(folder / f"saved {source}"), "--ckpt-step", str(SAVED_AT)]
     runs = [
-        {"name": name, "port": free_port(), "log": str(folder / name), "argv": argv, "check": name == "checks"}
+        {"name": name, "log": str(folder / name), "argv": argv, "check": name == "checks"}
         for name, argv in commands.items()
     ]
     (folder / "runs.json").write_text(json.dumps(runs))

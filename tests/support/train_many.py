@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node N -m tests.support.train_many RUNS.json
 
-RUNS.json: ``[{"name": ..., "port": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the
-runner as ``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
+RUNS.json: ``[{"name": ..., "log": ..., "argv": [SCRIPT, FLAG...]}, ...]``. A run goes through the runner as
+``python -m megatron_tiling SCRIPT FLAG...`` does, its output into ``log``.rank, and counts GEMMs there.
 With ``"gathered": true`` it prints what an FSDP held gathered at once, and gradient norms: gathered.py.
 With ``"runner": false`` it is ``python SCRIPT FLAG...``: nothing but the script itself can install the plugin.
 With ``"check": true`` it is no training but one of the check scripts of this folder.
@@ -106,10 +106,18 @@ def kill_while_saving(folder: str, operation: int, delay: float = 0) -> None:
     sys.addaudithook(watch)
 
 
-def train(run: dict[str, Any]) -> None:
-    """One run, in a forked child of this rank. Never returns."""
+def train(run: dict[str, Any], number: int) -> None:
+    """The run of this number, in a forked child of this rank. Never returns.
+
+    All runs meet at torchrun's store: a port chosen before a run starts may be taken by then.
+    """
     status = 1
-    os.environ |= {"MASTER_PORT": str(run["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False"} | run.get("env", {})
+    os.environ |= run.get("env", {})
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # in torch.distributed it is a function
+    store_of_torchrun = rendezvous._create_c10d_store
+    rendezvous._create_c10d_store = lambda *args, **kwargs: torch.distributed.PrefixStore(
+        f"run {number}", store_of_torchrun(*args, **kwargs)
+    )
     log = os.open(f"{run['log']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -180,10 +188,10 @@ def main() -> None:
     do_once(runs, Path(sys.argv[1]).with_suffix(".data"))
     if any("--deepspeed-config" in run["argv"] for run in runs):
         import_deepspeed()
-    for run in runs:
+    for number, run in enumerate(runs):
         child = os.fork()
         if child == 0:
-            train(run)
+            train(run, number)
         _, status = os.waitpid(child, 0)
         if os.environ["RANK"] == "0":
             print(f"{run['name']}: exit {os.waitstatus_to_exitcode(status)}", flush=True)

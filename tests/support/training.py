@@ -1,10 +1,7 @@
-"""What training runs of the suite share: the script, its flags, a port, and the losses in a log."""
+"""What training runs of the suite share: the script, its flags, and the losses in a log."""
 
-import contextlib
 import os
-import random
 import re
-import socket
 from pathlib import Path
 
 from tests.support.launch import EXAMPLES
@@ -17,7 +14,7 @@ COMMON = """
     --num-attention-heads 4 --ffn-hidden-size 80 --seq-length 24 --max-position-embeddings 24 --micro-batch-size 2
     --lr 4e-3 --min-lr 1e-3 --lr-decay-style cosine --seed 7 --hidden-dropout 0.1 --attention-dropout 0
     --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
-    --eval-interval 1000000 --eval-iters 0 --log-interval 1
+    --eval-interval 1000000 --eval-iters 0 --log-interval 1 --distributed-timeout-minutes 5
 """.split()
 EVALUATING = "--eval-interval 6 --eval-iters 2".split()  # stands behind COMMON
 LLAMA = "--swiglu --disable-bias-linear --normalization RMSNorm --group-query-attention --num-query-groups 2 " \
@@ -25,15 +22,6 @@ LLAMA = "--swiglu --disable-bias-linear --normalization RMSNorm --group-query-at
 
 #: Their gradients have a norm of their own, and are clipped by it.
 DETACHED_HEADS = "--mtp-num-layers 1 --mtp-detach-heads --mtp-loss-scaling-factor 2.0 --clip-grad 0.05"
-
-
-def free_port() -> int:
-    """For a run that starts later. Not one that connections are given by themselves: they would take it by then."""
-    for port in random.SystemRandom().sample(range(12000, 32000), 100):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("", port))
-            return port
-    raise OSError("100 ports between 12000 and 32000 are all in use")
 
 
 def validation_losses(log: str) -> list[float]:

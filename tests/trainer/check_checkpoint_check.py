@@ -22,7 +22,6 @@ from megatron_tiling import cpu
 from megatron_tiling.convert_deepspeed import convert
 from megatron_tiling.tiles import deepspeed_keys as tile_keys
 from tests.support.train_many import train
-from tests.support.training import free_port
 from tests.trainer.test_checkpoints import TWO_RANKS, Run, arguments
 
 LEGACY = Run("TP=2", "factor 3", storage="legacy")
@@ -119,14 +118,9 @@ def wait_for(file: Path) -> Path:
 
 def run(flags: list[str], folder: Path, number: int) -> int:
     """Exit code of a training run in a child of this rank, which logs to ``number.log.RANK``."""
-    port = folder / f"{number}.port"
-    if RANK == 0:
-        port.with_suffix(".new").write_text(str(free_port()))
-        port.with_suffix(".new").rename(port)
-    entry = {"name": str(number), "port": int(wait_for(port).read_text()), "log": f"{folder / str(number)}.log"}
     child = os.fork()
     if child == 0:
-        train(entry | {"argv": flags})
+        train({"name": str(number), "log": f"{folder / str(number)}.log", "argv": flags}, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

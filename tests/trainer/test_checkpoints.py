@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import ROOT, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, SCRIPTS, free_port
+from tests.support.training import COMMON, SCRIPTS
 
 SAVED_AT, ITERATIONS = 3, 7
 MODELS = {
@@ -171,7 +171,7 @@ def entry(name: str, argv: list[str], log: Path) -> dict[str, object]:
     # FSDP2 and sequence parallelism ask for different ones.
     connections = "8" if "--use-torch-fsdp2" in argv else "1"
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
-    return {"name": name, "port": free_port(), "log": str(log), "argv": argv, "env": env}
+    return {"name": name, "log": str(log), "argv": argv, "env": env}
 
 
 def run_together(entries: list[dict[str, object]], file: Path, world: int) -> str:

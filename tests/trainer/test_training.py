@@ -19,7 +19,6 @@ from tests.support.training import (
     ITERATIONS,
     LLAMA,
     SCRIPTS,
-    free_port,
     gradient_norms,
     losses,
     validation_losses,
@@ -150,7 +149,6 @@ def run_all(world: int, folder: Path) -> None:
             runs.append(
                 {
                     "name": f"{layout.name}, {kind}",
-                    "port": free_port(),
                     "log": str(folder / f"{world}.{index}.{kind}"),
                     "argv": [str(SCRIPTS / "pretrain_gpt.py"), *flags],
                 }

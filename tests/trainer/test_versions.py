@@ -20,7 +20,7 @@ import pytest
 from megatron_tiling.trainer import versions
 from tests.support.launch import ROOT, TRAIN_MANY, search_path, torchrun
 from tests.support.megatron_lm import GIT, VERSIONS, Version, checkout, needs_megatron_lm, unpacked_wheel
-from tests.support.training import COMMON, LLAMA, free_port, losses
+from tests.support.training import COMMON, LLAMA, losses
 
 ITERATIONS = 6
 WORLD = 2
@@ -79,7 +79,6 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plan = [
         {
             "name": name,
-            "port": free_port(),
             "log": str(folder / name),
             "argv": argv,
             "check": name not in TRAINING,

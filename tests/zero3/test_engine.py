@@ -18,7 +18,7 @@ from megatron_tiling.zero3 import config as zero3_config
 from megatron_tiling.zero3.config import TileSizes
 from megatron_tiling.zero3.engine import import_deepspeed
 from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
-from tests.support.training import COMMON, LLAMA, free_port
+from tests.support.training import COMMON, LLAMA
 
 SIZES = TileSizes(smallest=1000, largest=2000, layer=8000)
 NVME = os.environ.get("MEGATRON_TILING_NVME", "")
@@ -147,7 +147,7 @@ def train(folder: Path, starts: dict[str, list[Any]], flags_of_rank_1: dict[str,
     plan: list[dict[str, Any]] = []
     for name, flags in starts.items():
         argv = list(map(str, flags))
-        plan.append({"name": name, "port": free_port(), "log": str(folder / name), "argv": argv})
+        plan.append({"name": name, "log": str(folder / name), "argv": argv})
         if name in flags_of_rank_1:
             plan[-1]["argv_of_rank_1"] = argv + flags_of_rank_1[name]
     (folder / "runs.json").write_text(json.dumps(plan))
