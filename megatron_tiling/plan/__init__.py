@@ -1,0 +1,1 @@
+"""The planner: what a training run will need, and which settings fit, without a GPU and without memory."""

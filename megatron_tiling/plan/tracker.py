@@ -1,0 +1,267 @@
+"""Live bytes of every storage that operations make, what made them, and the peak with its parts and its phase.
+
+A ``TorchDispatchMode`` of its own rather than torch's ``MemTracker``, whose module hooks and backward hooks would make
+tiled layers run stock code, and which knows no phases. Nothing is hooked here: module calls are wrapped at the class,
+and a backward operation belongs to the module whose forward made its autograd node, found by the node's number.
+
+Works on fake and on real tensors alike, of any device: each storage counts as on a GPU, in whole blocks of its caching
+allocator. Hazards: what a kernel allocates inside an operation shows only as far as ``workspace`` says; tensors made
+before the mode is entered count from the first operation that returns them, and not at all if none does.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+#: Bytes: the caching allocator's kMinBlockSize (c10/cuda/CUDACachingAllocator.cpp), to multiples of which it rounds.
+BLOCK = 512
+
+KindOf = Callable[[torch.nn.Module], str | None]
+#: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
+Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
+#: The same -> seconds.
+Price = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One call of a module, or one part of a step.
+
+    Args:
+        kind: what runs: "attention", "MLP", "optimizer step", ...
+        backward: in the backward pass; forward passes that recompute there are forward phases.
+    """
+
+    kind: str
+    backward: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}, backward" if self.backward else self.kind
+
+
+@dataclass(eq=False, slots=True)
+class Allocation:
+    """A storage: its bytes on a GPU, when it was there (``died`` is ``None``: still), and what made it.
+
+    Args:
+        category: as ``Tracker.mark`` says; ``None`` is what it is by its phase.
+    """
+
+    bytes: int
+    born: int
+    phase: Phase
+    died: int | None = None
+    category: str | None = None
+
+    def lives(self, time: int) -> bool:
+        return self.born <= time and (self.died is None or time < self.died)
+
+    def part(self, at: Phase) -> str:
+        """The part of memory that it is while ``at`` runs."""
+        if self.category is not None:
+            return self.category
+        kept = self.phase is not at and not self.phase.backward
+        return f"{'kept activations' if kept else 'transients'}: {self.phase.kind}"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that were live at once, when, in which phase, and bytes that a kernel held beside them."""
+
+    bytes: int
+    time: int
+    phase: Phase
+    workspace: int = 0
+
+
+class Tracker(TorchDispatchMode):
+    """Counts what is made while the mode is on. ``peak`` is since ``reset_peak``.
+
+    Args:
+        kind_of: what a module's call is called, or ``None`` for its caller's name.
+        workspace, price: see ``Workspace`` and ``Price``; by default nothing.
+    """
+
+    def __init__(
+        self, kind_of: KindOf = lambda module: None, workspace: Workspace | None = None, price: Price | None = None
+    ) -> None:
+        super().__init__()
+        self.allocations: list[Allocation] = []
+        self.bytes = 0
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._kind_of, self._workspace, self._price = kind_of, workspace, price
+        self._live: dict[int, Allocation] = {}
+        self._time = 0
+        self._fused = 0
+        self._phase = self._base = Phase("other")
+        self._node: int | None = None  # number of the autograd node that runs
+        self._numbers, self._phases = [0], [self._base]  # nodes of this number and on were made in this phase
+        self._backward_of: dict[Phase, Phase] = {}
+        self.reset_peak()
+
+    # Phases
+
+    @contextmanager
+    def phase(self, kind: str) -> Iterator[None]:
+        """A part of a step, by name: what runs in it outside of modules that have names."""
+        before, base = self._phase, self._base
+        self._base = Phase(kind)
+        self._enter(self._base)
+        try:
+            yield
+        finally:
+            self._base = base
+            self._enter(before)
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """A part that is one kernel on a GPU: what dies in it was never made there."""
+        self._fused += 1
+        try:
+            yield
+        finally:
+            self._fused -= 1
+            self._see()
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        number = torch._C._autograd._get_sequence_nr()
+        if self._numbers[-1] == number:
+            self._phases[-1] = phase
+        elif number > self._numbers[-1]:
+            self._numbers.append(number)
+            self._phases.append(phase)
+
+    def _follow_backward(self) -> None:
+        node: Any = torch._C._current_autograd_node()  # not kept: it holds the graph
+        number = None if node is None else node._sequence_nr()
+        if number == self._node or (number is not None and number >= 2**63):  # that one accumulates a gradient
+            return
+        self._node = number
+        if number is None:
+            self._phase = self._base
+            return
+        made_in = self._phases[bisect.bisect_right(self._numbers, number) - 1]
+        self._phase = self._backward_of.setdefault(made_in, Phase(made_in.kind, backward=True))
+
+    # Storages
+
+    def __enter__(self) -> Self:
+        self._stock_call, self._stock_resize = torch.nn.Module.__call__, torch.UntypedStorage.resize_
+        stock_call, stock_resize = self._stock_call, self._stock_resize
+
+        @functools.wraps(stock_call)
+        def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            kind = self._kind_of(module)
+            if kind is None:
+                return stock_call(module, *args, **kwargs)
+            before = self._phase
+            self._enter(Phase(kind))
+            try:
+                return stock_call(module, *args, **kwargs)
+            finally:
+                self._enter(before)
+
+        @functools.wraps(stock_resize)
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = stock_resize(storage, size)
+            if storage._cdata in self._live:
+                self._free(storage._cdata)
+                self._allocate(storage)
+                self._see()
+            return result
+
+        module, untyped_storage = torch.nn.Module, torch.UntypedStorage
+        module.__call__, untyped_storage.resize_ = call, resize  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        module, untyped_storage = torch.nn.Module, torch.UntypedStorage
+        module.__call__, untyped_storage.resize_ = self._stock_call, self._stock_resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._follow_backward()
+        result = run(func, args, kwargs)
+        for value in tree_iter(result):
+            if type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided:
+                self._add(value.untyped_storage())
+        if self._price is not None and not self._fused:
+            self.seconds[str(self._phase)] += self._price(func, args, kwargs, result)
+        self._see(0 if self._workspace is None else self._workspace(func, args, kwargs, result))
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._allocate(storage)
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        self._time += 1
+        allocation = Allocation(-(-storage.nbytes() // BLOCK) * BLOCK, self._time, self._phase)
+        self._live[storage._cdata] = allocation
+        self.allocations.append(allocation)
+        self.bytes += allocation.bytes
+
+    def _free(self, key: int) -> None:
+        self._time += 1
+        allocation = self._live.pop(key)
+        allocation.died = self._time
+        self.bytes -= allocation.bytes
+
+    # What is asked
+
+    def mark(self, category: str, tensors: Iterable[Any]) -> None:
+        """Say what the storages of tensors are, unless it was said before."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                allocation = self._live.get(tensor.untyped_storage()._cdata)
+                if allocation is not None and allocation.category is None:
+                    allocation.category = category
+
+    def reset_peak(self) -> None:
+        self.peak = Peak(self.bytes, self._time, self._phase)
+
+    def _see(self, workspace: int = 0) -> None:
+        if not self._fused and self.bytes + workspace > self.peak.bytes:
+            self.peak = Peak(self.bytes + workspace, self._time, self._phase, workspace)
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part of memory at the peak, the largest first."""
+        found: Counter[str] = Counter()
+        for allocation in self.allocations:
+            if allocation.lives(self.peak.time):
+                found[allocation.part(self.peak.phase)] += allocation.bytes
+        found["workspace of a kernel"] += self.peak.workspace
+        return {part: size for part, size in found.most_common() if size}
+
+
+#: Values that fake tensors are read as. A gradient norm of 1 and no overflow: the optimizer steps.
+_READ_AS: dict[type, float] = {bool: False, int: 1, float: 1.0}
+
+
+def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation, on fake tensors also where fake tensors have no answer: values, and products of a GPU alone."""
+    if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        dtype = args[0].dtype
+        return _READ_AS[bool if dtype is torch.bool else float if dtype.is_floating_point else int]
+    if func._overloadname == "dtype_out" and isinstance(kwargs["out"], FakeTensor):
+        return kwargs["out"]
+    return func(*args, **kwargs)
