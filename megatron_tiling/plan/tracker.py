@@ -22,12 +22,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, UnsupportedOperatorException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 #: Bytes: the caching allocator's kMinBlockSize (c10/cuda/CUDACachingAllocator.cpp), to multiples of which it rounds.
 BLOCK = 512
+HOST = "host"
 
 KindOf = Callable[[torch.nn.Module], str | None]
 #: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
@@ -236,6 +238,23 @@ class Tracker(TorchDispatchMode):
                 if allocation is not None and allocation.category is None:
                     allocation.category = category
 
+    def mark_live(self, category: str, built: str) -> None:
+        """Say what all that a phase has left is, unless it was said before."""
+        for allocation in self._live.values():
+            if allocation.category is None and allocation.phase.kind == built:
+                allocation.category = category
+
+    def keep_on_host(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that are in the host's memory, not the GPU's."""
+        for tensor in tensors:
+            allocation = self._live[tensor.untyped_storage()._cdata]
+            self.bytes -= allocation.bytes
+            allocation.bytes, allocation.category = 0, HOST
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        allocation = self._live.get(tensor.untyped_storage()._cdata)
+        return allocation is not None and allocation.category == HOST
+
     def reset_peak(self) -> None:
         self.peak = Peak(self.bytes, self._time, self._phase)
 
@@ -259,9 +278,16 @@ _READ_AS: dict[type, float] = {bool: False, int: 1, float: 1.0}
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation, on fake tensors also where fake tensors have no answer: values, and products of a GPU alone."""
-    if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-        dtype = args[0].dtype
-        return _READ_AS[bool if dtype is torch.bool else float if dtype.is_floating_point else int]
     if func._overloadname == "dtype_out" and isinstance(kwargs["out"], FakeTensor):
         return kwargs["out"]
-    return func(*args, **kwargs)
+    try:
+        return func(*args, **kwargs)
+    except DataDependentOutputException:
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            raise
+        dtype = args[0].dtype
+        return _READ_AS[bool if dtype is torch.bool else float if dtype.is_floating_point else int]
+    except UnsupportedOperatorException:
+        if func.namespace != "c10d":
+            raise
+        return FakeWork().boxed()  # those of many tensors at once return nothing else

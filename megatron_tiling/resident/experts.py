@@ -27,6 +27,7 @@ from megatron_tiling.resident.mlp import MLP_LAYERS, reason_in_hooks, run_weight
 from megatron_tiling.resident.stock_code import is_own_function, replaced_forward
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
+from megatron_tiling.tiles.device import on_gpu
 from megatron_tiling.tiles.expert_groups import expert_groups
 from megatron_tiling.tiles.experts import ExpertsLoop, GroupedGemm, Source, one_by_one, tiled_experts
 
@@ -136,7 +137,7 @@ class TiledExperts(torch.nn.Module):
             groups=expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep),
             features=features,
             activation=Activation(self.config.gated_linear_unit, self.activation(), self.formula()),
-            gemm=self.gemm() if hidden.is_cuda else one_by_one,
+            gemm=self.gemm() if on_gpu(hidden) else one_by_one,
             fuse_wgrad=self.own_fuse_wgrad() if self.fuse_wgrad is None else self.fuse_wgrad,
             fp32_accumulate=self.fp32_accumulate,
             fc1_of_experts=fc1,

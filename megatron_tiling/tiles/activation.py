@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_tiling.tiles.device import on_gpu
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -108,7 +110,7 @@ class Activation:
 
     def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:
         """As keywords of the kernels, if there is one for this device and dtype."""
-        return dict(vars(self.formula)) if self.formula and pre.is_cuda and pre.dtype in KERNEL_DTYPES else {}
+        return dict(vars(self.formula)) if self.formula and on_gpu(pre) and pre.dtype in KERNEL_DTYPES else {}
 
 
 def _raise(amax: Tensor | None, values: Tensor) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tiling.tiles.device import on_gpu
+
 
 def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out = a @ b`` or ``out += a @ b``, in place.
@@ -15,7 +17,7 @@ def gemm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         a, b: ``[m, k]`` and ``[k, n]``, possibly transposed views, or batches of them (stride 0: one for all).
         accumulate: add to what ``out`` holds. ``False`` does not read it.
     """
-    if out.dtype != a.dtype and not out.is_cuda:  # the CPU has no product of one dtype into another
+    if out.dtype != a.dtype and not on_gpu(out):  # the CPU has no product of one dtype into another
         a, b = a.to(out.dtype), b.to(out.dtype)
     batched = out.dim() == 3
     widening: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
@@ -32,4 +34,4 @@ def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tens
 
     On a CPU it is zeroed: there products of bf16 read such rows beyond their end (torch 2.10, 2.14), times zero.
     """
-    return like.new_empty(shape, dtype=dtype) if like.is_cuda else like.new_zeros(shape, dtype=dtype)
+    return like.new_empty(shape, dtype=dtype) if on_gpu(like) else like.new_zeros(shape, dtype=dtype)

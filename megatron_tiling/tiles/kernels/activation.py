@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_tiling.tiles.device import launch
+
 WARPS = 4
 FP8_BLOCK = 64, 64  # written transposed, and so square
 ALIGNMENT = 16  # numbers that are multiples of this make 16-byte accesses
@@ -166,12 +168,12 @@ def activate(
     numbers, flags = _operands(pre, bias, scale, out)
     block_rows, block_columns = _block(numbers, sums_rows=False)
     programs = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
-    with torch.cuda.device_of(out):
-        _forward_kernel[(programs,)](
-            pre, bias, scale, out, amax, *numbers, 0.0 if clamp is None else clamp, linear_offset,
-            KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None, **flags,
-            ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        _forward_kernel, (programs,), out,
+        pre, bias, scale, out, amax, *numbers, 0.0 if clamp is None else clamp, linear_offset,
+        KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None, **flags,
+        ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def activate_backward(
@@ -194,14 +196,14 @@ def activate_backward(
     bias_sums = pre.new_empty(row_blocks, halves, columns, dtype=torch.float32) if bias_grad else None
     scale_sums = pre.new_empty(column_blocks, rows, dtype=torch.float32) if scale_grad else None
     if rows:
-        with torch.cuda.device_of(grad):
-            _backward_kernel[(row_blocks * column_blocks,)](
-                pre, bias, scale, grad, bias_sums, scale_sums, amax, fp8_out, fp8_scale,
-                *numbers, fp8_stride, 0.0 if clamp is None else clamp, linear_offset,
-                KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad,
-                AMAX=amax is not None, FP8=largest, **flags,
-                ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            _backward_kernel, (row_blocks * column_blocks,), grad,
+            pre, bias, scale, grad, bias_sums, scale_sums, amax, fp8_out, fp8_scale,
+            *numbers, fp8_stride, 0.0 if clamp is None else clamp, linear_offset,
+            KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad,
+            AMAX=amax is not None, FP8=largest, **flags,
+            ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
+        )  # fmt: skip
     return (
         None if bias_sums is None else bias_sums.sum(dim=0),
         None if scale_sums is None else scale_sums.sum(dim=0),

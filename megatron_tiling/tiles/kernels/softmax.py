@@ -5,11 +5,11 @@ program handles a token's row or a block of it. Both kernels are bound by memory
 logit once, the second reads and writes it once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_tiling.tiles.device import launch
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
@@ -29,12 +29,12 @@ def update_statistics(
     _check_written(products, *written)
     block = min(STATISTICS_BLOCK, triton.next_power_of_2(width))
     chosen = columns.shape[1]
-    with torch.cuda.device_of(products):
-        _update_statistics[(tokens,)](
-            products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
-            CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
-            BLOCKS=triton.cdiv(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
-        )  # fmt: skip
+    launch(
+        _update_statistics, (tokens,), products,
+        products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
+        CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
+        BLOCKS=triton.cdiv(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
+    )  # fmt: skip
 
 
 def logits_to_gradient(
@@ -51,12 +51,12 @@ def logits_to_gradient(
         None if value is None else value.contiguous() for value in gradients
     )
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
-    with torch.cuda.device_of(products):
-        _logits_to_gradient[(tokens, triton.cdiv(width, block))](
-            products, products.stride(0), out, out.stride(0), width, first_column, columns.contiguous(),
-            *_factors(scale), scale.slope, log_sum_exp, of_columns, of_entropy, entropy,
-            CHOSEN=columns.shape[1], CAPPED=scale.softcap is not None, BLOCK=block, num_warps=GRADIENT_WARPS,
-        )  # fmt: skip
+    launch(
+        _logits_to_gradient, (tokens, triton.cdiv(width, block)), products,
+        products, products.stride(0), out, out.stride(0), width, first_column, columns.contiguous(),
+        *_factors(scale), scale.slope, log_sum_exp, of_columns, of_entropy, entropy,
+        CHOSEN=columns.shape[1], CAPPED=scale.softcap is not None, BLOCK=block, num_warps=GRADIENT_WARPS,
+    )  # fmt: skip
 
 
 def _factors(scale: LogitScale) -> tuple[float, float]:

@@ -1,0 +1,233 @@
+"""Two steps of a training script on fake tensors, as one rank of many, and what the tracker saw of the second.
+
+The script runs as it is: Megatron parses and checks its arguments, builds the model and its optimizer, and
+``megatron.training.training.train`` calls ``train_step``, which is where this ends. Put in their place are the data,
+which are of Megatron's shapes and have no values, checkpoints, which are not read, and process groups, which do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import runpy
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_tiling.plan import gpu
+from megatron_tiling.plan.tracker import Tracker
+
+WARM_UP_STEPS = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run on one rank needs: bytes at the peak, their parts, the phase, and the pipeline's number of stages."""
+
+    peak: int
+    parts: dict[str, int]
+    phase: str
+    stages: int = 1
+    seconds: float = 0.0
+
+
+class _Planned(BaseException):
+    """Ends the script: all is seen."""
+
+
+def kind_of(module: torch.nn.Module) -> str | None:
+    """What the user calls a module of Megatron's; of a model what is left of it is its head and loss."""
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    kinds = {
+        Attention: "attention", BaseMoELayer: "experts", MLP: "MLP", LanguageModelEmbedding: "embedding",
+        TransformerBlock: "norms and residuals", LanguageModule: "logits and loss",
+    }  # fmt: skip
+    return next((kind for of, kind in kinds.items() if isinstance(module, of)), None)
+
+
+def plan(script: str, argv: list[str], world: int, rank: int) -> Run:
+    """Run ``script`` with the arguments ``argv`` as one rank of ``world``. Once a process.
+
+    Raises:
+        SystemExit: as Megatron or the script ends on bad arguments.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    sys.argv = [script, *argv]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    tracker = Tracker(kind_of)
+    gpu.install(tracker)
+    _fake_process_groups(world, rank)
+    from megatron_tiling.trainer.install import install
+
+    install()
+    found: list[Run] = []
+    _install_seams(tracker, found)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except _Planned:
+        return found[0]
+    raise SystemExit(f"megatron_tiling plan: {script} ended before Megatron's trainer took a step")
+
+
+def _fake_process_groups(world: int, rank: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    distributed: Any = torch.distributed
+    stock = distributed.new_group
+
+    def new_group(*args: Any, backend: Any = None, pg_options: Any = None, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        object_list[:] = [obj] * len(object_list)
+
+    distributed.new_group, distributed.all_gather_object = new_group, all_gather_object
+    distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
+
+
+def _install_seams(tracker: Tracker, found: list[Run]) -> None:
+    import megatron.training.training as training
+
+    from megatron_tiling.trainer.install import replace_in_all_modules
+
+    stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
+    stock_number = training.get_num_microbatches
+
+    @functools.wraps(stock_pretrain)
+    def pretrain(*args: Any, **kwargs: Any) -> Any:
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            return stock_pretrain(*args, **kwargs)
+
+    @functools.wraps(stock_setup)
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        settings = get_args()
+        _refuse(settings)
+        settings.load = settings.pretrained_checkpoint = None
+        with tracker.phase("building the model"):
+            model, optimizer, scheduler = stock_setup(*args, **kwargs)
+        _mark_model(tracker, model)
+        tracker.mark_live("optimizer states", built="building the model")
+        return model, optimizer, scheduler
+
+    @functools.wraps(stock_step)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(stock_step).bind(*args, **kwargs).arguments
+        for owner, name, kind in (
+            (call["optimizer"], "step", "optimizer step"),
+            (call["config"], "finalize_model_grads_func", "gradient reduction"),
+        ):
+            setattr(owner, name, _as_phase(tracker, kind, getattr(owner, name)))
+        for _ in range(WARM_UP_STEPS):
+            stock_step(*args, **kwargs)
+            tracker.mark_live("optimizer states", built="optimizer step")
+        tracker.reset_peak()
+        tracker.seconds.clear()
+        stock_step(*args, **kwargs)
+        stages = get_args().pipeline_model_parallel_size
+        parts = tracker.parts() | {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
+        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), stages))
+        raise _Planned
+
+    def number_of_microbatches() -> int:
+        """Enough for the most that a pipeline's stage ever holds."""
+        return min(stock_number(), 2 * get_args().pipeline_model_parallel_size)
+
+    def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
+        args = get_args()
+        args.do_train, args.do_valid, args.do_test = True, False, False
+        return _data_iterators(tracker), None, None
+
+    from megatron.training import get_args
+
+    replaced = {
+        training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
+        training.build_train_valid_test_data_iterators: data_iterators,
+    }  # fmt: skip
+    replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
+    training.get_num_microbatches = number_of_microbatches
+
+
+def _as_phase(tracker: Tracker, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with tracker.phase(kind):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
+    for chunk in chunks:
+        for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ())):
+            tracker.mark("weights", [buffer.param_data])
+            tracker.mark("gradients", [buffer.grad_data])
+        tracker.mark("weights", chunk.parameters())
+
+
+def _data_iterators(tracker: Tracker) -> Any:
+    """As Megatron's: on the ranks that read data, one for each chunk of the model."""
+    from megatron.core import mpu
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.training import get_args
+
+    args = get_args()
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return None
+    chunks = args.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return RerunDataIterator(_batches(tracker, args))
+    return [RerunDataIterator(_batches(tracker, args)) for _ in range(chunks)]
+
+
+def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
+    shape = args.micro_batch_size, args.seq_length
+    while True:
+        batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels", "position_ids")}
+        batch["loss_mask"] = torch.zeros(shape)
+        if getattr(args, "create_attention_mask_in_dataloader", False):
+            mask = args.micro_batch_size, 1, args.seq_length, args.seq_length
+            batch["attention_mask"] = torch.zeros(mask, dtype=torch.bool)
+        tracker.keep_on_host(batch.values())
+        yield batch
+
+
+#: Arguments of what cannot be planned yet, and what they are called.
+_REFUSED = {
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "num_experts": "--num-experts",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "sft": "--sft",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+    "tp_comm_overlap": "--tp-comm-overlap",
+    "perform_rl_step": "--perform-rl-step",
+    "skip_train": "--skip-train",
+    "moe_use_upcycling": "--moe-use-upcycling",
+    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
+}
+
+
+def _refuse(args: Namespace) -> None:
+    asked = [flag for name, flag in _REFUSED.items() if getattr(args, name, None)]
+    if getattr(args, "cuda_graph_impl", "none") not in ("none", None):
+        asked.append("--cuda-graph-impl")
+    if asked:
+        raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

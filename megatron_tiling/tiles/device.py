@@ -1,0 +1,30 @@
+"""Whether tensors take the form of a GPU: its kernels, its products, and the memory that both take.
+
+The planner (``plan/``) runs loops on fake tensors of a CPU as a GPU would run them. It has them take that form, in
+which wrappers of kernels allocate what they do there and launch nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_planning = False
+
+
+def plan_for_gpu() -> None:
+    """Tensors are fake and stand for those of a GPU, for the life of this process."""
+    global _planning
+    _planning = True
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU, or stands for one that is."""
+    return tensor.is_cuda or _planning
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    """Run a Triton kernel on the device of ``like``."""
+    if not _planning:
+        with torch.cuda.device_of(like):
+            kernel[grid](*args, **options)
