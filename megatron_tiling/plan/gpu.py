@@ -96,6 +96,7 @@ def _fused(tracker: Tracker, function: Callable[..., Any]) -> Callable[..., Any]
         with tracker.fused():
             return function(*args, **kwargs)
 
+    call._torchdynamo_orig_callable = function  # type: ignore[attr-defined]  # as torch.compile does
     return call
 
 

@@ -1,8 +1,8 @@
 """Two steps of a training script on fake tensors, as one rank of many, and what the tracker saw of the second.
 
 The script runs as it is: Megatron parses and checks its arguments, builds the model and its optimizer, and
-``megatron.training.training.train`` calls ``train_step``, which is where this ends. Put in their place are the data,
-which are of Megatron's shapes and have no values, checkpoints, which are not read, and process groups, which do nothing.
+``megatron.training.training.train`` calls ``train_step``, which is where this ends. Replaced are the data, which are of
+Megatron's shapes and have no values, checkpoints, which are not read, and process groups, which do nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _Planned(BaseException):
     """Ends the script: all is seen."""
 
 
-def kind_of(module: torch.nn.Module) -> str | None:
-    """What the user calls a module of Megatron's; of a model what is left of it is its head and loss."""
+def _kinds() -> dict[type, str]:
+    """What the user calls modules of Megatron's; of a model what is left of it is its head and loss."""
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.transformer.attention import Attention
@@ -51,11 +51,10 @@ def kind_of(module: torch.nn.Module) -> str | None:
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
     from megatron.core.transformer.transformer_block import TransformerBlock
 
-    kinds = {
+    return {
         Attention: "attention", BaseMoELayer: "experts", MLP: "MLP", LanguageModelEmbedding: "embedding",
         TransformerBlock: "norms and residuals", LanguageModule: "logits and loss",
     }  # fmt: skip
-    return next((kind for of, kind in kinds.items() if isinstance(module, of)), None)
 
 
 def plan(script: str, argv: list[str], world: int, rank: int) -> Run:
@@ -67,7 +66,7 @@ def plan(script: str, argv: list[str], world: int, rank: int) -> Run:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     sys.argv = [script, *argv]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    tracker = Tracker(kind_of)
+    tracker = Tracker()
     gpu.install(tracker)
     _fake_process_groups(world, rank)
     from megatron_tiling.trainer.install import install
@@ -109,6 +108,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
 
     @functools.wraps(stock_pretrain)
     def pretrain(*args: Any, **kwargs: Any) -> Any:
+        tracker.kinds = _kinds()
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             return stock_pretrain(*args, **kwargs)
 

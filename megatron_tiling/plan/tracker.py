@@ -15,8 +15,8 @@ import bisect
 import functools
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -31,7 +31,6 @@ from torch.utils._pytree import tree_iter
 BLOCK = 512
 HOST = "host"
 
-KindOf = Callable[[torch.nn.Module], str | None]
 #: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
 #: The same -> seconds.
@@ -93,18 +92,20 @@ class Tracker(TorchDispatchMode):
     """Counts what is made while the mode is on. ``peak`` is since ``reset_peak``.
 
     Args:
-        kind_of: what a module's call is called, or ``None`` for its caller's name.
+        kinds: what calls of modules of a class are called; others go by their caller's name.
         workspace, price: see ``Workspace`` and ``Price``; by default nothing.
     """
 
     def __init__(
-        self, kind_of: KindOf = lambda module: None, workspace: Workspace | None = None, price: Price | None = None
+        self, kinds: Mapping[Any, str] | None = None, workspace: Workspace | None = None, price: Price | None = None
     ) -> None:
         super().__init__()
         self.allocations: list[Allocation] = []
         self.bytes = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._kind_of, self._workspace, self._price = kind_of, workspace, price
+        self.kinds = dict(kinds or {})
+        self._replaced = ExitStack()
+        self._workspace, self._price = workspace, price
         self._live: dict[int, Allocation] = {}
         self._time = 0
         self._fused = 0
@@ -162,20 +163,7 @@ class Tracker(TorchDispatchMode):
     # Storages
 
     def __enter__(self) -> Self:
-        self._stock_call, self._stock_resize = torch.nn.Module.__call__, torch.UntypedStorage.resize_
-        stock_call, stock_resize = self._stock_call, self._stock_resize
-
-        @functools.wraps(stock_call)
-        def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            kind = self._kind_of(module)
-            if kind is None:
-                return stock_call(module, *args, **kwargs)
-            before = self._phase
-            self._enter(Phase(kind))
-            try:
-                return stock_call(module, *args, **kwargs)
-            finally:
-                self._enter(before)
+        stock_resize = torch.UntypedStorage.resize_
 
         @functools.wraps(stock_resize)
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -186,15 +174,36 @@ class Tracker(TorchDispatchMode):
                 self._see()
             return result
 
-        module, untyped_storage = torch.nn.Module, torch.UntypedStorage
-        module.__call__, untyped_storage.resize_ = call, resize  # type: ignore[method-assign, assignment]
+        self._replace(torch.UntypedStorage, "resize_", resize)
+        for owner, kind in self.kinds.items():
+            self._replace(owner, "__call__", self._named(kind, owner.__call__))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        module, untyped_storage = torch.nn.Module, torch.UntypedStorage
-        module.__call__, untyped_storage.resize_ = self._stock_call, self._stock_resize  # type: ignore[method-assign]
+        self._replaced.close()
+
+    def _replace(self, owner: Any, name: str, new: Any) -> None:
+        if name in vars(owner):
+            self._replaced.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            self._replaced.callback(delattr, owner, name)
+        setattr(owner, name, new)
+
+    def _named(self, kind: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Calls of modules as a phase. Of these alone: the head looks at who calls the output layer."""
+
+        @functools.wraps(stock)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self._phase
+            self._enter(Phase(kind))
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._enter(before)
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

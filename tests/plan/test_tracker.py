@@ -20,19 +20,20 @@ def mode(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield request.param
 
 
-def kind_of(module: torch.nn.Module) -> str | None:
-    return getattr(module, "kind", None)
-
-
 class Square(torch.nn.Module):
     """Makes two tensors of its input's size, and keeps its input."""
 
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * x) + 1
+
+
+class Attention(Square): ...
+
+
+class MLP(Square): ...
+
+
+KINDS = {Attention: "attention", MLP: "MLP"}
 
 
 def test_bytes_are_rounded_and_end_with_the_storage(mode: str) -> None:
@@ -71,8 +72,8 @@ def test_a_storage_that_is_resized(mode: str) -> None:
 
 
 def test_parts_and_phase_of_the_peak(mode: str) -> None:
-    first, second = Square("attention"), Square("MLP")
-    with Tracker(kind_of) as tracker:
+    first, second = Attention(), MLP()
+    with Tracker(KINDS) as tracker:
         weight = torch.ones(KIB, requires_grad=True)
         tracker.mark("weights", [weight])
         x = first(weight)
@@ -91,9 +92,9 @@ def test_parts_and_phase_of_the_peak(mode: str) -> None:
 
 
 def test_recomputed_modules_have_their_own_phase(mode: str) -> None:
-    first, second = Square("attention"), Square("MLP")
+    first, second = Attention(), MLP()
     seen = []
-    with Tracker(kind_of, price=lambda *op: seen.append(str(tracker._phase)) or 0.0) as tracker:
+    with Tracker(KINDS, price=lambda *op: seen.append(str(tracker._phase)) or 0.0) as tracker:
         weight = torch.ones(KIB, requires_grad=True)
         loss = second(checkpoint(first, weight, use_reentrant=True)).sum()
         seen.clear()
