@@ -1,6 +1,10 @@
 """Run an unmodified Megatron-LM script with tiled linear layers.
 
 torchrun ... -m megatron_tiling pretrain_gpt.py --use-tiled-linear ARGS
+
+Or say what such a run will need, without a GPU (see ``plan/``):
+
+python -m megatron_tiling plan pretrain_gpt.py --use-tiled-linear ARGS
 """
 
 import argparse
@@ -11,7 +15,7 @@ from typing import NoReturn
 
 from megatron_tiling.arguments import add_tiling_args
 
-USAGE = "python -m megatron_tiling SCRIPT [ARGS of the script, and those below]"
+USAGE = "python -m megatron_tiling [plan] SCRIPT [ARGS of the script, and those below]"
 
 
 def main() -> None:
@@ -21,6 +25,11 @@ def main() -> None:
         parser.print_help()
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
     script = sys.argv[1]
+    if script == "plan":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
+        from megatron_tiling.plan.command import main as plan
+
+        return plan()
     if not os.path.isfile(script):
         parser.error(f"there is no script {script}")
     sys.argv = sys.argv[1:]

@@ -62,7 +62,7 @@ def _patch_torch(tracker: Tracker) -> None:
             data = tree_map_only(Tensor, Tensor.item, data)
         return stock_tensor(data, *args, **kwargs)
 
-    torch.tensor = tensor  # type: ignore[assignment]
+    torch.tensor = tensor
     functions.dropout, functions.rms_norm = dropout, _rms_norm
     torch.compile = compile_
     for name in ("adam", "sgd"):
@@ -114,8 +114,9 @@ def _copy_from_host(tracker: Tracker) -> None:
     def apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
         """torch's own swaps fake parameters, which needs that nobody has a reference to them."""
         for part in self.modules() if recurse else [self]:
-            for parameter in filter(None.__ne__, part._parameters.values()):
-                parameter.data = fn(parameter.data)
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    parameter.data = fn(parameter.data)
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else fn(buffer)
         return self

@@ -20,26 +20,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
 from megatron_tiling.plan import gpu
 from megatron_tiling.plan.tracker import Tracker
 
-WARM_UP_STEPS = 1
-
 
 @dataclass(frozen=True)
 class Run:
-    """What a run on one rank needs: bytes at the peak, their parts, the phase, and the pipeline's number of stages."""
+    """What a run on one rank needs.
+
+    Args:
+        peak: bytes, as ``torch.cuda.max_memory_allocated`` counts them.
+        parts: their sum, by what they are.
+        phase: what runs at the peak.
+        flops: of matrix products in the steps that were looked at, to compare settings by.
+    """
 
     peak: int
     parts: dict[str, int]
     phase: str
-    stages: int = 1
-    seconds: float = 0.0
+    flops: float
 
 
 class _Planned(BaseException):
     """Ends the script: all is seen."""
+
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 def _kinds() -> dict[type, str]:
@@ -57,8 +65,22 @@ def _kinds() -> dict[type, str]:
     }  # fmt: skip
 
 
-def plan(script: str, argv: list[str], world: int, rank: int) -> Run:
-    """Run ``script`` with the arguments ``argv`` as one rank of ``world``. Once a process.
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
+    if func._overloadpacket not in _PRODUCTS:
+        return 0.0
+    operands = [argument for argument in args if isinstance(argument, Tensor)]
+    return float(flop_registry[func._overloadpacket](*operands, out_val=result))
+
+
+def prepare() -> Tracker:
+    """What all runs share: this process is for planning from here on. Plans run in forks of it."""
+    tracker = Tracker(cost=_flops)
+    gpu.install(tracker)
+    return tracker
+
+
+def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) -> Run:
+    """Run ``script`` with the arguments ``argv`` as one rank of ``world``. Once a process, after ``prepare``.
 
     Raises:
         SystemExit: as Megatron or the script ends on bad arguments.
@@ -66,8 +88,6 @@ def plan(script: str, argv: list[str], world: int, rank: int) -> Run:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     sys.argv = [script, *argv]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    tracker = Tracker()
-    gpu.install(tracker)
     _fake_process_groups(world, rank)
     from megatron_tiling.trainer.install import install
 
@@ -105,6 +125,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
 
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
     stock_number = training.get_num_microbatches
+    warm: list[bool] = []
 
     @functools.wraps(stock_pretrain)
     def pretrain(*args: Any, **kwargs: Any) -> Any:
@@ -131,20 +152,23 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
             (call["config"], "finalize_model_grads_func", "gradient reduction"),
         ):
             setattr(owner, name, _as_phase(tracker, kind, getattr(owner, name)))
-        for _ in range(WARM_UP_STEPS):
-            stock_step(*args, **kwargs)
-            tracker.mark_live("optimizer states", built="optimizer step")
+        stock_step(*args, **kwargs)  # makes the optimizer's states
+        tracker.mark_live("optimizer states", built="optimizer step")
+        warm.append(True)
         tracker.reset_peak()
-        tracker.seconds.clear()
+        tracker.costs.clear()
         stock_step(*args, **kwargs)
-        stages = get_args().pipeline_model_parallel_size
         parts = tracker.parts() | {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
-        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), stages))
+        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), sum(tracker.costs.values())))
         raise _Planned
 
     def number_of_microbatches() -> int:
-        """Enough for the most that a pipeline's stage ever holds."""
-        return min(stock_number(), 2 * get_args().pipeline_model_parallel_size)
+        """In the step that counts as many as it takes until a pipeline's stage holds the most that it ever does."""
+        settings = get_args()
+        stages = settings.pipeline_model_parallel_size
+        if settings.virtual_pipeline_model_parallel_size is not None:
+            return min(stock_number(), 2 * stages if warm else stages)
+        return min(stock_number(), stages + 1 if warm else 1)
 
     def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
         args = get_args()

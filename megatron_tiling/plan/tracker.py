@@ -33,8 +33,8 @@ HOST = "host"
 
 #: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
-#: The same -> seconds.
-Price = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+#: The same -> what it costs, in any unit.
+Cost = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +93,19 @@ class Tracker(TorchDispatchMode):
 
     Args:
         kinds: what calls of modules of a class are called; others go by their caller's name.
-        workspace, price: see ``Workspace`` and ``Price``; by default nothing.
+        workspace, cost: see ``Workspace`` and ``Cost``; by default nothing.
     """
 
     def __init__(
-        self, kinds: Mapping[Any, str] | None = None, workspace: Workspace | None = None, price: Price | None = None
+        self, kinds: Mapping[Any, str] | None = None, workspace: Workspace | None = None, cost: Cost | None = None
     ) -> None:
         super().__init__()
         self.allocations: list[Allocation] = []
         self.bytes = 0
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.costs: defaultdict[str, float] = defaultdict(float)
         self.kinds = dict(kinds or {})
         self._replaced = ExitStack()
-        self._workspace, self._price = workspace, price
+        self._workspace, self._cost = workspace, cost
         self._live: dict[int, Allocation] = {}
         self._time = 0
         self._fused = 0
@@ -155,9 +155,10 @@ class Tracker(TorchDispatchMode):
             return
         self._node = number
         if number is None:
-            self._phase = self._base
+            self._enter(self._base)
             return
         made_in = self._phases[bisect.bisect_right(self._numbers, number) - 1]
+        self._enter(made_in)  # whose nodes are made again, if it recomputes
         self._phase = self._backward_of.setdefault(made_in, Phase(made_in.kind, backward=True))
 
     # Storages
@@ -212,8 +213,8 @@ class Tracker(TorchDispatchMode):
         for value in tree_iter(result):
             if type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided:
                 self._add(value.untyped_storage())
-        if self._price is not None and not self._fused:
-            self.seconds[str(self._phase)] += self._price(func, args, kwargs, result)
+        if self._cost is not None and not self._fused:
+            self.costs[str(self._phase)] += self._cost(func, args, kwargs, result)
         self._see(0 if self._workspace is None else self._workspace(func, args, kwargs, result))
         return result
 

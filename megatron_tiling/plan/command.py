@@ -1,0 +1,183 @@
+"""``python -m megatron_tiling plan``: what a training command needs on the fullest GPU, and which settings fit.
+
+Every setting is run on fake tensors as one rank of each pipeline stage that may be the fullest, each in a process of
+its own, which leaves this one clean. What the script prints is shown where it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_tiling.arguments import add_tiling_args
+from megatron_tiling.plan.processes import in_processes
+from megatron_tiling.plan.run import Run, plan, prepare
+from megatron_tiling.plan.tracker import Tracker
+
+GIB, MIB = 2**30, 2**20
+USAGE = "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] SCRIPT [ARGS of the script]"
+TILED = "--use-tiled-linear"
+#: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
+TILINGS = (
+    "",
+    f"{TILED} --tiled-linear-modules output",
+    TILED,
+    f"{TILED} --tiled-mlp-keep 0",
+    f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272",
+)
+RECOMPUTES = (
+    "",
+    "--recompute-granularity selective --recompute-modules core_attn",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+)
+RECOMPUTE_FLAGS = ("--recompute-granularity", "--recompute-activations")
+#: Flags with which any stage may be the fullest.
+UNEVEN = {"--pipeline-model-parallel-layout"}
+ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Flags to add to a command, and what the script is given with them."""
+
+    flags: str
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run of a setting on the fullest of the stages that were looked at, and the work of all of them."""
+
+    flags: str
+    stage: int
+    run: Run
+    flops: float
+
+
+class Command:
+    """A training command: its script, its settings dense and tiled, and the ranks that may be the fullest."""
+
+    def __init__(self, script: str, arguments: list[str], gpus: int | None) -> None:
+        tiling = add_tiling_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+        self.script, self.arguments = script, tiling.parse_known_args(arguments)[1]
+        self.dense = Setting("", self.arguments)
+        given = TILED in arguments
+        self.tiled = Setting("as given", arguments) if given else Setting(TILED, [*arguments, TILED])
+        self.given = next((name for name in RECOMPUTE_FLAGS if name in arguments), None)
+        sizes = argparse.ArgumentParser(add_help=False)
+        for name in ("tensor-model", "pipeline-model", "context"):
+            sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
+        found = sizes.parse_known_args(arguments)[0]
+        stages = found.pipeline_model_parallel_size
+        in_a_stage = found.tensor_model_parallel_size * found.context_parallel_size
+        self.gpus = gpus or in_a_stage * stages
+        if self.gpus % (in_a_stage * stages):
+            raise SystemExit(
+                f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {in_a_stage * stages}, the product "
+                "of the tensor, context and pipeline parallel sizes"
+            )
+        apart = in_a_stage if "--use-tp-pp-dp-mapping" in arguments else self.gpus // stages
+        # The first stage holds most micro-batches, the second those without an embedding, the last makes the logits.
+        looked_at = range(stages) if UNEVEN & set(arguments) else sorted({0, min(1, stages - 1), stages - 1})
+        self.ranks = {stage: stage * apart for stage in looked_at}
+
+    def others(self) -> Iterator[Setting]:
+        """What is compared beside the command's own settings."""
+        for recompute in [""] if self.given else RECOMPUTES:
+            for tiling in TILINGS:
+                flags = f"{recompute} {tiling}".strip()
+                if flags not in (self.dense.flags, self.tiled.flags):
+                    yield Setting(flags, [*self.arguments, *flags.split()])
+
+    def plan(self, settings: Iterable[Setting], tracker: Tracker) -> Iterator[Plan | str]:
+        """Of each setting, or why it does not run."""
+        asked = list(settings)
+        jobs = [
+            functools.partial(plan, tracker, self.script, setting.arguments, self.gpus, rank)
+            for setting in asked
+            for rank in self.ranks.values()
+        ]
+        results = iter(in_processes(jobs))
+        for setting in asked:
+            runs = {stage: next(results) for stage in self.ranks}
+            found = {stage: run for stage, run in runs.items() if isinstance(run, Run)}
+            if len(found) < len(runs):
+                yield next(run for run in runs.values() if isinstance(run, str))
+                continue
+            fullest = max(found, key=lambda stage: found[stage].peak)
+            yield Plan(setting.flags, fullest, found[fullest], sum(run.flops for run in found.values()))
+
+
+def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
+    """Parts of memory at the peak in MiB, a column for each plan."""
+    parts = dict.fromkeys(part for one in plans for part in one.run.parts)
+    order = sorted(parts, key=lambda part: -max(one.run.parts.get(part, 0) for one in plans))
+    rows = [["MiB at the peak", *names]]
+    rows += [[part, *(f"{one.run.parts.get(part, 0) / MIB:.0f}" for one in plans)] for part in order]
+    rows.append(["peak", *(f"{one.run.peak / MIB:.0f}" for one in plans)])
+    rows.append(["set by", *(one.run.phase for one in plans)])
+    rows.append(["pipeline stage", *(str(one.stage) for one in plans)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
+    """Settings that fit, those with the least work first, without those that another beats or equals in work and peak.
+
+    If none fits, the smallest, and what else there is.
+    """
+    best: list[Plan] = []
+    for one in sorted(plans, key=lambda one: (round(one.flops / dense.flops, 3), one.run.peak)):
+        if not best or one.run.peak < best[-1].run.peak:
+            best.append(one)
+    fitting = [one for one in best if one.run.peak <= limit]
+    head = f"the best of {len(plans)} settings that fit, by their matrix products against dense's (not a time):"
+    if not fitting:
+        head, fitting = f"none of {len(plans)} settings fits; try {ADVICE}. The smallest:", best[-1:]
+    rows = [
+        f"  {one.flops / dense.flops:.3f}  {one.run.peak / GIB:6.1f} GiB  {one.flags or 'dense'}  ({one.run.phase})"
+        for one in fitting
+    ]
+    return [head, *rows]
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` holds.
+
+    Raises:
+        SystemExit: the script, or Megatron, does not take its arguments, with what it said.
+    """
+    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
+    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
+    parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
+    parser.add_argument(
+        "--outside-gib",
+        type=float,
+        default=2.0,
+        help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
+        "(default: 2)",
+    )
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args(sys.argv[2:])
+    if not os.path.isfile(options.script):
+        parser.error(f"there is no script {options.script}")
+    command = Command(options.script, options.arguments, options.gpus)
+    tracker = prepare()
+    found: list[Plan] = []
+    for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):
+        if isinstance(one, str):
+            raise SystemExit(f"{one}\nmegatron_tiling plan: so does the command end, {name}")
+        found.append(one)
+    print(table(found, ("dense", f"tiled ({command.tiled.flags})")), flush=True)
+    dense = found[0]
+    found += [one for one in command.plan(command.others(), tracker) if isinstance(one, Plan)]
+    limit = options.gpu_memory_gib - options.outside_gib
+    print(f"\n{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;", end=" ")
+    print("\n".join(ranking(found, dense, limit * GIB)))

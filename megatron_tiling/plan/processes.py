@@ -1,0 +1,47 @@
+"""Runs in processes of their own, forked off this one: as many at a time as there are processors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+ERROR_LINES = 12
+
+
+def in_processes[T](jobs: Sequence[Callable[[], T]]) -> list[T | str]:
+    """What each job returns, in their order; where one ends otherwise, the end of what it has printed."""
+    fork = multiprocessing.get_context("fork")
+    results: dict[int, T | str] = {}
+    running: dict[Any, tuple[int, Any, Any]] = {}
+    waiting = list(enumerate(jobs))[::-1]
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            index, job = waiting.pop()
+            ours, theirs = fork.Pipe()
+            output = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed below
+            process = fork.Process(target=_run, args=(job, theirs, output.fileno()))
+            process.start()
+            theirs.close()
+            running[ours] = index, process, output
+        for ready in wait(list(running)):
+            index, process, output = running.pop(ready)
+            with output, cast(Connection, ready) as connection:
+                try:
+                    results[index] = connection.recv()
+                except EOFError:
+                    output.seek(0)
+                    results[index] = "".join(output.readlines()[-ERROR_LINES:])
+                process.join()
+    return [results[index] for index in range(len(jobs))]
+
+
+def _run(job: Callable[[], Any], connection: Connection, output: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(output, stream.fileno())
+    connection.send(job())
