@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tiling.plan.command import command_parser
 from tests.support.launch import EXAMPLES, ROOT, search_path
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +28,7 @@ COMMANDED = [page for page in PAGES if RESULTS not in page.parents]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*\b")
 #: Of torchrun, pytest, pip, git and trainers, where a page speaks of these.
 FLAGS_OF_OTHERS = {"--standalone", "--nproc-per-node", "--no-deps", "--custom-model-provider-path"}
+FLAGS_OF_OTHERS |= set(command_parser()._option_string_actions)  # of the planner
 FLAGS_OF_OTHERS |= {"--output-logit-dtype", "--megatron-fsdp-version"}  # of Megatron-LM's main branch
 
 

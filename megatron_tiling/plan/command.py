@@ -10,6 +10,7 @@ import argparse
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -147,12 +148,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
     return [head, *rows]
 
 
-def main() -> None:
-    """Run the command that ``sys.argv`` holds.
-
-    Raises:
-        SystemExit: the script, or Megatron, does not take its arguments, with what it said.
-    """
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
     parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
@@ -165,10 +161,21 @@ def main() -> None:
     )
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` holds.
+
+    Raises:
+        SystemExit: the script, or Megatron, does not take its arguments, with what it said.
+    """
+    parser = command_parser()
     options = parser.parse_args(sys.argv[2:])
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
     command = Command(options.script, options.arguments, options.gpus)
+    warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare()
     found: list[Plan] = []
     for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):

@@ -236,6 +236,11 @@ _REFUSED = {
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
     "num_experts": "--num-experts",
+    "mtp_num_layers": "--mtp-num-layers",
+    "multi_latent_attention": "--multi-latent-attention",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
+    "hybrid_override_pattern": "--hybrid-override-pattern",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
@@ -251,7 +256,8 @@ _REFUSED = {
 
 def _refuse(args: Namespace) -> None:
     asked = [flag for name, flag in _REFUSED.items() if getattr(args, name, None)]
-    if getattr(args, "cuda_graph_impl", "none") not in ("none", None):
-        asked.append("--cuda-graph-impl")
+    for name, priced in (("cuda_graph_impl", "none"), ("transformer_impl", "local"), ("optimizer", "adam")):
+        if getattr(args, name, priced) != priced:
+            asked.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

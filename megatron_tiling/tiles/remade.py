@@ -29,12 +29,12 @@ def made_again(made: Tensor, function: Callable[[Tensor], Tensor], source: Tenso
     """
     source, uses, left = source.detach(), 0, 0
     version, again = source._version, None
-    storage, kind, empty = made.untyped_storage().data_ptr(), type(made), made.numel() == 0
+    storage, kind, empty = made.untyped_storage()._cdata, type(made), made.numel() == 0
     del made  # the functions below live as long as the graph
 
     def keep(saved: Tensor) -> Any:
         nonlocal uses
-        if empty or type(saved) is not kind or saved.untyped_storage().data_ptr() != storage:
+        if empty or type(saved) is not kind or saved.untyped_storage()._cdata != storage:
             return saved  # also what has no storage to compare: quantized weights
         uses += 1
         return saved.size(), saved.stride(), saved.storage_offset()

@@ -1,0 +1,29 @@
+"""Two of the training steps of benchmarks/end_to_end.py, measured on a GPU and planned without one.
+
+python -m tests.plan.measured
+"""
+
+import functools
+
+from benchmarks.end_to_end import BODY, MODEL, PLAIN
+from megatron_tiling.plan.processes import in_processes
+from megatron_tiling.plan.run import plan, prepare
+
+SCRIPT = "examples/gpt/pretrain_gpt.py"
+#: MiB -> flags.
+MEASURED = {40463: PLAIN, 38783: f"{BODY} --tiled-mlp-keep 0"}
+
+
+def main() -> None:
+    tracker = prepare()
+    arguments = [*MODEL, "--train-iters", "14", "--vocab-size", "31999"]
+    jobs = [
+        functools.partial(plan, tracker, SCRIPT, [*arguments, *flags.split()], world=1, rank=0)
+        for flags in MEASURED.values()
+    ]
+    for measured, run in zip(MEASURED, in_processes(jobs), strict=True):
+        print(f"MEASURED {measured}", run if isinstance(run, str) else f"planned {run.peak >> 20}, {run.phase}")
+
+
+if __name__ == "__main__":
+    main()

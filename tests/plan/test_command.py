@@ -1,0 +1,94 @@
+"""The command: which ranks it looks at, what it compares and prints, and what it says of commands that do not run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tiling.plan.command import GIB, Command, Plan, ranking, table
+from megatron_tiling.plan.processes import in_processes
+from megatron_tiling.plan.run import Run
+from tests.support.launch import EXAMPLES, ROOT
+
+SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4".split()
+
+
+def plan(flags: str, peak: float, work: float) -> Plan:
+    return Plan(flags, 0, Run(int(peak * GIB), {"weights": int(peak * GIB)}, "MLP", work), work)
+
+
+def test_ranks_of_pipeline_stages() -> None:
+    assert Command("x.py", SIZES, 64).ranks == {0: 0, 1: 16, 3: 48}
+    assert Command("x.py", [*SIZES, "--use-tp-pp-dp-mapping"], 64).ranks == {0: 0, 1: 2, 3: 6}
+    assert Command("x.py", [*SIZES, "--pipeline-model-parallel-layout", "E|t|t|L"], None).ranks == {
+        0: 0, 1: 2, 2: 4, 3: 6,
+    }  # fmt: skip
+    assert Command("x.py", [], None).ranks == {0: 0}
+    with pytest.raises(SystemExit, match="--gpus 12: must be a multiple of 8"):
+        Command("x.py", SIZES, 12)
+
+
+def test_settings_that_are_compared() -> None:
+    given = ["--use-tiled-linear", "--tile-factor", "4", "--num-layers", "4"]
+    command = Command("x.py", given, None)
+    assert command.dense.arguments == ["--num-layers", "4"]
+    assert command.tiled.arguments == given
+    others = [setting.flags for setting in command.others()]
+    assert "--use-tiled-linear" in others and len(set(others)) == len(others)
+    assert any("--recompute-granularity" in flags for flags in others)
+    recomputing = Command("x.py", ["--recompute-granularity", "full"], None)
+    assert not any("--recompute" in setting.flags for setting in recomputing.others())
+
+
+def test_ranking() -> None:
+    dense = plan("", 50, 1.0)
+    plans = [dense, plan("--keep 0", 30, 1.2), plan("--tiled", 40, 1.0), plan("--worse", 45, 1.1)]
+    assert [line.split()[3] for line in ranking(plans, dense, 80 * GIB)[1:]] == ["--tiled", "--keep"]
+    assert [line.split()[3] for line in ranking(plans, dense, 35 * GIB)[1:]] == ["--keep"]
+    head, smallest = ranking(plans, dense, 20 * GIB)
+    assert "none of 4 settings fits" in head and "--keep 0" in smallest
+
+
+def test_table() -> None:
+    lines = table([plan("", 50, 1.0), plan("--tiled", 40, 1.0)], ["dense", "tiled"]).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["MiB", "at", "the", "peak", "dense", "tiled"], ["weights", "51200", "40960"], ["peak", "51200", "40960"],
+    ]  # fmt: skip
+
+
+def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise ValueError("no such flag")
+
+    one, failed, two = in_processes([lambda: 1, fail, lambda: 2])
+    assert (one, two) == (1, 2) and "no such flag" in str(failed)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        ("--hidden-size 64", "assert args.micro-batch-size is not None"),
+        ("--optimizer sgd --num-experts 2", "--num-experts, --optimizer sgd: not planned yet"),
+    ],
+)
+def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
+    model = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+        "--micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --train-iters 1 "
+        "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --bf16 "
+    )
+    flags = flags if "assert" in answer else model + flags
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_tiling", "plan", str(EXAMPLES / "pretrain_gpt.py"), *flags.split()],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert answer in ended.stderr.replace("_", "-"), ended.stderr[-3000:]
+
+
+def test_a_script_that_is_not_there(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_tiling", "plan", str(tmp_path / "none.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and "there is no script" in ended.stderr
