@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from megatron_tiling import cpu
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.tiles.device import plan_for_gpu
+from megatron_tiling.tiles.gemm import gemm_into
 
 #: Bytes. cuBLAS takes 32 MiB on Hopper for each pair of a handle and a stream (aten/src/ATen/cuda/CublasHandlePool.cpp,
 #: getChosenWorkspaceSize), from torch's allocator; the thread of the backward pass has a handle of its own.
@@ -101,10 +102,14 @@ def _fused(tracker: Tracker, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _fuse_weight_gradients() -> None:
+    def add_weight_gradient(input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """``[n, i]`` and ``[n, o]`` -> ``[o, i]``, added: counted, and nothing allocated."""
+        gemm_into(main_grad, grad_output.t(), input, accumulate=True)
+
     kernels = ModuleType(APEX_KERNELS)
     kernels.__spec__ = ModuleSpec(APEX_KERNELS, None)
     for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
-        setattr(kernels, name, lambda input, grad_output, main_grad: None)
+        setattr(kernels, name, add_weight_gradient)
     sys.modules.setdefault(APEX_KERNELS, kernels)
 
 

@@ -36,6 +36,6 @@ def test_steps_that_were_measured_on_an_h100() -> None:
         env=os.environ | {"PYTHONPATH": search_path(), "CUDA_VISIBLE_DEVICES": ""},
     ).stdout  # fmt: skip
     assert [line for line in planned.splitlines() if line.startswith("MEASURED")] == [
-        "MEASURED 40463 planned 40463, attention, backward",
-        "MEASURED 38783 planned 38783, attention, backward",
+        "MEASURED 40463 planned 40463, attention, backward; 80.66 TFLOP",
+        "MEASURED 38783 planned 38783, attention, backward; 92.20 TFLOP",
     ]
