@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -86,9 +85,3 @@ def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
     )  # fmt: skip
     assert ended.returncode != 0
     assert answer in ended.stderr.replace("_", "-"), ended.stderr[-3000:]
-
-
-def test_a_script_that_is_not_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_tiling", "plan", str(tmp_path / "none.py")]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 2 and "there is no script" in ended.stderr
