@@ -185,7 +185,13 @@ def main() -> None:
         found.append(one)
     print(table(found, ("dense", f"tiled ({command.tiled.flags})")), flush=True)
     dense = found[0]
-    found += [one for one in command.plan(command.others(), tracker) if isinstance(one, Plan)]
+    failed: list[str] = []
+    others = list(command.others())
+    for setting, one in zip(others, command.plan(others, tracker), strict=True):
+        if isinstance(one, Plan):
+            found.append(one)
+        else:
+            failed.append(f"  not among them, it does not run: {setting.flags}: {one.splitlines()[-1]}")
     limit = options.gpu_memory_gib - options.outside_gib
     print(f"\n{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;", end=" ")
-    print("\n".join(ranking(found, dense, limit * GIB)))
+    print("\n".join([*ranking(found, dense, limit * GIB), *failed]))

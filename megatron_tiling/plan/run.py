@@ -152,7 +152,9 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
             (call["config"], "finalize_model_grads_func", "gradient reduction"),
         ):
             setattr(owner, name, _as_phase(tracker, kind, getattr(owner, name)))
-        stock_step(*args, **kwargs)  # makes the optimizer's states
+        _, skipped, *_ = stock_step(*args, **kwargs)
+        if skipped:  # or the optimizer's states would be missing
+            raise SystemExit("megatron_tiling plan: the optimizer takes no step on values that are not there")
         tracker.mark_live("optimizer states", built="optimizer step")
         warm.append(True)
         tracker.reset_peak()
@@ -173,7 +175,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
         args = get_args()
         args.do_train, args.do_valid, args.do_test = True, False, False
-        return _data_iterators(tracker), None, None
+        return _data_iterator(tracker), None, None
 
     from megatron.training import get_args
 
@@ -202,19 +204,15 @@ def _mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
         tracker.mark("weights", chunk.parameters())
 
 
-def _data_iterators(tracker: Tracker) -> Any:
-    """As Megatron's: on the ranks that read data, one for each chunk of the model."""
+def _data_iterator(tracker: Tracker) -> Any:
+    """As Megatron's, which asks for one for each chunk of the model: there is none where no data is read."""
     from megatron.core import mpu
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.training import get_args
 
-    args = get_args()
     if mpu.get_tensor_model_parallel_rank() != 0:
         return None
-    chunks = args.virtual_pipeline_model_parallel_size
-    if chunks is None:
-        return RerunDataIterator(_batches(tracker, args))
-    return [RerunDataIterator(_batches(tracker, args)) for _ in range(chunks)]
+    return RerunDataIterator(_batches(tracker, get_args()))
 
 
 def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
@@ -233,6 +231,7 @@ def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
 _REFUSED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
+    "fp16": "--fp16",  # whose loss scale may skip steps
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
     "num_experts": "--num-experts",
