@@ -72,7 +72,9 @@ class Command:
         sizes = argparse.ArgumentParser(add_help=False)
         for name in ("tensor-model", "pipeline-model", "context"):
             sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
+        sizes.add_argument("--transformer-impl", default="transformer_engine")
         found = sizes.parse_known_args(arguments)[0]
+        self.with_transformer_engine = found.transformer_impl == "transformer_engine"
         stages = found.pipeline_model_parallel_size
         in_a_stage = found.tensor_model_parallel_size * found.context_parallel_size
         self.gpus = gpus or in_a_stage * stages
@@ -177,7 +179,7 @@ def main() -> None:
         parser.error(f"there is no script {options.script}")
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    tracker = prepare()
+    tracker = prepare(command.with_transformer_engine)
     found: list[Plan] = []
     for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):
         if isinstance(one, str):

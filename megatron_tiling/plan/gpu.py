@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from megatron_tiling import cpu
+from megatron_tiling.plan import transformer_engine
+from megatron_tiling.plan.compiled import scratch
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.tiles.device import plan_for_gpu
 from megatron_tiling.tiles.gemm import gemm_into
@@ -36,14 +39,19 @@ CUBLAS_WORKSPACES = 2 * 32 * 2**20
 APEX_KERNELS = "fused_weight_gradient_mlp_cuda"
 
 
-def install(tracker: Tracker) -> None:
-    """Before megatron is imported."""
+def install(tracker: Tracker, with_transformer_engine: bool = False) -> None:
+    """Before megatron is imported, which is told that TransformerEngine is installed, or that it is not."""
     plan_for_gpu()
+    if with_transformer_engine:
+        transformer_engine.install()
+    else:
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _patch_torch(tracker)
     _fuse_weight_gradients()
     cpu.install()
     _copy_from_host(tracker)
     _forget_random_states()
+    _share_storages()
 
 
 def _patch_torch(tracker: Tracker) -> None:
@@ -95,7 +103,9 @@ def _fused(tracker: Tracker, function: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with tracker.fused():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            beside = scratch(function, args)  # noqa: F841  # until the tracker has seen it
+        return result
 
     call._torchdynamo_orig_callable = function  # type: ignore[attr-defined]  # as torch.compile does
     return call
@@ -155,3 +165,14 @@ def _forget_random_states() -> None:
     for module in (torch_, torch_.cuda, torch_.cuda.random, torch_.random):
         module.get_rng_state, module.set_rng_state = state, forget
     random._set_cuda_rng_state = forget
+
+
+def _share_storages() -> None:
+    """Megatron's extension in C++, by which an output that it has discarded gets the memory of the one made again."""
+    import megatron.core.tensor_parallel.random as random
+
+    def share(discarded: Tensor, made: Tensor) -> None:
+        storage = made.untyped_storage()
+        weakref.finalize(discarded.untyped_storage(), storage.size).atexit = False  # holds it until then
+
+    random._get_share_storage = lambda: share

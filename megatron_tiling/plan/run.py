@@ -72,10 +72,10 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     return float(flop_registry[func._overloadpacket](*operands, out_val=result))
 
 
-def prepare() -> Tracker:
+def prepare(with_transformer_engine: bool = False) -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it."""
     tracker = Tracker(cost=_flops)
-    gpu.install(tracker)
+    gpu.install(tracker, with_transformer_engine)
     return tracker
 
 
@@ -255,8 +255,12 @@ _REFUSED = {
 
 def _refuse(args: Namespace) -> None:
     asked = [flag for name, flag in _REFUSED.items() if getattr(args, name, None)]
-    for name, priced in (("cuda_graph_impl", "none"), ("transformer_impl", "local"), ("optimizer", "adam")):
-        if getattr(args, name, priced) != priced:
+    for name, *priced in (
+        ("cuda_graph_impl", "none"),
+        ("transformer_impl", "local", "transformer_engine"),
+        ("optimizer", "adam"),
+    ):
+        if getattr(args, name, priced[0]) not in priced:
             asked.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

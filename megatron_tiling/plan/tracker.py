@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,11 @@ from torch.utils._pytree import tree_iter
 #: Bytes: the caching allocator's kMinBlockSize (c10/cuda/CUDACachingAllocator.cpp), to multiples of which it rounds.
 BLOCK = 512
 HOST = "host"
+
+#: Who holds a gradient that autograd's engine alone has, as ``__torch_dispatch__`` finds it: references to the tensor,
+#: to its storage, and to the Python object (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).
+_AUTOGRAD_ALONE = (4, 2, 3)
+_storage_holders = torch._C._storage_Use_Count
 
 #: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
@@ -209,6 +215,10 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._follow_backward()
+        if func is torch.ops.aten.add.Tensor and self._node is not None:
+            holders = args[0]._use_count(), _storage_holders(args[0].untyped_storage()._cdata), sys.getrefcount(args[0])
+            if holders == _AUTOGRAD_ALONE and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
+                return args[0]  # a sum of gradients, which autograd makes in place unless a mode is on
         result = run(func, args, kwargs)
         for value in tree_iter(result):
             if type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided:

@@ -1,6 +1,6 @@
 """The tracker: sizes, lifetimes, parts and phases of a small network, on real and on fake tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -136,3 +136,69 @@ def test_values_of_fake_tensors_and_products_into_wider_ones() -> None:
         held = tracker.bytes
         torch.addmm(out, a, a, out=out, out_dtype=torch.float32)
         assert tracker.bytes == held
+
+
+def backward_of(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of Python's whose gradient ``make`` makes."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> torch.Tensor:
+            return make(grads[0])
+
+    apply: Any = Function.apply
+    return lambda x: apply(x)
+
+
+class SumsOfGradients(Tracker):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.add.Tensor and torch._C._current_autograd_node() is not None:
+            self.found.append("aten::add_" if result is args[0] else "aten::add")
+        return result
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x,
+        backward_of(lambda grad: grad),
+        backward_of(torch.empty_like),
+        backward_of(lambda grad: torch.empty(grad.numel()).view(grad.shape)),
+    ],
+    ids=["none", "same", "new", "view"],
+)
+@pytest.mark.parametrize(
+    "branches",
+    [
+        lambda f, y: f(y + y.exp()),
+        lambda f, y: f(y) + y.exp(),
+        lambda f, y: y.exp() + f(y),
+        lambda f, y: f(y) + f(y),
+    ],
+    ids=["residual", "first", "second", "both"],
+)
+def test_sums_of_gradients_are_in_place_where_they_are_without_a_tracker(
+    mode: str, function: Any, branches: Any
+) -> None:
+    def loss() -> torch.Tensor:
+        y = torch.zeros(8, 64, requires_grad=True) * 1
+        return (branches(function, y) * 2).exp().sum()
+
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        stock = loss()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            stock.backward()
+    with SumsOfGradients() as tracker:
+        of_tracker = loss()
+        tracker.found.clear()
+        of_tracker.backward()
+    assert tracker.found == [event.name for event in profiler.events() if event.name in ("aten::add", "aten::add_")]

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiling.tiles.remade import made_again
 
@@ -44,4 +45,16 @@ def test_a_source_that_was_changed_in_place_is_refused() -> None:
         output = made * weight
     source.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_tensors_without_memory_are_told_apart() -> None:
+    def again(source: Tensor) -> Tensor:
+        raise AssertionError("what was saved is another tensor")
+
+    with FakeTensorMode():
+        source, other, weight = torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, requires_grad=True)
+        made = source * 2
+        with made_again(made, again, source):
+            output = other * weight
         output.sum().backward()

@@ -1,0 +1,99 @@
+"""Checks of the planner's TransformerEngine, one a process, which stands for a GPU from its start to its end."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.plan_accuracy import MIB, Planner
+
+TP, TOKENS, HIDDEN, FFN = 2, 1024, 256, 512
+BLOCKS = 2 * 8 * 512 / MIB  # of the caching allocator, which small tensors are rounded up to
+
+
+def mib(*elements: int) -> float:
+    """Of bf16."""
+    return 2 * sum(elements) / MIB
+
+
+def linear_layers_under_sequence_parallelism() -> None:
+    """fc1 with its norm, and fc2, at TP=2: what they keep, and what the backward pass of each holds at most."""
+    planner = Planner(TP)  # before Megatron is imported
+    import torch
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=2, normalization="RMSNorm",
+        params_dtype=torch.bfloat16, bf16=True, add_bias_linear=False, gradient_accumulation_fusion=True,
+        tensor_model_parallel_size=TP, sequence_parallel=True,
+    )  # fmt: skip
+    options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False}
+    options |= {"skip_bias_add": False, "is_expert": False}
+    part, whole, wide = TOKENS // TP * HIDDEN, TOKENS * HIDDEN, TOKENS * FFN // TP
+    with planner.simulation():
+        fc1 = te.TELayerNormColumnParallelLinear(HIDDEN, FFN, gather_output=False, **options)
+        fc2 = te.TERowParallelLinear(FFN, HIDDEN, input_is_parallel=True, **options)
+        for layer in (fc1, fc2):
+            for parameter in layer.parameters():
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+                parameter.grad_added_to_main_grad = False
+
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+        shapes = (TOKENS // TP, 1, HIDDEN), (TOKENS, 1, FFN // TP)
+        for layer, given, kept, made in (
+            # the norm's output; its gradient and input, whole, and this rank's part of the gradient
+            (fc1, shapes[0], mib(part), mib(whole, whole, part)),
+            # nothing but the input; the gradients of the output, whole, and of the input
+            (fc2, shapes[1], 0.0, mib(whole, wide)),
+        ):
+            check_layer(planner, layer, tensor(*given), kept, made)
+
+
+def check_layer(planner: Planner, layer: Any, x: Any, kept: float, made: float) -> None:
+    import torch
+
+    layer(x)[0].sum().backward()  # makes what is held for good
+    x.grad = None
+    before = planner.tracker.bytes
+    output = layer(x)[0]
+    near(f"{type(layer).__name__}, kept", (planner.tracker.bytes - before - output.nbytes) / MIB, kept)
+    grad = torch.zeros_like(output)
+    near(f"{type(layer).__name__}, backward", planner.peak(lambda: output.backward(grad)), made)
+
+
+def near(what: str, found: float, expected: float) -> None:
+    if not expected <= found <= expected + BLOCKS:
+        raise AssertionError(f"{what}: {found:.4f} MiB, expected {expected:.4f}")
+
+
+def measured_peaks_and_refusals() -> None:
+    """Measured peaks of MLPs, dense, recomputed and tiled. FP8 is refused by name."""
+    import json
+
+    from benchmarks.plan_accuracy import of_mlp
+    from benchmarks.record import RESULTS
+
+    rows = list(of_mlp(Planner(), json.loads((RESULTS / "2026-11-27-mlp-te.json").read_text()), 1))
+    assert len(rows) == 16
+    for name, predicted, measured in rows:
+        if abs(predicted / measured - 1) > 0.002:
+            raise AssertionError(f"{name}: {predicted:.1f} MiB, measured {measured:.1f}")
+    import transformer_engine as te
+
+    for ask in (te.common.recipe.DelayedScaling, lambda: te.pytorch.fp8_autocast(enabled=True).__enter__()):
+        try:
+            ask()
+        except NotImplementedError as error:
+            assert "--fp8-format" in str(error)
+        else:
+            raise AssertionError("FP8 is not refused")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    check.__name__: check for check in (linear_layers_under_sequence_parallelism, measured_peaks_and_refusals)
+}
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()
