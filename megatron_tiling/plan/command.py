@@ -64,12 +64,14 @@ class Command:
 
     def __init__(self, script: str, arguments: list[str], gpus: int | None) -> None:
         tiling = add_tiling_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-        self.script, self.arguments = script, tiling.parse_known_args(arguments)[1]
+        self.script, (asked, self.arguments) = script, tiling.parse_known_args(arguments)
         self.dense = Setting("", self.arguments)
-        given = TILED in arguments
-        self.tiled = Setting("as given", arguments) if given else Setting(TILED, [*arguments, TILED])
-        self.given = next((name for name in RECOMPUTE_FLAGS if name in arguments), None)
-        sizes = argparse.ArgumentParser(add_help=False)
+        self.tiled = Setting(TILED, [*self.arguments, TILED])
+        if self.arguments != arguments:
+            self.tiled = Setting("as given", arguments if asked.use_tiled_linear else [*arguments, TILED])
+        names = {argument.partition("=")[0] for argument in self.arguments}
+        self.recomputes = not names.isdisjoint(RECOMPUTE_FLAGS)
+        sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in ("tensor-model", "pipeline-model", "context"):
             sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
         sizes.add_argument("--transformer-impl", default="transformer_engine")
@@ -83,14 +85,14 @@ class Command:
                 f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {in_a_stage * stages}, the product "
                 "of the tensor, context and pipeline parallel sizes"
             )
-        apart = in_a_stage if "--use-tp-pp-dp-mapping" in arguments else self.gpus // stages
+        apart = in_a_stage if "--use-tp-pp-dp-mapping" in names else self.gpus // stages
         # The first stage holds most micro-batches, the second those without an embedding, the last makes the logits.
-        looked_at = range(stages) if UNEVEN & set(arguments) else sorted({0, min(1, stages - 1), stages - 1})
+        looked_at = range(stages) if UNEVEN & names else sorted({0, min(1, stages - 1), stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
 
     def others(self) -> Iterator[Setting]:
         """What is compared beside the command's own settings."""
-        for recompute in [""] if self.given else RECOMPUTES:
+        for recompute in [""] if self.recomputes else RECOMPUTES:
             for tiling in TILINGS:
                 flags = f"{recompute} {tiling}".strip()
                 if flags not in (self.dense.flags, self.tiled.flags):

@@ -119,13 +119,20 @@ def _fake_process_groups(world: int, rank: int) -> None:
 
 
 def _install_seams(tracker: Tracker, found: list[Run]) -> None:
+    import megatron.training.arguments as arguments
     import megatron.training.training as training
 
     from megatron_tiling.trainer.install import replace_in_all_modules
 
+    stock_validate = arguments.validate_args
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
     stock_number = training.get_num_microbatches
     warm: list[bool] = []
+
+    @functools.wraps(stock_validate)
+    def validate(args: Namespace, *more: Any, **options: Any) -> Any:
+        _refuse(args)  # before Megatron refuses what the planner's TransformerEngine lacks, with other advice
+        return stock_validate(args, *more, **options)
 
     @functools.wraps(stock_pretrain)
     def pretrain(*args: Any, **kwargs: Any) -> Any:
@@ -169,7 +176,8 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         settings = get_args()
         stages = settings.pipeline_model_parallel_size
         if settings.virtual_pipeline_model_parallel_size is not None:
-            return min(stock_number(), 2 * stages if warm else stages)
+            group = max(stages, settings.microbatch_group_size_per_vp_stage or 0)
+            return min(stock_number(), 2 * group if warm else group)
         return min(stock_number(), stages + 1 if warm else 1)
 
     def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
@@ -180,6 +188,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     from megatron.training import get_args
 
     replaced = {
+        stock_validate: validate,
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
         training.build_train_valid_test_data_iterators: data_iterators,
     }  # fmt: skip
@@ -250,6 +259,14 @@ _REFUSED = {
     "skip_train": "--skip-train",
     "moe_use_upcycling": "--moe-use-upcycling",
     "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
+    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
+    "experimental_attention_variant": "--experimental-attention-variant",
+    "yaml_cfg": "--yaml-cfg",  # which the command that is planned does not show
+    "use_mp_args_from_checkpoint_args": "--use-mp-args-from-checkpoint-args",
+    "rampup_batch_size": "--rampup-batch-size",  # whose first steps have fewer micro-batches than the later ones
+    "step_batch_size_schedule": "--step-batch-size-schedule",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",  # holds logits' gradients of all micro-batches
+    "logits_save_dir": "--logits-save-dir",
 }
 
 

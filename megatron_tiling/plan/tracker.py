@@ -221,7 +221,8 @@ class Tracker(TorchDispatchMode):
                 return args[0]  # a sum of gradients, which autograd makes in place unless a mode is on
         result = run(func, args, kwargs)
         for value in tree_iter(result):
-            if type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided:
+            is_strided = type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided
+            if is_strided and value.device.type != "meta":
                 self._add(value.untyped_storage())
         if self._cost is not None and not self._fused:
             self.costs[str(self._phase)] += self._cost(func, args, kwargs, result)

@@ -36,8 +36,20 @@ def test_settings_that_are_compared() -> None:
     others = [setting.flags for setting in command.others()]
     assert "--use-tiled-linear" in others and len(set(others)) == len(others)
     assert any("--recompute-granularity" in flags for flags in others)
-    recomputing = Command("x.py", ["--recompute-granularity", "full"], None)
-    assert not any("--recompute" in setting.flags for setting in recomputing.others())
+    for recompute in ("--recompute-granularity full", "--recompute-granularity=full", "--recompute-activations"):
+        others = Command("x.py", recompute.split(), None).others()
+        assert not any("--recompute" in setting.flags for setting in others)
+
+
+def test_forms_of_arguments() -> None:
+    layout = Command("x.py", ["--pipeline-model-parallel-size=3", "--pipeline-model-parallel-layout=E|t|L"], None)
+    assert layout.ranks == {0: 0, 1: 1, 2: 2}
+    alias = Command("x.py", ["--memory-centric-tiled-linear", "--tile-factor=8"], None)
+    assert alias.dense.arguments == []
+    assert alias.tiled.arguments == ["--memory-centric-tiled-linear", "--tile-factor=8"]
+    without = Command("x.py", ["--tile-factor", "8"], None)
+    assert without.tiled.arguments == ["--tile-factor", "8", "--use-tiled-linear"]
+    assert "--use-tiled-linear" in [setting.flags for setting in without.others()]
 
 
 def test_ranking() -> None:
@@ -69,7 +81,11 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     ("flags", "answer"),
     [
         ("--hidden-size 64", "assert args.micro-batch-size is not None"),
-        ("--optimizer sgd --num-experts 2", "--num-experts, --optimizer sgd: not planned yet"),
+        (
+            "--optimizer sgd --num-experts 2 --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
+            "--num-experts, --use-precision-aware-optimizer, --rampup-batch-size, --optimizer sgd: not planned yet",
+        ),
+        ("--no-such-flag", "error: unrecognized arguments: --no-such-flag"),
     ],
 )
 def test_a_command_that_does_not_run(flags: str, answer: str) -> None:

@@ -1,5 +1,6 @@
 """Checks of the planner's TransformerEngine, one a process, which stands for a GPU from its start to its end."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -91,8 +92,35 @@ def measured_peaks_and_refusals() -> None:
             raise AssertionError("FP8 is not refused")
 
 
+def backends_of_attention() -> None:
+    """cuDNN's where the choice is free, as on Hopper. Causal products count as half, and make no memory."""
+    planner = Planner()
+    import torch
+    from transformer_engine.pytorch import DotProductAttention
+
+    from megatron_tiling.plan.run import _flops
+
+    tracker, heads, width = planner.tracker, 4, HIDDEN // 4
+    tracker._cost = _flops
+    shape = TOKENS // 2, 2, heads, width
+    product, whole, sums = TOKENS * heads * width * shape[0], mib(TOKENS * HIDDEN), mib(2 * TOKENS * heads)
+    for fused, kept in (("1", whole + sums), ("0", 5 * whole + sums)):  # flash has inputs and output in its own layout
+        os.environ["NVTE_FUSED_ATTN"] = fused
+        with planner.simulation():
+            inputs = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+            before = tracker.bytes
+            tracker.costs.clear()
+            output = DotProductAttention(heads, width)(*inputs, attn_mask_type="causal")
+            near(f"fused {fused}, kept", (tracker.bytes - before) / MIB, kept)
+            output.backward(torch.zeros_like(output))
+            if sum(tracker.costs.values()) != 7 * product:
+                raise AssertionError(f"{tracker.costs}, expected 7 products of {product}")
+            del inputs, output
+
+
 CHECKS: dict[str, Callable[[], None]] = {
-    check.__name__: check for check in (linear_layers_under_sequence_parallelism, measured_peaks_and_refusals)
+    check.__name__: check
+    for check in (linear_layers_under_sequence_parallelism, measured_peaks_and_refusals, backends_of_attention)
 }
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiling.plan.transformer_engine.kernels import run
+from megatron_tiling.plan.transformer_engine.kernels import count_products, run
 from megatron_tiling.plan.transformer_engine.refused import refusal
 
 
-def _backend(attention_dropout: float) -> str:
-    """As NVTE_*_ATTN say, which Megatron sets by --attention-backend: flash, else fused, else unfused."""
-    on = {name: os.getenv(f"NVTE_{name.upper()}_ATTN", "1") == "1" for name in ("flash", "fused", "unfused")}
+def _backend() -> str:
+    """As NVTE_*_ATTN say, which Megatron sets by --attention-backend: of several that on Hopper (utils.py)."""
+    on = {name: os.getenv(f"NVTE_{name.upper()}_ATTN", "1") == "1" for name in ("fused", "flash", "unfused")}
     chosen = next((name for name, is_on in on.items() if is_on), None)
     if chosen is None:
         raise ValueError("NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN are all 0: no attention is left")
@@ -27,7 +27,13 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(0, 1).contiguous() for tensor in tensors]
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _count_products(count: int, query: Tensor, keys: int, causal: bool) -> None:
+    """Of scores ``[s, keys]``, or of half of them, in each of the batch's heads."""
+    width = query.shape[-1]
+    count_products(count, query.numel() // width, width, keys // 2 if causal else keys)
+
+
+def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Flash attention of ``[b, s, heads, d]`` (flash_attn/cute/interface.py 4.0.0; 2 and 3 on Hopper alike).
 
     Keeps: queries, keys, values, output; float32 ``[b, heads, s]`` logarithms of sums. Makes, in the backward pass:
@@ -36,10 +42,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         batch, length, heads, _ = query.shape
+        _count_products(2, query, key.shape[1], causal)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(batch, heads, length, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, grad: Tensor) -> Any:
+            _count_products(5, query, key.shape[1], causal)
             grad = grad.contiguous()
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             wide = [query, key, value] if query.shape[2] != key.shape[2] else [query]
@@ -58,7 +66,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _fused(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """cuDNN's attention of ``[s, b, heads, d]`` (backends.py, FusedAttnFunc).
 
     Keeps: queries, keys, values, output; float32 ``[b, heads, s, 1]``; two numbers of the random state. Makes, in the
@@ -68,10 +76,12 @@ def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         length, batch, heads, _ = query.shape
+        _count_products(2, query, key.shape[0], causal)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         statistics = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Any, statistics: Tensor, grad: Tensor) -> Any:
+            _count_products(5, query, key.shape[0], causal)
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             workspace = torch.empty_like(query, dtype=torch.float32), torch.empty_like(statistics)
             del workspace
@@ -128,11 +138,13 @@ class DotProductAttention(torch.nn.Module):
         if packed:
             query_layer, key_layer, value_layer = (x.unsqueeze(1) for x in (query_layer, key_layer, value_layer))
         value_layer = value_layer.contiguous()  # not a layout that it knows, beside rotated queries and keys
-        backend = _backend(self.attention_dropout.p)
+        causal = "causal" in str(options.get("attn_mask_type", "causal"))
+        backend = _backend()
         if backend == "flash":
-            output = _flash(*_heads_first(query_layer, key_layer, value_layer)).flatten(2).transpose(0, 1).contiguous()
+            output = _flash(causal, *_heads_first(query_layer, key_layer, value_layer))
+            output = output.flatten(2).transpose(0, 1).contiguous()
         elif backend == "fused":
-            output = _fused(query_layer, key_layer, value_layer).flatten(2)
+            output = _fused(causal, query_layer, key_layer, value_layer).flatten(2)
         else:
             output = self._unfused(query_layer, key_layer, value_layer)
         return output.squeeze(1) if packed else output

@@ -38,6 +38,13 @@ def run(kernel: Kernel, *inputs: Any) -> Any:
     return _Function.apply(kernel, *inputs)
 
 
+def count_products(count: int, rows: int, inner: int, columns: int) -> None:
+    """Work of products within a kernel, which makes no memory: of tensors on no device."""
+    first, second = torch.empty(rows, inner, device="meta"), torch.empty(inner, columns, device="meta")
+    for _ in range(count):
+        torch.mm(first, second)
+
+
 def held(key: Any, make: Callable[[], Any]) -> Any:
     """What is made once and held for good; once for each simulation."""
     mode = detect_fake_mode()
