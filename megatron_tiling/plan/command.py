@@ -79,8 +79,8 @@ class Command:
         self.with_transformer_engine = found.transformer_impl == "transformer_engine"
         stages = found.pipeline_model_parallel_size
         in_a_stage = found.tensor_model_parallel_size * found.context_parallel_size
-        self.gpus = gpus or in_a_stage * stages
-        if self.gpus % (in_a_stage * stages):
+        self.gpus = in_a_stage * stages if gpus is None else gpus
+        if self.gpus < 1 or self.gpus % (in_a_stage * stages):
             raise SystemExit(
                 f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {in_a_stage * stages}, the product "
                 "of the tensor, context and pipeline parallel sizes"

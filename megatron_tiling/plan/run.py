@@ -98,6 +98,9 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) 
         runpy.run_path(script, run_name="__main__")
     except _Planned:
         return found[0]
+    except SystemExit as ended:
+        if ended.code:
+            raise
     raise SystemExit(f"megatron_tiling plan: {script} ended before Megatron's trainer took a step")
 
 
@@ -132,6 +135,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     @functools.wraps(stock_validate)
     def validate(args: Namespace, *more: Any, **options: Any) -> Any:
         _refuse(args)  # before Megatron refuses what the planner's TransformerEngine lacks, with other advice
+        vars(args).update(dict.fromkeys(_WRITES & vars(args).keys()))
         return stock_validate(args, *more, **options)
 
     @functools.wraps(stock_pretrain)
@@ -236,6 +240,8 @@ def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
         yield batch
 
 
+#: Arguments by which a run that only looks would write to disks or send to services.
+_WRITES = {"tensorboard_dir", "wandb_project", "enable_one_logger", "log_progress", "ckpt_convert_format"}
 #: Arguments of what cannot be planned yet, and what they are called.
 _REFUSED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
@@ -267,6 +273,7 @@ _REFUSED = {
     "step_batch_size_schedule": "--step-batch-size-schedule",
     "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",  # holds logits' gradients of all micro-batches
     "logits_save_dir": "--logits-save-dir",
+    "init_model_with_meta_device": "--init-model-with-meta-device",
 }
 
 

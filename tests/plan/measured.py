@@ -4,6 +4,8 @@ python -m tests.plan.measured
 """
 
 import functools
+import os
+import tempfile
 
 from benchmarks.end_to_end import BODY, MODEL, PLAIN
 from megatron_tiling.plan.processes import in_processes
@@ -16,12 +18,17 @@ MEASURED = {40463: PLAIN, 38783: f"{BODY} --tiled-mlp-keep 0"}
 
 def main() -> None:
     tracker = prepare()
-    arguments = [*MODEL, "--train-iters", "14", "--vocab-size", "31999"]
-    jobs = [
-        functools.partial(plan, tracker, SCRIPT, [*arguments, *flags.split()], world=1, rank=0)
-        for flags in MEASURED.values()
-    ]
-    for measured, run in zip(MEASURED, in_processes(jobs), strict=True):
+    with tempfile.TemporaryDirectory() as save:
+        writing = ["--save", save, "--save-interval", "1", "--log-progress"]
+        arguments = [*MODEL, "--train-iters", "14", "--vocab-size", "31999", *writing]
+        jobs = [
+            functools.partial(plan, tracker, SCRIPT, [*arguments, *flags.split()], world=1, rank=0)
+            for flags in MEASURED.values()
+        ]
+        runs = in_processes(jobs)
+        if os.listdir(save):
+            raise SystemExit(f"a plan has written {os.listdir(save)}")
+    for measured, run in zip(MEASURED, runs, strict=True):
         if isinstance(run, str):
             raise SystemExit(run)
         print(f"MEASURED {measured} planned {run.peak >> 20}, {run.phase}; {run.flops / 1e12:.2f} TFLOP")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,8 +25,9 @@ def test_ranks_of_pipeline_stages() -> None:
         0: 0, 1: 2, 2: 4, 3: 6,
     }  # fmt: skip
     assert Command("x.py", [], None).ranks == {0: 0}
-    with pytest.raises(SystemExit, match="--gpus 12: must be a multiple of 8"):
-        Command("x.py", SIZES, 12)
+    for gpus in (12, 0, -8):
+        with pytest.raises(SystemExit, match=f"--gpus {gpus}: must be a multiple of 8"):
+            Command("x.py", SIZES, gpus)
 
 
 def test_settings_that_are_compared() -> None:
@@ -85,7 +87,6 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
             "--optimizer sgd --num-experts 2 --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
             "--num-experts, --use-precision-aware-optimizer, --rampup-batch-size, --optimizer sgd: not planned yet",
         ),
-        ("--no-such-flag", "error: unrecognized arguments: --no-such-flag"),
     ],
 )
 def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
@@ -101,3 +102,12 @@ def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
     )  # fmt: skip
     assert ended.returncode != 0
     assert answer in ended.stderr.replace("_", "-"), ended.stderr[-3000:]
+
+
+def test_a_script_that_does_not_train(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(0)")
+    command = [sys.executable, "-m", "megatron_tiling", "plan", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 1
+    assert "script.py ended before Megatron's trainer took a step" in ended.stderr
