@@ -141,7 +141,7 @@ def runner(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_usage() -> None:
     done = runner("--help")
-    assert done.returncode == 0 and "python -m megatron_tiling SCRIPT" in done.stdout
+    assert done.returncode == 0 and "python -m megatron_tiling [plan] SCRIPT" in done.stdout
     assert "--use-tiled-linear" in done.stdout
     assert runner().returncode == 2
     done = runner("nowhere.py", "--use-tiled-linear")
