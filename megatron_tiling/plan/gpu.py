@@ -30,6 +30,7 @@ from megatron_tiling import cpu
 from megatron_tiling.plan import transformer_engine
 from megatron_tiling.plan.compiled import scratch
 from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.plan.transformer_engine.refused import refusal
 from megatron_tiling.tiles.device import plan_for_gpu
 from megatron_tiling.tiles.gemm import gemm_into
 
@@ -37,6 +38,7 @@ from megatron_tiling.tiles.gemm import gemm_into
 #: getChosenWorkspaceSize), from torch's allocator; the thread of the backward pass has a handle of its own.
 CUBLAS_WORKSPACES = 2 * 32 * 2**20
 APEX_KERNELS = "fused_weight_gradient_mlp_cuda"
+APEX_SOFTMAX = "scaled_softmax_cuda", "scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda"
 
 
 def install(tracker: Tracker, with_transformer_engine: bool = False) -> None:
@@ -48,6 +50,7 @@ def install(tracker: Tracker, with_transformer_engine: bool = False) -> None:
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _patch_torch(tracker)
     _fuse_weight_gradients()
+    _refuse_softmax()
     cpu.install()
     _copy_from_host(tracker)
     _forget_random_states()
@@ -121,6 +124,16 @@ def _fuse_weight_gradients() -> None:
     for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
         setattr(kernels, name, add_weight_gradient)
     sys.modules.setdefault(APEX_KERNELS, kernels)
+
+
+def _refuse_softmax() -> None:
+    def missing(*args: Any) -> None:
+        raise refusal("apex's masked softmax", "add --no-masked-softmax-fusion")
+
+    for name in APEX_SOFTMAX:
+        kernels: Any = ModuleType(name)
+        kernels.forward = kernels.backward = kernels.get_batch_per_block = missing
+        sys.modules[name] = kernels
 
 
 def _copy_from_host(tracker: Tracker) -> None:

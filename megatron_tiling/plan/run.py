@@ -273,6 +273,8 @@ _REFUSED = {
     "step_batch_size_schedule": "--step-batch-size-schedule",
     "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",  # holds logits' gradients of all micro-batches
     "logits_save_dir": "--logits-save-dir",
+    "freeze_all_layers": "--freeze-all-layers",
+    "nccl_ub": "--use-nccl-ub",  # whose buffers are of another allocator
     "init_model_with_meta_device": "--init-model-with-meta-device",
 }
 

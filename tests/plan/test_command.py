@@ -87,6 +87,7 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
             "--optimizer sgd --num-experts 2 --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
             "--num-experts, --use-precision-aware-optimizer, --rampup-batch-size, --optimizer sgd: not planned yet",
         ),
+        ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
     ],
 )
 def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
