@@ -185,7 +185,7 @@ def main() -> None:
     found: list[Plan] = []
     for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):
         if isinstance(one, str):
-            raise SystemExit(f"{one}\nmegatron_tiling plan: so does the command end, {name}")
+            raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {name}")
         found.append(one)
     print(table(found, ("dense", f"tiled ({command.tiled.flags})")), flush=True)
     dense = found[0]

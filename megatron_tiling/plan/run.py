@@ -274,6 +274,7 @@ _REFUSED = {
     "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",  # holds logits' gradients of all micro-batches
     "logits_save_dir": "--logits-save-dir",
     "freeze_all_layers": "--freeze-all-layers",
+    "deepspeed_config": "--deepspeed-config",
     "nccl_ub": "--use-nccl-ub",  # whose buffers are of another allocator
     "init_model_with_meta_device": "--init-model-with-meta-device",
 }
