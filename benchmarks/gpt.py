@@ -73,7 +73,7 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         attention_backend=AttnBackend[args.attention],
         **experts | changes,
     )
-    return GPTModel(
+    model = GPTModel(
         config,
         get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm),
         vocab_size=args.vocabulary,
@@ -81,6 +81,29 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=args.tied,
     ).cuda()
+    if torch.cuda.is_available():  # else the planner builds it
+        check_attention(model.decoder.layers[0].self_attention)
+    return model
+
+
+def check_attention(attention: Any, device: str = "cuda") -> None:
+    """Compare the kernels of a Megatron attention with torch's.
+
+    Raises:
+        SystemExit: they compute something else. Of TransformerEngine 2.17.1 and flash-attn-4 4.0.0b36 it is nothing.
+    """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    groups = attention.num_query_groups_per_partition
+    heads = attention.num_attention_heads_per_partition, groups, groups
+    parts = [torch.randn(256, 2, count, 128, device=device, dtype=torch.bfloat16) for count in heads]
+    with torch.no_grad():
+        found = attention.core_attention(*parts, None, attn_mask_type=AttnMaskType.causal).float()
+    batched = [part.permute(1, 2, 0, 3).float() for part in parts]
+    right = F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
+    error = float((found - right).norm() / right.norm())
+    if not error < 0.05:
+        raise SystemExit(f"these attention kernels are {error:.2f} off from torch's; choose others by --attention")
 
 
 def with_main_grad(model: Any) -> Any:
