@@ -125,6 +125,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
+    import megatron_tiling.trainer.install as trainer
     from megatron_tiling.trainer.install import replace_in_all_modules
 
     stock_validate = arguments.validate_args
@@ -149,6 +150,8 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         settings = get_args()
         _refuse(settings)
         settings.load = settings.pretrained_checkpoint = None
+        if settings.pipeline_model_parallel_size > 1:  # other stages, which are not asked here, may have tiles
+            trainer.reasons_for_no_tiles = lambda chunks: None
         with tracker.phase("building the model"):
             model, optimizer, scheduler = stock_setup(*args, **kwargs)
         _mark_model(tracker, model)

@@ -10,6 +10,7 @@ from megatron_tiling.plan.command import GIB, Command, Plan, ranking, table
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run
 from tests.support.launch import EXAMPLES, ROOT
+from tests.support.training import COMMON
 
 SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4".split()
 
@@ -77,6 +78,19 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     one, failed, two = in_processes([lambda: 1, fail, lambda: 2])
     assert (one, two) == (1, 2) and "no such flag" in str(failed)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_stage_without_tiles() -> None:
+    flags = [*COMMON, "--pipeline-model-parallel-size", "2", "--global-batch-size", "4", "--train-iters", "2"]
+    flags += ["--use-tiled-linear", "--tiled-linear-modules", "output"]
+    script = str(EXAMPLES / "pretrain_gpt.py")
+    code = (
+        "from megatron_tiling.plan.run import plan, prepare\n"
+        f"print('bytes', plan(prepare(False), {script!r}, {flags!r}, world=2, rank=0).peak)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) > 0
 
 
 @pytest.mark.parametrize(
