@@ -40,14 +40,14 @@ class Planner:
         import logging
 
         from megatron_tiling.plan import gpu
-        from megatron_tiling.plan.run import _fake_process_groups
+        from megatron_tiling.plan.run import fake_process_groups
         from megatron_tiling.plan.tracker import Tracker
 
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         self.tracker = Tracker()
         gpu.install(self.tracker, with_transformer_engine=True)
-        _fake_process_groups(tensor_parallel, 0)
+        fake_process_groups(tensor_parallel, 0)
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

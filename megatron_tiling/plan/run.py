@@ -88,7 +88,7 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     sys.argv = [script, *argv]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    _fake_process_groups(world, rank)
+    fake_process_groups(world, rank)
     from megatron_tiling.trainer.install import install
 
     install()
@@ -104,7 +104,8 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) 
     raise SystemExit(f"megatron_tiling plan: {script} ended before Megatron's trainer took a step")
 
 
-def _fake_process_groups(world: int, rank: int) -> None:
+def fake_process_groups(world: int, rank: int) -> None:
+    """This process is one rank of ``world``, whose collectives return at once: others have what it has."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -148,7 +149,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     @functools.wraps(stock_setup)
     def setup(*args: Any, **kwargs: Any) -> Any:
         settings = get_args()
-        _refuse(settings)
+        _refuse(settings)  # again, of what Megatron has read deprecated flags as
         settings.load = settings.pretrained_checkpoint = None
         if settings.pipeline_model_parallel_size > 1:  # other stages, which are not asked here, may have tiles
             trainer.reasons_for_no_tiles = lambda chunks: None

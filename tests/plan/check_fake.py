@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu.install(train=False)
     if alone:
-        run._fake_process_groups(world=2, rank=0)
+        run.fake_process_groups(world=2, rank=0)
     else:
         torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state
