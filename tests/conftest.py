@@ -1,12 +1,17 @@
 """Settings of the whole suite: one thread, no hypothesis deadline (2 cores run several processes).
 
-Without a GPU, Triton's kernels run in its interpreter, on the CPU.
+Without a GPU, Triton's kernels run in its interpreter, on the CPU. What torch compiles goes to a folder of the suite's
+own: a build that was killed leaves a lock in the user's, for which all later ones wait.
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share their parent's
+    EXTENSIONS = tempfile.TemporaryDirectory()
+    os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
 import hypothesis
 import torch

@@ -1,11 +1,14 @@
 """Start a script under torchrun, as a user would."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 TRAIN_MANY = Path(__file__).with_name("train_many.py")
@@ -15,6 +18,7 @@ ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
+    "PYTHONFAULTHANDLER": "1",
 }
 TIMEOUT = 900
 """Seconds."""
@@ -38,17 +42,20 @@ def torchrun(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     # Files, not pipes: when ranks are killed, a process that Megatron's checkpoint writer started holds a pipe open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(
+            [*launcher, *map(str, command)],
+            stdout=stdout,
+            stderr=stderr,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": search_path()} | dict(environment or {}),
+        )
         try:
-            code = subprocess.run(
-                [*launcher, *map(str, command)],
-                stdout=stdout,
-                stderr=stderr,
-                timeout=TIMEOUT,
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": search_path()} | dict(environment or {}),
-            ).returncode
+            code = process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             code = None
+            for rank in psutil.Process(process.pid).children(recursive=True):
+                rank.send_signal(signal.SIGABRT)  # it prints where it waits
+            process.wait(60)
         stdout.seek(0)
         stderr.seek(0)
         output = stdout.read() + stderr.read()
