@@ -7,7 +7,9 @@ Megatron's shapes and have no values, checkpoints, which are not read, and proce
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import os
 import runpy
@@ -76,6 +78,9 @@ def prepare(with_transformer_engine: bool = False) -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it."""
     tracker = Tracker(cost=_flops)
     gpu.install(tracker, with_transformer_engine)
+    with contextlib.suppress(ImportError):  # for all runs at once
+        importlib.import_module("megatron.training.training")
+        importlib.import_module("megatron.core.tokenizers.text")
     return tracker
 
 
@@ -125,6 +130,7 @@ def fake_process_groups(world: int, rank: int) -> None:
 def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
+    from megatron.core import mpu
 
     import megatron_tiling.trainer.install as trainer
     from megatron_tiling.trainer.install import replace_in_all_modules
@@ -186,7 +192,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         if settings.virtual_pipeline_model_parallel_size is not None:
             group = max(stages, settings.microbatch_group_size_per_vp_stage or 0)
             return min(stock_number(), 2 * group if warm else group)
-        return min(stock_number(), stages + 1 if warm else 1)
+        return min(stock_number(), stages - mpu.get_pipeline_model_parallel_rank() + 1 if warm else 1)
 
     def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
         args = get_args()
