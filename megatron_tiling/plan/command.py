@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tiling.arguments import add_tiling_args
+from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
-USAGE = "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] SCRIPT [ARGS of the script]"
+USAGE = "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--longest] SCRIPT [ARGS of the script]"
 TILED = "--use-tiled-linear"
 #: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
 TILINGS = (
@@ -37,11 +39,21 @@ RECOMPUTES = (
 )
 RECOMPUTE_FLAGS = ("--recompute-granularity", "--recompute-activations")
 #: Flags with which any stage may be the fullest.
-UNEVEN = {"--pipeline-model-parallel-layout"}
+UNEVEN = {
+    "--pipeline-model-parallel-layout",
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--account-for-embedding-in-pipeline-split",
+}
+#: By default, of a GPU that is called one of 80 GiB: 76.6 GiB were had of it on one without NCCL, and 76.7 were not
+#: (benchmarks/results/2026-11-27-longest-context-3b.md).
+OUTSIDE_GIB = 3.5
+#: Tokens of which sequences are multiples, beside what parallelism asks for.
+TOKENS = 128
 ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """Flags to add to a command, and what the script is given with them."""
 
@@ -74,9 +86,14 @@ class Command:
         sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in ("tensor-model", "pipeline-model", "context"):
             sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
+        for name in ("seq-length", "max-position-embeddings"):
+            sizes.add_argument(f"--{name}", type=int, default=0)
         sizes.add_argument("--transformer-impl", default="transformer_engine")
         found = sizes.parse_known_args(arguments)[0]
         self.with_transformer_engine = found.transformer_impl == "transformer_engine"
+        self.tokens, self.positions = found.seq_length, found.max_position_embeddings
+        # Tensor parallelism scatters what context parallelism has left, which takes two pieces of each sequence.
+        self.multiple = math.lcm(TOKENS, 2 * found.context_parallel_size * found.tensor_model_parallel_size)
         stages = found.pipeline_model_parallel_size
         in_a_stage = found.tensor_model_parallel_size * found.context_parallel_size
         self.gpus = in_a_stage * stages if gpus is None else gpus
@@ -86,8 +103,8 @@ class Command:
                 "of the tensor, context and pipeline parallel sizes"
             )
         apart = in_a_stage if "--use-tp-pp-dp-mapping" in names else self.gpus // stages
-        # The first stage holds most micro-batches, the second those without an embedding, the last makes the logits.
-        looked_at = range(stages) if UNEVEN & names else sorted({0, min(1, stages - 1), stages - 1})
+        # The first stage holds most micro-batches and the embedding, the last makes the logits.
+        looked_at = range(stages) if UNEVEN & names else sorted({0, stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
 
     def others(self) -> Iterator[Setting]:
@@ -115,6 +132,25 @@ class Command:
                 continue
             fullest = max(found, key=lambda stage: found[stage].peak)
             yield Plan(setting.flags, fullest, found[fullest], sum(run.flops for run in found.values()))
+
+    def longest(self, tracker: Tracker, limit: float) -> dict[Setting, int | str]:
+        """Tokens of the longest sequence that fits into ``limit`` bytes, or why a setting does not run."""
+        failed: dict[Setting, int | str] = {}
+
+        def peaks(asked: Mapping[Setting, int]) -> dict[Setting, float]:
+            settings = []
+            for setting, tokens in asked.items():
+                positions = max(tokens, self.positions)
+                length = ["--seq-length", str(tokens), "--max-position-embeddings", str(positions)]
+                settings.append(Setting(setting.flags, [*setting.arguments, *length]))
+            answers = dict(zip(asked, self.plan(settings, tracker), strict=True))
+            failed.update((setting, answer) for setting, answer in answers.items() if isinstance(answer, str))
+            return {setting: answer.run.peak for setting, answer in answers.items() if isinstance(answer, Plan)}
+
+        searches = {
+            setting: search(limit, self.tokens, self.multiple) for setting in (self.dense, self.tiled, *self.others())
+        }
+        return longest(searches, peaks) | failed
 
 
 def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
@@ -160,10 +196,11 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--outside-gib",
         type=float,
-        default=2.0,
+        default=OUTSIDE_GIB,
         help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
-        "(default: 2)",
+        f"(default: {OUTSIDE_GIB:g})",
     )
+    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of each setting")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
@@ -182,6 +219,14 @@ def main() -> None:
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine)
+    limit = options.gpu_memory_gib - options.outside_gib
+    left = f"{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;"
+    if options.longest:
+        print(left, f"the longest sequence that fits, in steps of {command.multiple} tokens:")
+        for setting, tokens in command.longest(tracker, limit * GIB).items():
+            name = setting.flags or "dense"
+            print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
+        return
     found: list[Plan] = []
     for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):
         if isinstance(one, str):
@@ -196,6 +241,5 @@ def main() -> None:
             found.append(one)
         else:
             failed.append(f"  not among them, it does not run: {setting.flags}: {one.splitlines()[-1]}")
-    limit = options.gpu_memory_gib - options.outside_gib
-    print(f"\n{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;", end=" ")
+    print(f"\n{left}", end=" ")
     print("\n".join([*ranking(found, dense, limit * GIB), *failed]))
