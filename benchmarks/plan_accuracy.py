@@ -7,9 +7,11 @@ peak of its second step above what is held between steps compared with the recor
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
+import math
 import shlex
 import statistics
 import time
@@ -29,8 +31,8 @@ RECORDS = (
     "2026-11-27-longest-context-3b",
     "2026-11-27-longest-context-3b-full-recompute",
 )
-#: Name, predicted and measured MiB above what is held.
-Row = tuple[str, float, float]
+#: Name, predicted and measured MiB above what is held, and measured milliseconds, if any.
+Row = tuple[str, float, float, float | None]
 
 
 class Planner:
@@ -40,12 +42,14 @@ class Planner:
         import logging
 
         from megatron_tiling.plan import gpu
+        from megatron_tiling.plan.clock import CLOCK
         from megatron_tiling.plan.run import fake_process_groups
         from megatron_tiling.plan.tracker import Tracker
 
+        self.clock, self.milliseconds = CLOCK, 0.0
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        self.tracker = Tracker()
+        self.tracker = Tracker(on_operation=CLOCK.operation)
         gpu.install(self.tracker, with_transformer_engine=True)
         fake_process_groups(tensor_parallel, 0)
         from megatron.core import parallel_state
@@ -67,7 +71,9 @@ class Planner:
         gc.collect()
         held = self.tracker.bytes
         self.tracker.reset_peak()
+        self.clock.clear()
         kept = step()
+        self.milliseconds = 1000 * self.clock.seconds
         del kept
         return (self.tracker.peak.bytes - held) / MIB
 
@@ -100,6 +106,7 @@ def of_whole_model(planner: Planner, record: dict[str, Any], lengths: int) -> It
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2048, batch=4)
     measured = {row["name"]: row["peak_mib"] for row in record["candidates"]}
+    times = {row["name"]: statistics.median(row["milliseconds"]) for row in record["candidates"]}
     for name, changes, tiling in whole_model.settings(args):
         if name not in measured:
             continue
@@ -110,12 +117,13 @@ def of_whole_model(planner: Planner, record: dict[str, Any], lengths: int) -> It
 
             def step(model: Any = model, ddp: Any = ddp, inputs: Any = inputs) -> Any:
                 ddp.zero_grad_buffer()
+                planner.clock.clear()  # was not timed
                 loss = model(**inputs).mean()
                 loss.backward()
                 return loss.detach()
 
             step()
-            yield name, planner.peak(step), measured[name]
+            yield name, planner.peak(step), measured[name], times[name]
 
 
 def of_mlp(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
@@ -138,11 +146,12 @@ def mlps(planner: Planner, run: dict[str, Any], tokens: int) -> Iterator[Row]:
     hidden = torch.randn(tokens, 1, run["shape"][0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad_output = torch.randn_like(hidden)
     measured = {row["name"]: row["memory_mib"] for row in run["candidates"]}
+    times = {row["name"]: statistics.median(row["milliseconds"]) for row in run["candidates"]}
     for name, function in te_mlp.of_megatron(dense, run["shape"]):
         step = functools.partial(mlp_measure.step, Candidate(name, function, []), hidden, grad_output)
         step()
         hidden.grad = None
-        yield f"h={run['shape'][0]}: {name}", planner.peak(step), measured[name]
+        yield f"h={run['shape'][0]}: {name}", planner.peak(step), measured[name], times[name]
 
 
 def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
@@ -154,6 +163,7 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
     shape = {"layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2**20)
     measured = {row["name"]: row["peaks"] for row in record["settings"]}
+    times = {row["name"]: row["seconds"] for row in record["settings"]}
     for name, changes, tiling in longest_context.settings(bool(args.experts)):
         if name not in measured:
             continue
@@ -174,11 +184,13 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
 
             step(longest_context.STEP)
             known = sorted(map(int, measured[name]))
-            for tokens in sorted({known[round(i * (len(known) - 1) / max(1, lengths - 1))] for i in range(lengths)}):
+            chosen = {known[round(i * (len(known) - 1) / max(1, lengths - 1))] for i in range(lengths)}
+            timed = {int(tokens): 1000 * statistics.median(found) for tokens, found in times[name].items() if found}
+            for tokens in sorted(chosen | timed.keys()):
                 found = measured[name][str(tokens)] - record["held"]
                 if tokens == longest_context.STEP and found < 0.01:
                     continue  # of the step that made the moments, which is what is held: after its peak
-                yield f"{name}, {tokens} tokens", planner.peak(functools.partial(step, tokens)), found * 1024
+                yield f"{name}, {tokens} tokens", planner.peak(functools.partial(step, tokens)), found * 1024, timed.get(tokens)
 
 
 def of_experts(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
@@ -229,11 +241,12 @@ def grouped_experts(planner: Planner, run: dict[str, Any], hidden_size: int, cou
         tile(model, TilingConfig(splits={"experts": (1, tiles)}, mlp_keep=keep))  # type: ignore[arg-type]
         found[f"ours: T={tiles} keep {keep}"] = through(model.experts)
     measured = {row["name"]: row["peak_mib"] for row in run["candidates"]}
+    times = {row["name"]: statistics.median(row["milliseconds"]) for row in run["candidates"]}
     for name, function in found.items():
         step(function)
         hidden.grad = None
         peak = planner.peak(functools.partial(step, function)) - grad_output.nbytes / MIB
-        yield f"{run['case']}: {name}", peak, measured[name]
+        yield f"{run['case']}: {name}", peak, measured[name], times[name]
 
 
 KINDS: dict[str, Callable[[Planner, dict[str, Any], int], Iterator[Row]]] = {
@@ -250,17 +263,21 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, default=2, help="of those that a record has of a setting")
     args = parser.parse_args()
     planner = Planner()
+    # Attention of these records was empty (its kernels would have been twice as fast as the GPU can be).
+    planner.clock.gpu = dataclasses.replace(planner.clock.gpu, attention=math.inf, attention_backward=math.inf)
     errors = []
     for name in args.records:
         record = json.loads((RESULTS / f"{name}.json").read_text())
         kind = next(kind for part, kind in KINDS.items() if part in name)
-        print(f"\n{name}\n\n| | predicted MiB | measured MiB | error | seconds |\n|---|---|---|---|---|")
+        print(f"\n{name}\n\n| | predicted MiB | measured MiB | error | predicted ms | measured ms | seconds |")
+        print("|---|---|---|---|---|---|---|")
         start = time.perf_counter()
-        for row, predicted, measured in kind(planner, record, args.lengths):
+        for row, predicted, measured, milliseconds in kind(planner, record, args.lengths):
             errors.append(abs(predicted / measured - 1))
             seconds = time.perf_counter() - start
             print(
-                f"| {row} | {predicted:.1f} | {measured:.1f} | {predicted / measured - 1:+.2%} | {seconds:.0f} |",
+                f"| {row} | {predicted:.1f} | {measured:.1f} | {predicted / measured - 1:+.2%} | "
+                f"{planner.milliseconds:.2f} | {milliseconds or 0:.2f} | {seconds:.0f} |",
                 flush=True,
             )
             start = time.perf_counter()

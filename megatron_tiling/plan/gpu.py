@@ -24,10 +24,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from megatron_tiling import cpu
 from megatron_tiling.plan import transformer_engine
+from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.compiled import scratch
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.plan.transformer_engine.refused import refusal
@@ -43,7 +44,7 @@ APEX_SOFTMAX = "scaled_softmax_cuda", "scaled_masked_softmax_cuda", "scaled_uppe
 
 def install(tracker: Tracker, with_transformer_engine: bool = False) -> None:
     """Before megatron is imported, which is told that TransformerEngine is installed, or that it is not."""
-    plan_for_gpu()
+    plan_for_gpu(on_launch=CLOCK.touch)
     if with_transformer_engine:
         transformer_engine.install()
     else:
@@ -105,9 +106,13 @@ class _RmsNorm(torch.autograd.Function):
 def _fused(tracker: Tracker, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        versions = [tensor._version for tensor in given]
         with tracker.fused():
             result = function(*args, **kwargs)
-            beside = scratch(function, args)  # noqa: F841  # until the tracker has seen it
+            beside = scratch(function, args)  # until the tracker has seen it
+        written = [tensor for tensor, version in zip(given, versions, strict=True) if tensor._version != version]
+        CLOCK.touch(given, written, beside, result)
         return result
 
     call._torchdynamo_orig_callable = function  # type: ignore[attr-defined]  # as torch.compile does

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import flop_registry
 
 from megatron_tiling.plan import gpu
+from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
 
 
@@ -37,19 +37,18 @@ class Run:
         parts: their sum, by what they are.
         phase: what runs at the peak.
         flops: of matrix products in the steps that were looked at, to compare settings by.
+        seconds: that the kernels of these steps take.
     """
 
     peak: int
     parts: dict[str, int]
     phase: str
     flops: float
+    seconds: float = 0.0
 
 
 class _Planned(BaseException):
     """Ends the script: all is seen."""
-
-
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 def _kinds() -> dict[type, str]:
@@ -67,16 +66,9 @@ def _kinds() -> dict[type, str]:
     }  # fmt: skip
 
 
-def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
-    if func._overloadpacket not in _PRODUCTS:
-        return 0.0
-    operands = [argument for argument in args if isinstance(argument, Tensor)]
-    return float(flop_registry[func._overloadpacket](*operands, out_val=result))
-
-
 def prepare(with_transformer_engine: bool = False) -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it."""
-    tracker = Tracker(cost=_flops)
+    tracker = Tracker(on_operation=CLOCK.operation)
     gpu.install(tracker, with_transformer_engine)
     with contextlib.suppress(ImportError):  # for all runs at once
         importlib.import_module("megatron.training.training")
@@ -179,10 +171,10 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         tracker.mark_live("optimizer states", built="optimizer step")
         warm.append(True)
         tracker.reset_peak()
-        tracker.costs.clear()
+        CLOCK.clear()
         stock_step(*args, **kwargs)
         parts = tracker.parts() | {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
-        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), sum(tracker.costs.values())))
+        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, CLOCK.seconds))
         raise _Planned
 
     def number_of_microbatches() -> int:

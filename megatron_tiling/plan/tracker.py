@@ -15,7 +15,7 @@ import bisect
 import functools
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ _storage_holders = torch._C._storage_Use_Count
 
 #: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
-#: The same -> what it costs, in any unit.
-Cost = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+#: Is told the same.
+OnOperation = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +105,22 @@ class Tracker(TorchDispatchMode):
 
     Args:
         kinds: what calls of modules of a class are called; others go by their caller's name.
-        workspace, cost: see ``Workspace`` and ``Cost``; by default nothing.
+        workspace: see ``Workspace``; by default nothing.
+        on_operation: is told of operations that are kernels of their own.
     """
 
     def __init__(
-        self, kinds: Mapping[Any, str] | None = None, workspace: Workspace | None = None, cost: Cost | None = None
+        self,
+        kinds: Mapping[Any, str] | None = None,
+        workspace: Workspace | None = None,
+        on_operation: OnOperation | None = None,
     ) -> None:
         super().__init__()
         self.allocations: list[Allocation] = []
         self.bytes = 0
-        self.costs: defaultdict[str, float] = defaultdict(float)
         self.kinds = dict(kinds or {})
         self._replaced = ExitStack()
-        self._workspace, self._cost = workspace, cost
+        self._workspace, self._on_operation = workspace, on_operation
         self._live: dict[int, Allocation] = {}
         self._time = 0
         self._fused = 0
@@ -232,8 +235,8 @@ class Tracker(TorchDispatchMode):
             is_strided = type(value) in (Tensor, FakeTensor, torch.nn.Parameter) and value.layout is torch.strided
             if is_strided and value.device.type != "meta":
                 self._add(value.untyped_storage())
-        if self._cost is not None and not self._fused:
-            self.costs[str(self._phase)] += self._cost(func, args, kwargs, result)
+        if self._on_operation is not None and not self._fused:
+            self._on_operation(func, args, kwargs, result)
         self._see(0 if self._workspace is None else self._workspace(func, args, kwargs, result))
         return result
 

@@ -4,18 +4,24 @@ The planner (``plan/``) runs loops on fake tensors of a CPU as a GPU would run t
 which wrappers of kernels allocate what they do there and launch nothing.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _planning = False
+_on_launch: Callable[..., None] | None = None
 
 
-def plan_for_gpu() -> None:
-    """Tensors are fake and stand for those of a GPU, for the life of this process."""
-    global _planning
-    _planning = True
+def plan_for_gpu(on_launch: Callable[..., None] | None = None) -> None:
+    """Tensors are fake and stand for those of a GPU, for the life of this process.
+
+    Args:
+        on_launch: is told what a kernel takes.
+    """
+    global _planning, _on_launch
+    _planning, _on_launch = True, on_launch
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -28,3 +34,5 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
     if not _planning:
         with torch.cuda.device_of(like):
             kernel[grid](*args, **options)
+    elif _on_launch is not None:
+        _on_launch(*args)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_tiling import cpu
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.plan import gpu, run
+from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -56,7 +57,8 @@ def build(changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
 
 def seen(changes: dict[str, Any], tiling: dict[str, Any] | None, fake: bool) -> dict[str, Any]:
     """Bytes of the model, of the peak of two micro-batches and its parts, and what is left."""
-    tracker = Tracker(run._kinds(), cost=run._flops)
+    CLOCK.clear()
+    tracker = Tracker(run._kinds(), on_operation=CLOCK.operation)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), tracker:
         model = build(changes, tiling)
         run._mark_model(tracker, [model])
@@ -69,7 +71,7 @@ def seen(changes: dict[str, Any], tiling: dict[str, Any] | None, fake: bool) -> 
         model.finish_grad_sync()
         found |= {"peak": tracker.peak.bytes, "phase": str(tracker.peak.phase), "parts": tracker.parts()}
         del loss
-        found |= {"left": tracker.bytes, "flops": sum(tracker.costs.values())}
+        found |= {"left": tracker.bytes, "flops": CLOCK.flops}
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiling.plan.transformer_engine.kernels import count_products, run
+from megatron_tiling.plan.clock import CLOCK
+from megatron_tiling.plan.transformer_engine.kernels import run
 from megatron_tiling.plan.transformer_engine.refused import refusal
 
 
@@ -27,12 +28,6 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(0, 1).contiguous() for tensor in tensors]
 
 
-def _count_products(count: int, query: Tensor, keys: int, causal: bool) -> None:
-    """Of scores ``[s, keys]``, or of half of them, in each of the batch's heads."""
-    width = query.shape[-1]
-    count_products(count, query.numel() // width, width, keys // 2 if causal else keys)
-
-
 def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Flash attention of ``[b, s, heads, d]`` (flash_attn/cute/interface.py 4.0.0; 2 and 3 on Hopper alike).
 
@@ -42,12 +37,12 @@ def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         batch, length, heads, _ = query.shape
-        _count_products(2, query, key.shape[1], causal)
+        CLOCK.attend(2, query, key.shape[1], causal)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(batch, heads, length, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, grad: Tensor) -> Any:
-            _count_products(5, query, key.shape[1], causal)
+            CLOCK.attend(5, query, key.shape[1], causal)
             grad = grad.contiguous()
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             wide = [query, key, value] if query.shape[2] != key.shape[2] else [query]
@@ -57,6 +52,7 @@ def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 for tensor, rows in zip(wide, padded, strict=True)
             ]
             statistics = [torch.empty_like(sums) for _ in range(2)]
+            CLOCK.touch(accumulators, accumulators, accumulators)  # cleared, added to, and cast
             del accumulators, statistics
             return found
 
@@ -76,12 +72,12 @@ def _fused(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         length, batch, heads, _ = query.shape
-        _count_products(2, query, key.shape[0], causal)
+        CLOCK.attend(2, query, key.shape[0], causal)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         statistics = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Any, statistics: Tensor, grad: Tensor) -> Any:
-            _count_products(5, query, key.shape[0], causal)
+            CLOCK.attend(5, query, key.shape[0], causal)
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             workspace = torch.empty_like(query, dtype=torch.float32), torch.empty_like(statistics)
             del workspace

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.tiles.gemm import gemm_into
 
 _CUBLAS_WORKSPACE_BYTES = 32 * 2**20 + 1024  # of Hopper and newer
@@ -24,25 +25,20 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, *inputs: Any) -> Any:
         outputs, saved, ctx.gradients = kernel(*inputs)
+        CLOCK.touch(inputs, outputs)
         ctx.save_for_backward(*saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         found = tuple(ctx.gradients(*ctx.saved_tensors, *grad_outputs))
+        CLOCK.touch(ctx.saved_tensors, grad_outputs, found)
         return None, *(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad[1:], strict=True))
 
 
 def run(kernel: Kernel, *inputs: Any) -> Any:
     """A differentiable kernel. ``None``s may be among what it keeps."""
     return _Function.apply(kernel, *inputs)
-
-
-def count_products(count: int, rows: int, inner: int, columns: int) -> None:
-    """Work of products within a kernel, which makes no memory: of tensors on no device."""
-    first, second = torch.empty(rows, inner, device="meta"), torch.empty(inner, columns, device="meta")
-    for _ in range(count):
-        torch.mm(first, second)
 
 
 def held(key: Any, make: Callable[[], Any]) -> Any:

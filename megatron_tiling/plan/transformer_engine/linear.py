@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.transformer_engine.kernels import gathered, reduce_scattered, weight_gradient, workspace
 from megatron_tiling.plan.transformer_engine.norms import norm_gradients, normalized
 from megatron_tiling.plan.transformer_engine.refused import refusal
@@ -127,6 +128,7 @@ class _LayerNormLinear(torch.autograd.Function):
     def forward(ctx: Any, input_: Tensor, weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, layer: Any) -> Any:
         rows = input_.reshape(-1, input_.shape[-1])
         output, mean, deviation = normalized(rows, norm_bias)
+        CLOCK.touch(rows, output)
         product = _product(layer, output, weight, bias)
         returned = None
         if layer.return_layernorm_output:
@@ -150,6 +152,7 @@ class _LayerNormLinear(torch.autograd.Function):
         if layer.return_layernorm_output and grad_outputs[1] is not None:
             dgrad = dgrad + grad_outputs[1].reshape(dgrad.shape)
         grad_rows, norm_grad, norm_bias_grad = norm_gradients(rows, norm_weight, ctx.norm_bias)
+        CLOCK.touch(rows, dgrad, grad_rows)
         ctx.cleared.clear()
         return grad_rows.view(ctx.shape), wgrad, bias_grad, norm_grad, norm_bias_grad, None
 

@@ -1,0 +1,101 @@
+"""How long kernels run on a GPU: each is bound by its products, or by the bytes that it reads and writes.
+
+A sum of kernels, one after the other: neither the host, nor kernels side by side, nor collectives are in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+#: Tiles of results that cuBLAS's kernels for Hopper make, a wave of them at a time (names in the tables of mlp-te).
+_GEMM_TILES = ((256, 128), (128, 256), (192, 192), (320, 128), (128, 320), (128, 128))
+_FREE = frozenset("_unsafe_view empty empty_like empty_strided lift_fresh new_empty new_empty_strided".split())
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a kind of GPU.
+
+    Args:
+        processors: streaming multiprocessors, of which each makes one tile of a product at a time.
+        products: FLOP/s of bf16 products whose tiles fill all of them.
+        product_traffic: the share of a product's bytes that is not hidden behind it.
+        bandwidth: bytes/s of kernels that do little else than read and write.
+        attention, attention_backward: FLOP/s.
+    """
+
+    processors: int
+    products: float
+    product_traffic: float
+    bandwidth: float
+    attention: float
+    attention_backward: float
+
+
+#: Products and bandwidth: kernels of TransformerEngine's MLP, h=4096 (benchmarks/results/2026-11-27-mlp-te.json: its
+#: "TransformerEngine"). Attention: not measured; the records with flash attention are of empty attention.
+H100 = Gpu(132, 820e12, 0.45, 2.75e12, 500e12, 400e12)
+
+
+class Clock:
+    """Seconds that kernels of a step take, and FLOPs of its matrix products."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.clear()
+
+    def clear(self) -> None:
+        self.seconds = self.flops = 0.0
+
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """One of torch's."""
+        if func._overloadpacket in PRODUCTS:
+            self._product(func, args, kwargs, result)
+        elif not (func.is_view or func._opname in _FREE or func.namespace != "aten"):
+            self.touch((args, kwargs, result))
+
+    def touch(self, *values: Any) -> None:
+        """A kernel that reads or writes each tensor of these once."""
+        self.seconds += _bytes(values) / self.gpu.bandwidth
+
+    def attend(self, products: int, query: Tensor, keys: int, causal: bool) -> None:
+        """Two products of attention forward or five backward, of all scores or half, beside what it touches.
+
+        Args:
+            query: ``[b, s, heads, d]``, in any order.
+        """
+        flops = 2.0 * products * query.numel() * (keys // 2 if causal else keys)
+        self.flops += flops
+        self.seconds += flops / (self.gpu.attention if products == 2 else self.gpu.attention_backward)
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        operands = [argument for argument in args if isinstance(argument, Tensor)]
+        flops = float(flop_registry[func._overloadpacket](*operands, out_val=result))
+        self.flops += flops
+        rows, columns = result.shape[-2:]
+        batch = result.numel() // max(rows * columns, 1)
+        waves = min(
+            math.ceil(batch * math.ceil(rows / height) * math.ceil(columns / width) / self.gpu.processors)
+            * height * width for height, width in _GEMM_TILES
+        )  # fmt: skip
+        share = result.numel() / max(waves * self.gpu.processors, 1)  # of the processors' time that is of use
+        if flops:
+            traffic = _bytes((operands, result)) / self.gpu.bandwidth
+            self.seconds += max(flops / (share * self.gpu.products) + self.gpu.product_traffic * traffic, traffic)
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in tree_iter(values) if isinstance(value, Tensor))
+
+
+#: Of this process, which plans one run.
+CLOCK = Clock(H100)
