@@ -1,12 +1,13 @@
 """How long kernels run on a GPU: each is bound by its products, or by the bytes that it reads and writes.
 
-A sum of kernels, one after the other: neither the host, nor kernels side by side, nor collectives are in it.
+A sum of kernels, one after the other. Neither the host is in it, nor collectives that run beside products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Gpu:
         product_traffic: the share of a product's bytes that is not hidden behind it.
         bandwidth: bytes/s of kernels that do little else than read and write.
         attention, attention_backward: FLOP/s.
+        link: bytes/s between GPUs.
     """
 
     processors: int
@@ -39,11 +41,12 @@ class Gpu:
     bandwidth: float
     attention: float
     attention_backward: float
+    link: float
 
 
 #: Products and bandwidth: kernels of TransformerEngine's MLP, h=4096 (benchmarks/results/2026-11-27-mlp-te.json: its
-#: "TransformerEngine"). Attention: not measured; the records with flash attention are of empty attention.
-H100 = Gpu(132, 820e12, 0.45, 2.75e12, 500e12, 400e12)
+#: "TransformerEngine"). Attention and links are assumed: the records with flash attention are of empty attention.
+H100 = Gpu(132, 820e12, 0.45, 2.75e12, 500e12, 400e12, 300e9)
 
 
 class Clock:
@@ -54,12 +57,23 @@ class Clock:
         self.clear()
 
     def clear(self) -> None:
-        self.seconds = self.flops = 0.0
+        self.seconds = self.once = self.flops = 0.0
+
+    @contextmanager
+    def once_a_step(self) -> Iterator[None]:
+        """What runs in it does not run for each micro-batch."""
+        begin = self.seconds
+        yield
+        self.once += self.seconds - begin
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """One of torch's."""
         if func._overloadpacket in PRODUCTS:
             self._product(func, args, kwargs, result)
+        elif func.namespace == "c10d":
+            if not any(argument is True for argument in args):  # else it runs beside products
+                sent = max(map(_bytes, ([tensor] for tensor in tree_iter(args))))
+                self.seconds += sent * (2 if "allreduce" in func._opname else 1) / self.gpu.link
         elif not (func.is_view or func._opname in _FREE or func.namespace != "aten"):
             self.touch((args, kwargs, result))
 

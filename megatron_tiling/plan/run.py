@@ -36,15 +36,15 @@ class Run:
         peak: bytes, as ``torch.cuda.max_memory_allocated`` counts them.
         parts: their sum, by what they are.
         phase: what runs at the peak.
-        flops: of matrix products in the steps that were looked at, to compare settings by.
-        seconds: that the kernels of these steps take.
+        flops: of matrix products in the micro-batches that were looked at.
+        seconds: that the kernels of a step take, with all of its micro-batches.
     """
 
     peak: int
     parts: dict[str, int]
     phase: str
     flops: float
-    seconds: float = 0.0
+    seconds: float
 
 
 class _Planned(BaseException):
@@ -174,7 +174,8 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         CLOCK.clear()
         stock_step(*args, **kwargs)
         parts = tracker.parts() | {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
-        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, CLOCK.seconds))
+        seconds = CLOCK.once + (CLOCK.seconds - CLOCK.once) * stock_number() / number_of_microbatches()
+        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds))
         raise _Planned
 
     def number_of_microbatches() -> int:
@@ -205,7 +206,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
 def _as_phase(tracker: Tracker, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with tracker.phase(kind):
+        with tracker.phase(kind), CLOCK.once_a_step():
             return function(*args, **kwargs)
 
     return call

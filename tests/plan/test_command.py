@@ -15,8 +15,8 @@ from tests.support.training import COMMON
 SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4".split()
 
 
-def plan(flags: str, peak: float, work: float) -> Plan:
-    return Plan(flags, 0, Run(int(peak * GIB), {"weights": int(peak * GIB)}, "MLP", work), work)
+def plan(flags: str, peak: float, seconds: float) -> Plan:
+    return Plan(flags, 0, Run(int(peak * GIB), {"weights": int(peak * GIB)}, "MLP", 0, seconds), seconds)
 
 
 def test_ranks_of_pipeline_stages() -> None:

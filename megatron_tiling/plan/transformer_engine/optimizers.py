@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tiling.plan.clock import CLOCK
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Holds, from the first step on: both moments, and weights in ``master_weight_dtype`` if it keeps them.
@@ -52,8 +54,11 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             for param in group["params"]:
                 has_grad = param.grad is not None or getattr(param, "decoupled_grad", None) is not None
-                if has_grad and not self.state[param]:
-                    self.initialize_state(param)
+                if has_grad:
+                    if not self.state[param]:
+                        self.initialize_state(param)
+                    written = param, *self.state[param].values()
+                    CLOCK.touch(written, written, param.grad, getattr(param, "decoupled_grad", None))
 
 
 class FusedSGD(torch.optim.SGD):
@@ -69,10 +74,12 @@ def multi_tensor_applier(
 
 def multi_tensor_scale(chunk: int, overflow: Tensor, tensors: Any, *args: Any) -> None:
     """Writes to given tensors."""
+    CLOCK.touch(tensors)
 
 
 def multi_tensor_l2norm(chunk: int, overflow: Tensor, tensors: Any, per_parameter: bool = False, *args: Any) -> Any:
     """Makes a number, and one a tensor if asked for."""
+    CLOCK.touch(tensors)
     return overflow.new_empty(1, dtype=torch.float32), overflow.new_empty(len(tensors[0]) if per_parameter else 0)
 
 
