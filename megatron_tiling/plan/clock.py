@@ -20,6 +20,7 @@ PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.o
 #: Tiles of results that cuBLAS's kernels for Hopper make, a wave of them at a time (names in the tables of mlp-te).
 _GEMM_TILES = ((256, 128), (128, 256), (192, 192), (320, 128), (128, 320), (128, 128))
 _FREE = frozenset("_unsafe_view empty empty_like empty_strided lift_fresh new_empty new_empty_strided".split())
+_WRITES_FIRST = frozenset(("copy_", "fill_", "zero_"))  # and read not what they return
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Clock:
                 sent = max(map(_bytes, ([tensor] for tensor in tree_iter(args))))
                 self.seconds += sent * (2 if "allreduce" in func._opname else 1) / self.gpu.link
         elif not (func.is_view or func._opname in _FREE or func.namespace != "aten"):
-            self.touch((args, kwargs, result))
+            self.touch(args, kwargs, () if func._opname in _WRITES_FIRST else result)
 
     def touch(self, *values: Any) -> None:
         """A kernel that reads or writes each tensor of these once."""
