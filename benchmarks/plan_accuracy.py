@@ -191,7 +191,12 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
                 found = measured[name][str(tokens)] - record["held"]
                 if tokens == longest_context.STEP and found < 0.01:
                     continue  # of the step that made the moments, which is what is held: after its peak
-                yield f"{name}, {tokens} tokens", planner.peak(functools.partial(step, tokens)), found * 1024, timed.get(tokens)
+                yield (
+                    f"{name}, {tokens} tokens",
+                    planner.peak(functools.partial(step, tokens)),
+                    found * 1024,
+                    timed.get(tokens),
+                )
 
 
 def of_experts(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:

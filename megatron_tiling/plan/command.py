@@ -22,7 +22,10 @@ from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
-USAGE = "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--longest] SCRIPT [ARGS of the script]"
+USAGE = (
+    "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--longest] "
+    "SCRIPT [ARGS of the script]"
+)
 TILED = "--use-tiled-linear"
 #: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
 TILINGS = (

@@ -32,7 +32,7 @@ def test_what_is_found(start: int, multiple: int) -> None:
 
     found = longest({name: search(LIMIT, start, multiple) for name in PEAKS}, peaks)
     for name, tokens in found.items():
-        best = max((n for n in range(0, 2**18, multiple) if not n or PEAKS[name](n) <= LIMIT))
+        best = max(n for n in range(0, 2**18, multiple) if not n or PEAKS[name](n) <= LIMIT)
         assert tokens <= best <= tokens + max(multiple, TOLERANCE * tokens), name
     assert plans["line"] <= 4 and plans["flat"] <= 4
     assert max(plans[name] for name in PEAKS if name not in ("too large", "one step")) <= 10, plans

@@ -117,7 +117,10 @@ def test_workspaces_and_operations(mode: str) -> None:
         return 512 if func is torch.ops.aten.mm.default else 0
 
     seen: list[str] = []
-    with Tracker(workspace=workspace, on_operation=lambda func, *op: seen.append(func._opname)) as tracker, tracker.phase("step"):
+    with (
+        Tracker(workspace=workspace, on_operation=lambda func, *op: seen.append(func._opname)) as tracker,
+        tracker.phase("step"),
+    ):
         x = torch.ones(16, 16)
         x @ x
     assert tracker.peak.bytes == 2 * KIB + 512
