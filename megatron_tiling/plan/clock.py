@@ -72,9 +72,10 @@ class Clock:
         if func._overloadpacket in PRODUCTS:
             self._product(func, args, kwargs, result)
         elif func.namespace == "c10d":
-            if not any(argument is True for argument in args):  # else it runs beside products
+            if any(argument is False for argument in args):  # else asynchronous: it runs beside products
+                others = 1 - 1 / max(_ranks(argument) for argument in args)
                 sent = max(map(_bytes, ([tensor] for tensor in tree_iter(args))))
-                self.seconds += sent * (2 if "allreduce" in func._opname else 1) / self.gpu.link
+                self.seconds += sent * others * (2 if "allreduce" in func._opname else 1) / self.gpu.link
         elif not (func.is_view or func._opname in _FREE or func.namespace != "aten"):
             self.touch(args, kwargs, () if func._opname in _WRITES_FIRST else result)
 
@@ -106,6 +107,13 @@ class Clock:
         if flops:
             traffic = _bytes((operands, result)) / self.gpu.bandwidth
             self.seconds += max(flops / (share * self.gpu.products) + self.gpu.product_traffic * traffic, traffic)
+
+
+def _ranks(argument: Any) -> int:
+    """Of a process group, as operations get it; 1 of what is none."""
+    if not isinstance(argument, torch.ScriptObject) or "ProcessGroup" not in argument._type().qualified_name():
+        return 1
+    return torch.distributed.ProcessGroup.unbox(argument).size()
 
 
 def _bytes(values: Iterable[Any]) -> int:

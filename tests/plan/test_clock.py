@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiling.plan.clock import H100, Clock
+from megatron_tiling.plan.run import _fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 
 
@@ -73,3 +74,19 @@ def test_once_a_step(clock: Clock) -> None:
     with clock.once_a_step():
         clock.touch([x, x])
     assert clock.once == pytest.approx(2 * clock.seconds / 3)
+
+
+def test_collectives_of_one_rank_take_no_time(clock: Clock) -> None:
+    _fake_process_groups(world=4, rank=0)
+    try:
+        alone = torch.distributed.new_group([0])
+        with FakeTensorMode(), Tracker(on_operation=clock.operation):
+            x = torch.empty(1024)
+            torch.distributed.all_reduce(x, group=alone)
+            assert not clock.seconds
+            torch.distributed.all_reduce(x, async_op=True)
+            assert not clock.seconds
+            torch.distributed.all_reduce(x)
+        assert clock.seconds == pytest.approx(2 * 4096 * 3 / 4 / H100.link)
+    finally:
+        torch.distributed.destroy_process_group()
