@@ -66,11 +66,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """The run of a setting on the fullest of the stages that were looked at, and the time of the slowest."""
+    """The run of a setting on the fullest of the stages that were looked at, the work of all, the slowest one's time."""
 
     flags: str
     stage: int
     run: Run
+    flops: float
     seconds: float
 
 
@@ -134,7 +135,8 @@ class Command:
                 yield next(run for run in runs.values() if isinstance(run, str))
                 continue
             fullest = max(found, key=lambda stage: found[stage].peak)
-            yield Plan(setting.flags, fullest, found[fullest], max(run.seconds for run in found.values()))
+            flops = sum(run.flops for run in found.values())
+            yield Plan(setting.flags, fullest, found[fullest], flops, max(run.seconds for run in found.values()))
 
     def longest(self, tracker: Tracker, limit: float) -> dict[Setting, int | str]:
         """Tokens of the longest sequence that fits into ``limit`` bytes, or why a setting does not run."""
@@ -172,20 +174,24 @@ def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
 
 
 def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
-    """Settings that fit, the fastest first, without those that another beats or equals in time and peak.
+    """Settings that fit, those with the least work first, without those that another beats or equals in work and peak.
 
     If none fits, the smallest, and what else there is.
     """
     best: list[Plan] = []
-    for one in sorted(plans, key=lambda one: (round(one.seconds / dense.seconds, 2), one.run.peak)):
+    for one in sorted(plans, key=lambda one: (round(one.flops / dense.flops, 3), one.run.peak)):
         if not best or one.run.peak < best[-1].run.peak:
             best.append(one)
     fitting = [one for one in best if one.run.peak <= limit]
-    head = f"the best of {len(plans)} settings that fit, by the time that their kernels take, against dense's:"
+    head = (
+        f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an estimate "
+        "of their kernels' time:"
+    )
     if not fitting:
         head, fitting = f"none of {len(plans)} settings fits; try {ADVICE}. The smallest:", best[-1:]
     rows = [
-        f"  {one.seconds / dense.seconds:.2f}  {one.run.peak / GIB:6.1f} GiB  {one.flags or 'dense'}  ({one.run.phase})"
+        f"  {one.flops / dense.flops:.3f} ({one.seconds / dense.seconds:.2f})  {one.run.peak / GIB:6.1f} GiB"
+        f"  {one.flags or 'dense'}  ({one.run.phase})"
         for one in fitting
     ]
     return [head, *rows]

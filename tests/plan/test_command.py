@@ -15,8 +15,8 @@ from tests.support.training import COMMON
 SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4".split()
 
 
-def plan(flags: str, peak: float, seconds: float) -> Plan:
-    return Plan(flags, 0, Run(int(peak * GIB), {"weights": int(peak * GIB)}, "MLP", 0, seconds), seconds)
+def plan(flags: str, peak: float, work: float) -> Plan:
+    return Plan(flags, 0, Run(int(peak * GIB), {"weights": int(peak * GIB)}, "MLP", work, work), work, work)
 
 
 def test_ranks_of_pipeline_stages() -> None:
@@ -58,8 +58,8 @@ def test_forms_of_arguments() -> None:
 def test_ranking() -> None:
     dense = plan("", 50, 1.0)
     plans = [dense, plan("--keep 0", 30, 1.2), plan("--tiled", 40, 1.0), plan("--worse", 45, 1.1)]
-    assert [line.split()[3] for line in ranking(plans, dense, 80 * GIB)[1:]] == ["--tiled", "--keep"]
-    assert [line.split()[3] for line in ranking(plans, dense, 35 * GIB)[1:]] == ["--keep"]
+    assert [line.split()[4] for line in ranking(plans, dense, 80 * GIB)[1:]] == ["--tiled", "--keep"]
+    assert [line.split()[4] for line in ranking(plans, dense, 35 * GIB)[1:]] == ["--keep"]
     head, smallest = ranking(plans, dense, 20 * GIB)
     assert "none of 4 settings fits" in head and "--keep 0" in smallest
 
