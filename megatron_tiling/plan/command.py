@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """The run of a setting on the fullest of the stages that were looked at, the work of all, the slowest one's time."""
+    """The run of a setting on the fullest of those that were looked at, the work of all, the slowest one's time."""
 
     flags: str
     stage: int
@@ -184,8 +184,8 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
             best.append(one)
     fitting = [one for one in best if one.run.peak <= limit]
     head = (
-        f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an estimate "
-        "of their kernels' time:"
+        f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an "
+        "estimate of their kernels' time:"
     )
     if not fitting:
         head, fitting = f"none of {len(plans)} settings fits; try {ADVICE}. The smallest:", best[-1:]
