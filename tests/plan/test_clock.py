@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiling.plan.clock import H100, Clock
-from megatron_tiling.plan.run import _fake_process_groups
+from megatron_tiling.plan.run import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 
 
@@ -77,7 +77,7 @@ def test_once_a_step(clock: Clock) -> None:
 
 
 def test_collectives_of_one_rank_take_no_time(clock: Clock) -> None:
-    _fake_process_groups(world=4, rank=0)
+    fake_process_groups(world=4, rank=0)
     try:
         alone = torch.distributed.new_group([0])
         with FakeTensorMode(), Tracker(on_operation=clock.operation):
