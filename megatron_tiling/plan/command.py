@@ -48,8 +48,8 @@ UNEVEN = {
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
 }
-#: By default, of a GPU that is called one of 80 GiB: 76.6 GiB were had of it on one without NCCL, and 76.7 were not
-#: (benchmarks/results/2026-11-27-longest-context-3b.md).
+#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
+#: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
