@@ -51,7 +51,7 @@ class _Planned(BaseException):
     """Ends the script: all is seen."""
 
 
-def _kinds() -> dict[type, str]:
+def module_kinds() -> dict[type, str]:
     """What the user calls modules of Megatron's; of a model what is left of it is its head and loss."""
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -140,7 +140,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
 
     @functools.wraps(stock_pretrain)
     def pretrain(*args: Any, **kwargs: Any) -> Any:
-        tracker.kinds = _kinds()
+        tracker.kinds = module_kinds()
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             return stock_pretrain(*args, **kwargs)
 

@@ -58,7 +58,7 @@ def build(changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
 def seen(changes: dict[str, Any], tiling: dict[str, Any] | None, fake: bool) -> dict[str, Any]:
     """Bytes of the model, of the peak of two micro-batches and its parts, and what is left."""
     CLOCK.clear()
-    tracker = Tracker(run._kinds(), on_operation=CLOCK.operation)
+    tracker = Tracker(run.module_kinds(), on_operation=CLOCK.operation)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), tracker:
         model = build(changes, tiling)
         run._mark_model(tracker, [model])
