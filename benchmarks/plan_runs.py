@@ -184,7 +184,7 @@ def page(record: dict[str, Any], plans: list[tuple[int, str] | str]) -> str:
         fullest = max(run["ranks"], key=lambda rank: rank["peak"])
         cells = [f"{fullest['peak'] / MIB:.0f}", fullest["phase"], f"{fullest['reserved'] / MIB:.0f}"]
         if isinstance(plan, str):
-            rows.append(f"| {name} | {' | '.join(cells)} | {' '.join(plan.split())} | | |")
+            rows.append(f"| {name} | {' | '.join(cells)} | {plan.splitlines()[-1]} | | |")
             continue
         error = plan[0] / fullest["peak"] - 1
         errors.append(abs(error))

@@ -51,9 +51,9 @@ def test_page_holds_the_fullest_rank_and_errors() -> None:
     runs[2] |= {"error": "out of memory"}
     runs[3] |= {"ranks": [rank(50, "MLP")]}
     text = page(json.loads(json.dumps({"origin": ORIGIN, "runs": runs})), [
-        (202 * 2**20, "experts"), (95 * 2**20, "attention"), (1, "MLP"), "refused: --fp8",
+        (202 * 2**20, "experts"), (95 * 2**20, "attention"), (1, "MLP"), "a warning\nrefused: --fp8",
     ])  # fmt: skip
     assert "| 200 | experts | 1024 | 202 | experts | +1.00% |" in text
     assert "| 100 | MLP | 1024 | 95 | attention | -5.00% |" in text
-    assert "out of memory" in text and "| refused: --fp8 |" in text
+    assert "out of memory" in text and "| refused: --fp8 |" in text and "a warning" not in text
     assert "2 runs that are planned: error 3.00% in the median, 5.00% at most; the phase is right in 1." in text
