@@ -75,6 +75,8 @@ def _patch_torch(tracker: Tracker) -> None:
             data = tree_map_only(Tensor, Tensor.item, data)
         return stock_tensor(data, *args, **kwargs)
 
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda device=None: (9, 0)  # Hopper's
     torch.tensor = tensor
     functions.dropout, functions.rms_norm = dropout, _rms_norm
     torch.compile = compile_

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_tiling.plan import gpu
+from megatron_tiling.plan import gpu, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
 
@@ -66,10 +66,11 @@ def module_kinds() -> dict[type, str]:
     }  # fmt: skip
 
 
-def prepare(with_transformer_engine: bool = False) -> Tracker:
+def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0) -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it."""
     tracker = Tracker(on_operation=CLOCK.operation)
     gpu.install(tracker, with_transformer_engine)
+    routing.install(expert_imbalance)
     with contextlib.suppress(ImportError):  # for all runs at once
         importlib.import_module("megatron.training.training")
         importlib.import_module("megatron.core.tokenizers.text")
@@ -252,7 +253,6 @@ _REFUSED = {
     "fp16": "--fp16",  # whose loss scale may skip steps
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
-    "num_experts": "--num-experts",
     "mtp_num_layers": "--mtp-num-layers",
     "multi_latent_attention": "--multi-latent-attention",
     "hybrid_layer_pattern": "--hybrid-layer-pattern",
@@ -267,6 +267,11 @@ _REFUSED = {
     "perform_rl_step": "--perform-rl-step",
     "skip_train": "--skip-train",
     "moe_use_upcycling": "--moe-use-upcycling",
+    "moe_shared_expert_overlap": "--moe-shared-expert-overlap",  # memory of two streams
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "moe_paged_stash": "--moe-paged-stash",
+    "moe_enable_routing_replay": "--moe-enable-routing-replay",
+    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
     "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
     "experimental_attention_variant": "--experimental-attention-variant",
@@ -289,8 +294,11 @@ def _refuse(args: Namespace) -> None:
         ("cuda_graph_impl", "none"),
         ("transformer_impl", "local", "transformer_engine"),
         ("optimizer", "adam"),
+        ("moe_token_dispatcher_type", "allgather", "alltoall"),
     ):
         if getattr(args, name, priced[0]) not in priced:
             asked.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
+    if getattr(args, "moe_expert_capacity_factor", None) and not args.moe_pad_expert_input_to_capacity:
+        asked.append("--moe-expert-capacity-factor without --moe-pad-expert-input-to-capacity")  # drops by values
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

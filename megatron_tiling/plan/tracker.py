@@ -37,6 +37,8 @@ from torch.utils._pytree import tree_iter
 #: Bytes: the caching allocator's kMinBlockSize (c10/cuda/CUDACachingAllocator.cpp), to multiples of which it rounds.
 BLOCK = 512
 HOST = "host"
+#: Kinds of modules that other modules in them, which have names elsewhere, are a part of.
+WHOLE = {"experts"}
 
 #: Who holds a gradient that autograd's engine alone has, as ``__torch_dispatch__`` finds it: references to the tensor,
 #: to its storage, and to the Python object (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).
@@ -213,6 +215,8 @@ class Tracker(TorchDispatchMode):
         @functools.wraps(stock)
         def call(*args: Any, **kwargs: Any) -> Any:
             before = self._phase
+            if before.kind in WHOLE:
+                return stock(*args, **kwargs)
             self._enter(Phase(kind))
             try:
                 return stock(*args, **kwargs)

@@ -7,8 +7,10 @@ Two ranks of tensor parallelism, of which only the first exists, or both, over g
 model is run on fake and on real tensors. Threads of gloo hold a tensor longer than its collective takes, now and then.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -55,12 +57,12 @@ def build(changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
     return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
 
 
-def seen(changes: dict[str, Any], tiling: dict[str, Any] | None, fake: bool) -> dict[str, Any]:
+def seen(make: Callable[[], Any], fake: bool) -> dict[str, Any]:
     """Bytes of the model, of the peak of two micro-batches and its parts, and what is left."""
     CLOCK.clear()
     tracker = Tracker(run.module_kinds(), on_operation=CLOCK.operation)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), tracker:
-        model = build(changes, tiling)
+        model = make()
         run._mark_model(tracker, [model])
         found: dict[str, Any] = {"model": tracker.bytes}
         tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
@@ -92,7 +94,7 @@ def main() -> None:
     for name, (changes, tiling) in MODELS.items():
         for tensors in ("fake", "real") if alone else ("real",):
             parallel_state.get_global_memory_buffer().buffer.clear()  # which models share
-            found = seen(changes, tiling, tensors == "fake")
+            found = seen(functools.partial(build, changes, tiling), tensors == "fake")
             if torch.distributed.get_rank() == 0:
                 print("SEEN", json.dumps([name, tensors, found]), flush=True)
     torch.distributed.barrier()

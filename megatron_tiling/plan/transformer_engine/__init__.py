@@ -70,7 +70,7 @@ def _modules() -> dict[str, dict[str, Any]]:
         "pytorch.distributed": of(refused, "CudaRNGStatesTracker", *recompute),
         "pytorch.module": {},
         "pytorch.module.base": of(kernels, "get_dummy_wgrad") | of(linear, "TransformerEngineBaseModule"),
-        "pytorch.cpp_extensions": of(grouped_linear, "general_grouped_gemm"),
+        "pytorch.cpp_extensions": of(grouped_linear, "general_gemm", "general_grouped_gemm"),
         "pytorch.attention": of(attention, "DotProductAttention"),
         "pytorch.attention.rope": of(attention, "apply_rotary_pos_emb", "apply_fused_qkv_rotary_pos_emb"),
         "pytorch.cross_entropy": of(tokens, "parallel_cross_entropy"),

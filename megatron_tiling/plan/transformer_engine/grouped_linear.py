@@ -1,4 +1,4 @@
-"""The planner's GroupedLinear: weights of several experts, ``weight0``, ``weight1``, ...; and grouped products."""
+"""The planner's GroupedLinear: weights of several experts, ``weight0``, ``weight1``, ...; and products by name."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,3 +130,19 @@ def general_grouped_gemm(
     for a, b, result in zip(A, B, out, strict=True):
         first, second = (b.t() if layout[1] == "T" else b), (a.t() if layout[0] == "T" else a)
         gemm_into(result, first, second, accumulate=accumulate)
+
+
+def general_gemm(
+    A: Tensor,
+    B: Tensor,
+    out_dtype: torch.dtype | None = None,
+    layout: str = "TN",
+    bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None, None, None]:
+    """``B A^T`` and the like, of the router (cpp_extensions/gemm.py): the result, and the workspace."""
+    workspace(A)
+    first, second = (B.t() if layout[1] == "T" else B), (A.t() if layout[0] == "T" else A)
+    result = B.new_empty(first.shape[0], second.shape[1], dtype=out_dtype)
+    gemm_into(result, first, second, accumulate=False)
+    return result, None, None, None
