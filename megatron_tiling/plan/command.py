@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tiling.arguments import add_tiling_args
+from megatron_tiling.plan import routing
 from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
@@ -24,7 +25,7 @@ from megatron_tiling.plan.tracker import Tracker
 GIB, MIB = 2**30, 2**20
 USAGE = (
     "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--longest] "
-    "SCRIPT [ARGS of the script]"
+    "[--expert-imbalance N] SCRIPT [ARGS of the script]"
 )
 TILED = "--use-tiled-linear"
 #: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
@@ -88,9 +89,9 @@ class Command:
         names = {argument.partition("=")[0] for argument in self.arguments}
         self.recomputes = not names.isdisjoint(RECOMPUTE_FLAGS)
         sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("tensor-model", "pipeline-model", "context"):
+        for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
             sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
-        for name in ("seq-length", "max-position-embeddings"):
+        for name in ("seq-length", "max-position-embeddings", "expert-tensor-parallel-size", "num-experts"):
             sizes.add_argument(f"--{name}", type=int, default=0)
         sizes.add_argument("--transformer-impl", default="transformer_engine")
         found = sizes.parse_known_args(arguments)[0]
@@ -100,11 +101,16 @@ class Command:
         self.multiple = math.lcm(TOKENS, 2 * found.context_parallel_size * found.tensor_model_parallel_size)
         stages = found.pipeline_model_parallel_size
         in_a_stage = found.tensor_model_parallel_size * found.context_parallel_size
-        self.gpus = in_a_stage * stages if gpus is None else gpus
-        if self.gpus < 1 or self.gpus % (in_a_stage * stages):
+        self.has_experts = found.num_experts > 0
+        experts = found.expert_model_parallel_size * (
+            found.expert_tensor_parallel_size or found.tensor_model_parallel_size
+        )
+        least = math.lcm(in_a_stage, experts if self.has_experts else 1) * stages
+        self.gpus = least if gpus is None else gpus
+        if self.gpus < 1 or self.gpus % least:
             raise SystemExit(
-                f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {in_a_stage * stages}, the product "
-                "of the tensor, context and pipeline parallel sizes"
+                f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {least}, as the tensor, context, "
+                "pipeline and expert parallel sizes ask for"
             )
         apart = in_a_stage if "--use-tp-pp-dp-mapping" in names else self.gpus // stages
         # The first stage holds most micro-batches and the embedding, the last makes the logits.
@@ -209,6 +215,12 @@ def command_parser() -> argparse.ArgumentParser:
         help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
         f"(default: {OUTSIDE_GIB:g})",
     )
+    parser.add_argument(
+        routing.FLAG,
+        type=float,
+        default=1.0,
+        help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
+    )
     parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of each setting")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -227,7 +239,10 @@ def main() -> None:
         parser.error(f"there is no script {options.script}")
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    tracker = prepare(command.with_transformer_engine)
+    tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
+    if command.has_experts:
+        print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
+              f"({routing.FLAG}), alike for its experts")  # fmt: skip
     limit = options.gpu_memory_gib - options.outside_gib
     left = f"{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;"
     if options.longest:

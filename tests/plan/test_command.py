@@ -26,6 +26,9 @@ def test_ranks_of_pipeline_stages() -> None:
         0: 0, 1: 2, 2: 4, 3: 6,
     }  # fmt: skip
     assert Command("x.py", [], None).ranks == {0: 0}
+    experts = "--num-experts 8 --expert-model-parallel-size 4".split()
+    assert Command("x.py", [*SIZES, *experts], None).gpus == 32
+    assert Command("x.py", [*SIZES, *experts, "--expert-tensor-parallel-size", "1"], None).gpus == 16
     for gpus in (12, 0, -8):
         with pytest.raises(SystemExit, match=f"--gpus {gpus}: must be a multiple of 8"):
             Command("x.py", SIZES, gpus)
@@ -98,8 +101,13 @@ def test_a_stage_without_tiles() -> None:
     [
         ("--hidden-size 64", "assert args.micro-batch-size is not None"),
         (
-            "--optimizer sgd --num-experts 2 --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
-            "--num-experts, --use-precision-aware-optimizer, --rampup-batch-size, --optimizer sgd: not planned yet",
+            "--optimizer sgd --moe-use-upcycling --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
+            "--use-precision-aware-optimizer, --moe-use-upcycling, --rampup-batch-size, --optimizer sgd: not planned",
+        ),
+        (
+            "--num-experts 4 --moe-token-dispatcher-type flex --moe-expert-capacity-factor 1",
+            "--moe-token-dispatcher-type flex, --moe-expert-capacity-factor without "
+            "--moe-pad-expert-input-to-capacity: not planned yet",
         ),
         ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
     ],
