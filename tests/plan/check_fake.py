@@ -10,6 +10,7 @@ model is run on fake and on real tensors. Threads of gloo hold a tensor longer t
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -24,12 +25,18 @@ from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FROZEN: dict[str, Any] = {"frozen": ("embedding", "decoder.layers.0")}
 #: Changes of Megatron's config, and of the tiling, if any.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "dense": ({}, None),
     "dense, sequence parallel": ({"sequence_parallel": True}, None),
     "dense, recompute": (RECOMPUTE, None),
     "dense, recompute attention": ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, None),
+    "dense, fp16": ({"bf16": False, "fp16": True, "params_dtype": torch.float16}, None),
+    "dense, next-token heads": ({"mtp_num_layers": 2}, None),
+    "tiled, next-token heads": ({"mtp_num_layers": 1}, {"mlp_keep": 1}),
+    "dense, frozen below": (FROZEN, None),
+    "tiled, frozen below": (FROZEN, {"mlp_keep": 1}),
     "tiled": ({}, {}),
     "tiled, sequence parallel": ({"sequence_parallel": True}, {"modules": "all"}),
     "tiled, keep 0": ({}, {"mlp_keep": 0, "head_tokens": 16, "head_keep": 0}),
@@ -41,17 +48,25 @@ SEQUENCE, BATCH, VOCABULARY = 64, 2, 512
 def build(changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
     from megatron_tiling import tile
 
+    options: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16} | changes
+    frozen: tuple[str, ...] = options.pop("frozen", ())
     config = TransformerConfig(
         num_layers=2, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, add_bias_linear=False, bf16=True, params_dtype=torch.bfloat16,
-        hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=2, **changes,
+        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        tensor_model_parallel_size=2, **options,
     )  # fmt: skip
-    model = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE, position_embedding_type="rope")
+    spec = get_gpt_layer_local_spec()
+    heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    model = GPTModel(
+        config, spec, VOCABULARY, SEQUENCE, position_embedding_type="rope", mtp_block_spec=heads,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(frozen)
     if tiling is not None:
         tile(model, TilingConfig(**tiling))
     return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
@@ -92,6 +107,8 @@ def main() -> None:
     model_parallel_cuda_manual_seed(11)
     gpu._forget_random_states()
     for name, (changes, tiling) in MODELS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         for tensors in ("fake", "real") if alone else ("real",):
             parallel_state.get_global_memory_buffer().buffer.clear()  # which models share
             found = seen(functools.partial(build, changes, tiling), tensors == "fake")

@@ -101,8 +101,8 @@ def test_a_stage_without_tiles() -> None:
     [
         ("--hidden-size 64", "assert args.micro-batch-size is not None"),
         (
-            "--optimizer sgd --moe-use-upcycling --use-precision-aware-optimizer --rampup-batch-size 1 1 10",
-            "--use-precision-aware-optimizer, --moe-use-upcycling, --rampup-batch-size, --optimizer sgd: not planned",
+            "--optimizer sgd --moe-use-upcycling --sft --rampup-batch-size 1 1 10",
+            "--sft, --moe-use-upcycling, --rampup-batch-size, --optimizer sgd: not planned yet",
         ),
         (
             "--num-experts 4 --moe-token-dispatcher-type flex --moe-expert-capacity-factor 1",
