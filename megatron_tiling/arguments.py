@@ -38,6 +38,8 @@ class Refused(NamedTuple):
     names: tuple[str, ...] = ()
 
 
+#: Flags that can be ``auto``: the planner chooses, of the runner's and ``install``'s commands.
+AUTOMATIC = ("--tile-factor", "--tiled-mlp-keep")
 _WHOLE_WEIGHT = "a tiled layer needs its weight whole"
 _ONE_SIZE = "its buffers are of one size, and tiles are not"
 _TWO_ENGINES = "two engines cannot own the same parameters"
@@ -174,9 +176,9 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--tile-factor",
         type=_number_or_text,
-        metavar="N",
+        metavar="N|auto",
         help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
-        f"Default {TilingConfig.factor}.",
+        f"Default {TilingConfig.factor}. auto: the planner chooses the fastest that fits.",
     )
     group.add_argument(
         "--tiled-linear-modules",
@@ -202,10 +204,10 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--tiled-mlp-keep",
         type=_number_or_text,
-        metavar="N|all",
+        metavar="N|all|auto",
         help="Tiles of an MLP, or of a rank's grouped experts, that keep their pre-activations for the backward pass; "
         "the others compute their fc1 product again. 0 takes the least memory. Default all: nothing but the "
-        "activation is computed again; 0 where tiles are partitioned.",
+        "activation is computed again; 0 where tiles are partitioned. auto: as for --tile-factor.",
     )
     group.add_argument(
         "--tiled-head-memory-mib",

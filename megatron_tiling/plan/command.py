@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_tiling.arguments import add_tiling_args
 from megatron_tiling.plan import routing
+from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
@@ -86,6 +88,10 @@ class Command:
         self.tiled = Setting(TILED, [*self.arguments, TILED])
         if self.arguments != arguments:
             self.tiled = Setting("as given", arguments if asked.use_tiled_linear else [*arguments, TILED])
+        # Of one that asks for it, what the planner is to choose from: flags behind the command's own.
+        self.automatic = [
+            Setting(flags, [*self.tiled.arguments, *flags.split()]) for flags in automatic_flags(arguments)
+        ]
         names = {argument.partition("=")[0] for argument in self.arguments}
         self.recomputes = not names.isdisjoint(RECOMPUTE_FLAGS)
         sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -163,6 +169,29 @@ class Command:
         }
         return longest(searches, peaks) | failed
 
+    def tried(self, tracker: Tracker, limit: float) -> list[Plan]:
+        """What ``auto`` may be, up to the first that fits into ``limit`` bytes; all of it if none does.
+
+        Raises:
+            SystemExit: none of it runs, and why the last does not.
+        """
+        found: list[Plan] = []
+        for settings in itertools.batched(self.automatic, os.cpu_count() or 1):
+            for one in self.plan(settings, tracker):
+                if isinstance(one, Plan):
+                    found.append(one)
+                    if one.run.peak <= limit:
+                        return found
+        if not found:
+            raise SystemExit(one)
+        return found
+
+    def choose(self, tracker: Tracker, limit: float) -> None:
+        """Of what ``auto`` may be, what it is: the tiled setting of a command that asks for it."""
+        *_, last = found = self.tried(tracker, limit)
+        flags = last.flags if last.run.peak <= limit else min(found, key=lambda one: one.run.peak).flags
+        self.tiled = Setting(f"as given, {flags}", [*self.tiled.arguments, *flags.split()])
+
 
 def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
     """Parts of memory at the peak in MiB, a column for each plan."""
@@ -179,15 +208,19 @@ def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
     )
 
 
-def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
-    """Settings that fit, those with the least work first, without those that another beats or equals in work and peak.
-
-    If none fits, the smallest, and what else there is.
-    """
+def undominated(plans: Sequence[Plan]) -> list[Plan]:
+    """Those with the least work first, without those that another beats or equals in work and peak."""
     best: list[Plan] = []
-    for one in sorted(plans, key=lambda one: (round(one.flops / dense.flops, 3), one.run.peak)):
+    least = min((one.flops for one in plans), default=0)
+    for one in sorted(plans, key=lambda one: (round(one.flops / least, 3), one.run.peak)):
         if not best or one.run.peak < best[-1].run.peak:
             best.append(one)
+    return best
+
+
+def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
+    """Settings that fit, those with the least work first. If none fits, the smallest, and what else there is."""
+    best = undominated(plans)
     fitting = [one for one in best if one.run.peak <= limit]
     head = (
         f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an "
@@ -245,6 +278,10 @@ def main() -> None:
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
     limit = options.gpu_memory_gib - options.outside_gib
     left = f"{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;"
+    if command.automatic:
+        if options.longest:
+            parser.error("--longest: give numbers in the place of auto, which chooses for one length")
+        command.choose(tracker, limit * GIB)
     if options.longest:
         print(left, f"the longest sequence that fits, in steps of {command.multiple} tokens:")
         for setting, tokens in command.longest(tracker, limit * GIB).items():

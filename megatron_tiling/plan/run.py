@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_tiling.plan import gpu, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.trainer.phases import module_kinds
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,6 @@ class Run:
 
 class _Planned(BaseException):
     """Ends the script: all is seen."""
-
-
-def module_kinds() -> dict[type, str]:
-    """What the user calls modules of Megatron's; of a model what is left of it is its head and loss."""
-    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-    from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.transformer.attention import Attention
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
-    from megatron.core.transformer.transformer_block import TransformerBlock
-
-    return {
-        Attention: "attention", BaseMoELayer: "experts", MLP: "MLP", LanguageModelEmbedding: "embedding",
-        TransformerBlock: "norms and residuals", LanguageModule: "logits and loss",
-    }  # fmt: skip
 
 
 def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0) -> Tracker:

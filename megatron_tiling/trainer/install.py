@@ -24,6 +24,8 @@ from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.checkpoint_check import check_on_all_ranks
 from megatron_tiling.trainer.hook import Hook, ModelChunks, hooked, reasons_for_no_tiles, tiling_hook, was_tiled
 from megatron_tiling.trainer.norm import allow_sequence_parallel
+from megatron_tiling.trainer.out_of_memory import saying_what_fits
+from megatron_tiling.trainer.planned import choose, to_check
 
 Call = inspect.BoundArguments
 Stock = Callable[..., Any]
@@ -162,7 +164,7 @@ def _with_validation_of_yaml(stock: Stock, call: Call) -> Any:
 
 def _validated(args: Namespace) -> TilingConfig | None:
     with _ending_in_one_line():
-        config = validate_tiling_args(args)
+        config = validate_tiling_args(to_check(args))
         if config is not None and getattr(args, "use_torch_fsdp2", False) and not versions.torch_fsdp2_trains():
             raise ValueError(
                 "--use-torch-fsdp2: this megatron-core's FSDP2 wrapper does not go with its trainer; "
@@ -204,6 +206,8 @@ def _without_missing_fusion(stock: Stock, call: Call) -> Any:
 
 
 def _trainer_hook(args: Namespace) -> Hook:
+    with _ending_in_one_line():
+        choose(args)
     resident = storage_of(args) == "resident"  # else an engine owns the gradients
     hook = tiling_hook(TilingConfig.from_args(args, fuse_wgrad=resident and args.gradient_accumulation_fusion))
 
@@ -244,9 +248,11 @@ def _with_tiling_hook(stock: Stock, call: Call) -> Any:
 
 
 def _with_check_of_built_model(stock: Stock, call: Call) -> Any:
-    built = _run(stock, call)
+    args = _args_that_tile()
+    with saying_what_fits(args, building=True):
+        built = _run(stock, call)
     _refuse_untiled(built[0])
-    if _args_that_tile():
+    if args is not None:
         everyone: list[set[str] | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, reasons_for_no_tiles(built[0]))
         if None not in everyone:  # on no pipeline stage
@@ -259,7 +265,8 @@ def _with_check_of_built_model(stock: Stock, call: Call) -> Any:
 
 def _with_check_of_model(stock: Stock, call: Call) -> Any:
     _refuse_untiled(call.arguments.get("model", []))  # not named, if somebody has put a function around it
-    return _run(stock, call)
+    with saying_what_fits(_args_that_tile()):
+        return _run(stock, call)
 
 
 def _refuse_untiled(model: ModelChunks) -> None:

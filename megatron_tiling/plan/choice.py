@@ -1,0 +1,82 @@
+"""One setting of a command that fits, as a line of JSON: what a training run asks for (``trainer/planned.py``).
+
+    python -m megatron_tiling.plan.choice [--gpu-memory-gib N] [--gpus N] [--outside-gib N] SCRIPT [ARGS]
+
+Of a command with ``--tile-factor auto`` or ``--tiled-mlp-keep auto`` it is the first of what these may be, else the
+best of the settings that the planner compares.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+from megatron_tiling.plan.command import ADVICE, GIB, Command, Plan, command_parser, undominated
+from megatron_tiling.plan.run import prepare
+from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.trainer.planned import ANSWER
+
+
+def automatic(command: Command, tracker: Tracker, limit: float) -> dict[str, Any]:
+    """Of what ``auto`` may be: the fastest that fits, and the one before it.
+
+    Raises:
+        SystemExit: none of it runs.
+    """
+    found = command.tried(tracker, limit)
+    fits = found[-1].run.peak <= limit
+    return {
+        "best": _described(found[-1]) if fits else None,
+        "before": _described(found[-2]) if fits and len(found) > 1 else None,
+        "smallest": _described(min(found, key=lambda one: one.run.peak)),
+        "settings": len(command.automatic),
+    }
+
+
+def instead(command: Command, tracker: Tracker, limit: float, below: float) -> dict[str, Any]:
+    """The command as given, and the best setting that fits and takes less than ``below`` of it.
+
+    Raises:
+        SystemExit: the command does not run.
+    """
+    given, *others = command.plan([command.tiled, command.dense, *command.others()], tracker)
+    if isinstance(given, str):
+        raise SystemExit(given)
+    found = [one for one in others if isinstance(one, Plan)]
+    fitting = [one for one in undominated(found) if one.run.peak <= min(limit, below * given.run.peak)]
+    return {
+        "given": _described(given),
+        "best": _described(fitting[0]) if fitting else None,
+        "smallest": _described(min(found or [given], key=lambda one: one.run.peak)),
+        "settings": len(found) + 1,
+        "advice": ADVICE,
+    }
+
+
+def _described(one: Plan) -> dict[str, Any]:
+    return {"flags": one.flags, "gib": one.run.peak / GIB, "phase": one.run.phase}
+
+
+def main() -> None:
+    """Print the answer.
+
+    Raises:
+        SystemExit: there is none; the last line of what it says is why.
+    """
+    parser = command_parser()
+    parser.add_argument("--below", type=float, default=1.0, help="of the peak of the command as given, what may be had")
+    options = parser.parse_args()
+    command = Command(options.script, options.arguments, options.gpus)
+    warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
+    tracker = prepare(command.with_transformer_engine)
+    limit = (options.gpu_memory_gib - options.outside_gib) * GIB
+    if command.automatic:
+        answer = automatic(command, tracker, limit)
+    else:
+        answer = instead(command, tracker, limit, options.below)
+    print(ANSWER + json.dumps(answer | {"limit_gib": limit / GIB}))
+
+
+if __name__ == "__main__":
+    main()
