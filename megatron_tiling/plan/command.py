@@ -20,14 +20,15 @@ from megatron_tiling.arguments import add_tiling_args
 from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.longest import longest, search
+from megatron_tiling.plan.picture import draw, reason_not_to_draw
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
 USAGE = (
-    "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--longest] "
-    "[--expert-imbalance N] SCRIPT [ARGS of the script]"
+    "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--expert-imbalance N] "
+    "[--longest | --picture FILE] SCRIPT [ARGS of the script]"
 )
 TILED = "--use-tiled-linear"
 #: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
@@ -131,11 +132,11 @@ class Command:
                 if flags not in (self.dense.flags, self.tiled.flags):
                     yield Setting(flags, [*self.arguments, *flags.split()])
 
-    def plan(self, settings: Iterable[Setting], tracker: Tracker) -> Iterator[Plan | str]:
-        """Of each setting, or why it does not run."""
+    def plan(self, settings: Iterable[Setting], tracker: Tracker, draw: bool = False) -> Iterator[Plan | str]:
+        """Of each setting, with its curve if it is to be drawn, or why it does not run."""
         asked = list(settings)
         jobs = [
-            functools.partial(plan, tracker, self.script, setting.arguments, self.gpus, rank)
+            functools.partial(plan, tracker, self.script, setting.arguments, self.gpus, rank, draw)
             for setting in asked
             for rank in self.ranks.values()
         ]
@@ -255,6 +256,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
     )
     parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of each setting")
+    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
@@ -270,6 +272,10 @@ def main() -> None:
     options = parser.parse_args(sys.argv[2:])
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
+    if options.picture and options.longest:
+        parser.error("--picture draws one length: leave out --longest")
+    if options.picture and (reason := reason_not_to_draw(options.picture)):
+        parser.error(reason)
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
@@ -289,11 +295,15 @@ def main() -> None:
             print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
         return
     found: list[Plan] = []
-    for name, one in zip(("dense", "tiled"), command.plan([command.dense, command.tiled], tracker), strict=True):
+    first = command.plan([command.dense, command.tiled], tracker, draw=options.picture is not None)
+    for name, one in zip(("dense", "tiled"), first, strict=True):
         if isinstance(one, str):
             raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {name}")
         found.append(one)
-    print(table(found, ("dense", f"tiled ({command.tiled.flags})")), flush=True)
+    names = "dense", f"tiled ({command.tiled.flags})"
+    print(table(found, names), flush=True)
+    if options.picture:
+        draw(options.picture, dict(zip(names, (one.run for one in found), strict=True)), limit * GIB)
     dense = found[0]
     failed: list[str] = []
     others = list(command.others())

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiling.plan import gpu, routing
 from megatron_tiling.plan.clock import CLOCK
+from megatron_tiling.plan.curve import Moments, Point
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.trainer.phases import module_kinds
 
@@ -39,6 +40,7 @@ class Run:
         phase: what runs at the peak.
         flops: of matrix products in the micro-batches that were looked at.
         seconds: that the kernels of a step take, with all of its micro-batches.
+        curve: of the second step, if it is asked for.
     """
 
     peak: int
@@ -46,6 +48,7 @@ class Run:
     phase: str
     flops: float
     seconds: float
+    curve: tuple[Point, ...] = ()
 
 
 class _Planned(BaseException):
@@ -63,8 +66,11 @@ def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0
     return tracker
 
 
-def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) -> Run:
+def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int, draw: bool = False) -> Run:
     """Run ``script`` with the arguments ``argv`` as one rank of ``world``. Once a process, after ``prepare``.
+
+    Args:
+        draw: with the curve.
 
     Raises:
         SystemExit: as Megatron or the script ends on bad arguments.
@@ -77,7 +83,7 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int) 
 
     install()
     found: list[Run] = []
-    _install_seams(tracker, found)
+    _install_seams(tracker, found, draw)
     try:
         runpy.run_path(script, run_name="__main__")
     except _Planned:
@@ -106,7 +112,7 @@ def fake_process_groups(world: int, rank: int) -> None:
     distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
 
 
-def _install_seams(tracker: Tracker, found: list[Run]) -> None:
+def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
@@ -160,10 +166,13 @@ def _install_seams(tracker: Tracker, found: list[Run]) -> None:
         warm.append(True)
         tracker.reset_peak()
         CLOCK.clear()
+        moments = Moments(tracker, CLOCK) if draw else None
         stock_step(*args, **kwargs)
-        parts = tracker.parts() | {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
+        always = {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
+        parts = tracker.parts() | always
         seconds = CLOCK.once + (CLOCK.seconds - CLOCK.once) * stock_number() / number_of_microbatches()
-        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds))
+        curve = moments.curve(always) if moments else ()
+        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds, curve))
         raise _Planned
 
     def number_of_microbatches() -> int:

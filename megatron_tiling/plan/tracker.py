@@ -94,7 +94,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that were live at once, when, in which phase, and bytes that a kernel held beside them."""
+    """Bytes that were live at once, the most of all or a moment's: when, in which phase, and a kernel's beside them."""
 
     bytes: int
     time: int
@@ -121,6 +121,7 @@ class Tracker(TorchDispatchMode):
         self.allocations: list[Allocation] = []
         self.bytes = 0
         self.kinds = dict(kinds or {})
+        self.on_moment: Callable[[Peak], None] | None = None  # is told of all that might be a peak
         self._replaced = ExitStack()
         self._workspace, self._on_operation = workspace, on_operation
         self._live: dict[int, Allocation] = {}
@@ -295,16 +296,25 @@ class Tracker(TorchDispatchMode):
         self.peak = Peak(self.bytes, self._time, self._phase)
 
     def _see(self, workspace: int = 0) -> None:
-        if not self._fused and self.bytes + workspace > self.peak.bytes:
+        if self._fused:
+            return
+        if self.bytes + workspace > self.peak.bytes:
             self.peak = Peak(self.bytes + workspace, self._time, self._phase, workspace)
+        if self.on_moment is not None:
+            self.on_moment(Peak(self.bytes + workspace, self._time, self._phase, workspace))
 
-    def parts(self) -> dict[str, int]:
-        """Bytes of each part of memory at the peak, the largest first."""
+    def parts(self, moment: Peak | None = None, among: Iterable[Allocation] | None = None) -> dict[str, int]:
+        """Bytes of each part of memory at the peak, or at another moment, the largest first.
+
+        Args:
+            among: all that lives then, and maybe more.
+        """
+        moment = moment or self.peak
         found: Counter[str] = Counter()
-        for allocation in self.allocations:
-            if allocation.lives(self.peak.time):
-                found[allocation.part(self.peak.phase)] += allocation.bytes
-        found["workspace of a kernel"] += self.peak.workspace
+        for allocation in self.allocations if among is None else among:
+            if allocation.lives(moment.time):
+                found[allocation.part(moment.phase)] += allocation.bytes
+        found["workspace of a kernel"] += moment.workspace
         return {part: size for part, size in found.most_common() if size}
 
 
