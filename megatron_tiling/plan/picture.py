@@ -45,7 +45,8 @@ def draw(file: str, runs: Mapping[str, Run], limit: float) -> None:
         (part for part, size in largest.items() if size >= SMALL * highest),
         key=lambda part: (":" in part, -steady[part], -largest[part]),
     )
-    colors = dict(zip([*shown, SMALL_PARTS], [*colormaps["tab20"].colors, *colormaps["tab20b"].colors], strict=False))
+    palette = [colormaps[name](color) for name in ("tab20", "tab20b") for color in range(20)]
+    colors = dict(zip([*shown, SMALL_PARTS], palette, strict=False))
     figure = Figure(figsize=(11, 4 * len(runs)), layout="constrained")
     axes = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axis, (name, run) in zip(axes, runs.items(), strict=True):

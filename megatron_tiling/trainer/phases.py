@@ -21,6 +21,8 @@ PLACES = {
     "megatron/core/distributed/finalize_model_grads": "gradient reduction",
     "megatron/core/distributed/param_and_grad_buffer": "gradient reduction",
 }
+#: Functions that start autograd's engine: torch's, and Megatron's schedules' own.
+BACKWARD = ("_engine_run_backward", "custom_backward", "backward_step")
 
 
 def module_kinds() -> dict[type, str]:
@@ -53,7 +55,7 @@ def phase_of(error: BaseException) -> str:
                 return kind
         file = frame.f_code.co_filename
         place = place or next((phase for part, phase in PLACES.items() if part in file), None)
-        if frame.f_code.co_name == "_engine_run_backward":
+        if frame.f_code.co_name in BACKWARD:
             return "the backward pass" if place is None else f"{place}, backward"
     return place or "a part of the step that has no name"
 

@@ -108,7 +108,12 @@ def asks_for_plan(args: Namespace) -> list[str]:
 
 
 def to_check(args: Namespace) -> Namespace:
-    """Arguments with values that hold in any model, in the place of those that are to be chosen."""
+    """Arguments with values that hold in any model, in the place of those that are to be chosen.
+
+    DeepSpeed's scripts build models past Megatron's trainer, where nobody chooses.
+    """
+    if getattr(args, "deepspeed_config", None):
+        return args
     values = {"--tile-factor": DEFAULT_FACTOR, "--tiled-mlp-keep": 0}
     return Namespace(**vars(args) | {argument_of(flag): values[flag] for flag in asks_for_plan(args)})
 
