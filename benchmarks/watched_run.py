@@ -83,7 +83,7 @@ def main() -> None:
     install()
     from megatron.training import training
 
-    from megatron_tiling.plan.run import module_kinds
+    from megatron_tiling.trainer.phases import module_kinds
 
     watch = Watch()
     for owner, kind in module_kinds().items():

@@ -69,13 +69,14 @@ def main() -> None:
     options = parser.parse_args()
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    tracker = prepare(command.with_transformer_engine)
+    tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     limit = (options.gpu_memory_gib - options.outside_gib) * GIB
     if command.automatic:
         answer = automatic(command, tracker, limit)
     else:
         answer = instead(command, tracker, limit, options.below)
-    print(ANSWER + json.dumps(answer | {"limit_gib": limit / GIB}))
+    supposed = f" (experts: {options.expert_imbalance:g} times balanced rows)" if command.has_experts else ""
+    print(ANSWER + json.dumps(answer | {"limit_gib": limit / GIB, "supposed": supposed}))
 
 
 if __name__ == "__main__":

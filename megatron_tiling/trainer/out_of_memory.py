@@ -61,6 +61,7 @@ def _words(answer: dict[str, Any]) -> str:
     given, best, smallest = (answer[name] for name in ("given", "best", "smallest"))
     planned_at = (
         f"The planner has this command at {given['gib']:.1f} GiB of {answer['limit_gib']:.1f}, set by {given['phase']}"
+        + answer["supposed"]
     )
     if best is not None:
         return f"{planned_at}. What fits best, at {best['gib']:.1f}: {_instead(best['flags'])}"

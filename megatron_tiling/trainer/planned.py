@@ -155,5 +155,5 @@ def choose(args: Namespace) -> None:
     faster = f"the next faster, {before['flags']}, needs {before['gib']:.1f}" if before else "it is the fastest"
     log_on_rank_0(
         f"{asked}: chosen is {chosen['flags']}, which needs {chosen['gib']:.1f} GiB of {limit:.1f}, set by "
-        f"{chosen['phase']}; {faster}"
+        f"{chosen['phase']}{answer['supposed']}; {faster}"
     )
