@@ -69,6 +69,8 @@ def ask(asked: Sequence[str]) -> dict[str, Any]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise NoPlan(f"it took more than {SECONDS} s") from None
+    except OSError as error:  # the host may be out of memory too
+        raise NoPlan(str(error)) from None
     for line in done.stdout.splitlines():
         if line.startswith(ANSWER):
             answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
