@@ -27,6 +27,7 @@ RECORDS = (
     "2026-11-26-whole-model-flash",
     "2026-11-27-whole-model-flash-8-layers",
     "2026-11-27-mlp-te",
+    "2026-11-27-mlp-fp8",
     "2026-11-27-experts",
     "2026-11-27-longest-context-3b",
     "2026-11-27-longest-context-3b-full-recompute",
@@ -154,6 +155,44 @@ def mlps(planner: Planner, run: dict[str, Any], tokens: int) -> Iterator[Row]:
         yield f"h={run['shape'][0]}: {name}", planner.peak(step), measured[name], times[name]
 
 
+def of_mlp_fp8(planner: Planner, record: list[str], lengths: int) -> Iterator[Row]:
+    """Of a page, which has no record beside it; not of FP8 parameters, which are not planned."""
+    import torch
+
+    from benchmarks import mlp_fp8, mlp_measure
+    from benchmarks.mlp_candidates import Candidate
+    from megatron_tiling import TilingConfig, tile
+
+    tilings = {mlp_fp8.name_of(*tiling): tiling for tiling in mlp_fp8.TILED}
+    rows = [[cell.strip() for cell in line.split("|")] for line in record]
+    measured = {(row[1], row[2]): float(row[8]) for row in rows if len(row) == 12 and row[1] in mlp_fp8.RECIPES}
+    sizes = next(line for line in record if line.startswith("## h=")).replace(",", "").split()
+    shape = [int(size.partition("=")[2]) for size in sizes[1:]]
+    for (recipe, name), found in measured.items():
+        if "parameters" in name:
+            continue
+        with planner.simulation():
+            mlp = mlp_fp8.mlp_of(*shape, fp8="hybrid", fp8_recipe=recipe)
+            for layer in mlp.children():
+                layer.weight.main_grad = torch.zeros(layer.weight.shape, device="cuda")
+            if name in tilings:
+                tiles, keep, holds = tilings[name]
+                tile(torch.nn.ModuleDict({"mlp": mlp}), TilingConfig(tiles, mlp_keep="all" if keep is None else 0))
+                mlp.holds_weights = holds
+            run = mlp_fp8.Run(recipe, name, mlp)
+            hidden = torch.randn(8192, 1, shape[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            grad = torch.randn_like(hidden)
+
+            def step(run: Any = run, hidden: Any = hidden, grad: Any = grad) -> None:
+                for is_first in (True, False):
+                    candidate = Candidate(run.name, run.step(is_first), list(run.mlp.parameters()))
+                    mlp_measure.step(candidate, hidden, grad)
+
+            step()
+            run.forget()
+            yield f"{recipe}: {name}", planner.peak(step), found, None
+
+
 def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
     import torch
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -255,12 +294,19 @@ def grouped_experts(planner: Planner, run: dict[str, Any], hidden_size: int, cou
         yield f"{run['case']}: {name}", peak, measured[name], times[name]
 
 
-KINDS: dict[str, Callable[[Planner, dict[str, Any], int], Iterator[Row]]] = {
+KINDS: dict[str, Callable[[Planner, Any, int], Iterator[Row]]] = {
     "whole-model": of_whole_model,
     "mlp-te": of_mlp,
+    "mlp-fp8": of_mlp_fp8,
     "experts": of_experts,
     "longest-context": of_longest_context,
 }
+
+
+def read(name: str) -> Any:
+    """A record, or the lines of a page that has none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else path.with_suffix(".md").read_text().splitlines()
 
 
 def main() -> None:
@@ -273,7 +319,7 @@ def main() -> None:
     planner.clock.gpu = dataclasses.replace(planner.clock.gpu, attention=math.inf, attention_backward=math.inf)
     errors = []
     for name in args.records:
-        record = json.loads((RESULTS / f"{name}.json").read_text())
+        record = read(name)
         kind = next(kind for part, kind in KINDS.items() if part in name)
         print(f"\n{name}\n\n| | predicted MiB | measured MiB | error | predicted ms | measured ms | seconds |")
         print("|---|---|---|---|---|---|---|")

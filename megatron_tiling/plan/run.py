@@ -259,7 +259,11 @@ _WRITES = {"tensorboard_dir", "wandb_project", "enable_one_logger", "log_progres
 _REFUSED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
-    "fp8": "--fp8-format",
+    "fp8_param_gather": "--fp8-param-gather",
+    "te_precision_config_file": "--te-precision-config-file",
+    "fp8_dot_product_attention": "--fp8-dot-product-attention",
+    "fp8_multi_head_attention": "--fp8-multi-head-attention",
+    "fp8_output_proj": "--fp8-output-proj",
     "fp4": "--fp4-format",
     "multi_latent_attention": "--multi-latent-attention",
     "hybrid_layer_pattern": "--hybrid-layer-pattern",
@@ -301,10 +305,16 @@ def _refuse(args: Namespace) -> None:
         ("transformer_impl", "local", "transformer_engine"),
         ("optimizer", "adam"),
         ("moe_token_dispatcher_type", "allgather", "alltoall"),
+        ("fp8_recipe", "delayed", "tensorwise", "blockwise"),
     ):
         if getattr(args, name, priced[0]) not in priced:
             asked.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
     if getattr(args, "moe_expert_capacity_factor", None) and not args.moe_pad_expert_input_to_capacity:
         asked.append("--moe-expert-capacity-factor without --moe-pad-expert-input-to-capacity")  # drops by values
+    if getattr(args, "fp8", None):
+        asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
+        asked += ["--sequence-parallel with --fp8-format"] * (
+            args.tensor_model_parallel_size > 1 and args.sequence_parallel
+        )
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

@@ -69,27 +69,72 @@ def near(what: str, found: float, expected: float) -> None:
         raise AssertionError(f"{what}: {found:.4f} MiB, expected {expected:.4f}")
 
 
-def measured_peaks_and_refusals() -> None:
-    """Measured peaks of MLPs, dense, recomputed and tiled. FP8 is refused by name."""
-    import json
+def layers_in_fp8() -> None:
+    """fc1 with its norm, and fc2, at TP=2: columns that they keep, and both layouts in the backward pass."""
+    planner = Planner(TP)
+    import torch
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.fp8_utils import get_fp8_context
+    from megatron.core.transformer import TransformerConfig
 
-    from benchmarks.plan_accuracy import of_mlp
-    from benchmarks.record import RESULTS
+    whole, wide, narrow = mib(TOKENS * HIDDEN), mib(TOKENS * FFN // TP), mib(TOKENS * HIDDEN) / 2
+    for recipe in ("tensorwise", "delayed"):
+        config = TransformerConfig(
+            num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=2, normalization="RMSNorm",
+            params_dtype=torch.bfloat16, bf16=True, add_bias_linear=False, gradient_accumulation_fusion=True,
+            tensor_model_parallel_size=TP, fp8="hybrid", fp8_recipe=recipe,
+        )  # fmt: skip
+        options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False}
+        options |= {"skip_bias_add": False, "is_expert": False}
+        with planner.simulation():
+            fc1 = te.TELayerNormColumnParallelLinear(HIDDEN, FFN, gather_output=False, **options)
+            fc2 = te.TERowParallelLinear(FFN, HIDDEN, input_is_parallel=True, **options)
+            for layer, width, kept, made in (
+                # columns; both layouts of the gradient, the input's gradient and the norm's, without the columns
+                (fc1, HIDDEN, narrow, wide + 2 * whole - narrow),
+                (fc2, FFN // TP, wide / 2, whole + wide),
+            ):
+                for parameter in layer.parameters():
+                    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+                    parameter.grad_added_to_main_grad = False
 
-    rows = list(of_mlp(Planner(), json.loads((RESULTS / "2026-11-27-mlp-te.json").read_text()), 1))
-    assert len(rows) == 16
+                def in_fp8(x: Any, layer: Any = layer, config: Any = config) -> Any:
+                    with get_fp8_context(config, 0):
+                        return layer(x)
+
+                x = torch.zeros(TOKENS, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+                check_layer(planner, in_fp8, x, kept, made)
+
+
+def measured_peaks() -> None:
+    """Of MLPs, dense, recomputed and tiled, in bf16 and in FP8."""
+    from benchmarks.plan_accuracy import of_mlp, of_mlp_fp8, read
+
+    planner = Planner()
+    rows = [*of_mlp(planner, read("2026-11-27-mlp-te"), 1), *of_mlp_fp8(planner, read("2026-11-27-mlp-fp8"), 1)]
+    assert len(rows) == 16 + 27
     for name, predicted, measured, _ in rows:
         if abs(predicted / measured - 1) > 0.002:
             raise AssertionError(f"{name}: {predicted:.1f} MiB, measured {measured:.1f}")
+
+
+def refusals_of_fp8() -> None:
+    """By name: what is not here."""
+    Planner()
     import transformer_engine as te
 
-    for ask in (te.common.recipe.DelayedScaling, lambda: te.pytorch.fp8_autocast(enabled=True).__enter__()):
+    recipe = te.common.recipe
+    for ask, flag in (
+        (recipe.MXFP8BlockScaling, "--fp8-recipe"),
+        (lambda: recipe.Float8CurrentScaling(fp8_dpa=True), "--fp8-dot-product-attention"),
+        (lambda: te.pytorch.fp8_model_init(enabled=True), "--fp8-param-gather"),
+    ):
         try:
             ask()
         except NotImplementedError as error:
-            assert "--fp8-format" in str(error)
+            assert flag in str(error)
         else:
-            raise AssertionError("FP8 is not refused")
+            raise AssertionError(f"{flag} is not refused")
 
 
 def backends_of_attention() -> None:
@@ -117,7 +162,13 @@ def backends_of_attention() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
-    for check in (linear_layers_under_sequence_parallelism, measured_peaks_and_refusals, backends_of_attention)
+    for check in (
+        linear_layers_under_sequence_parallelism,
+        layers_in_fp8,
+        measured_peaks,
+        refusals_of_fp8,
+        backends_of_attention,
+    )
 }
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ products are torch's, so that their time can be priced; the results of other ker
 upstream and list what is kept for the backward pass ("Keeps"), and what is made and freed beside results ("Makes").
 ``T`` is a rank's tokens; what has no dtype is in that of the activations.
 
-bf16 and fp16 only. What is asked for and not here (FP8, overlapped communication, context parallelism) is refused.
+What is asked for and not here (other recipes of FP8, overlapped communication, context parallelism) is refused.
 """
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _NAME = "transformer_engine"
@@ -26,7 +26,9 @@ def install() -> None:
         if sys.modules[_NAME].__doc__ == __doc__:
             return
         raise RuntimeError(f"the planner comes too late: {sys.modules[_NAME]} is imported")
-    sys.modules["transformer_engine_torch"] = None  # type: ignore[assignment]  # the real one's kernels
+    from megatron_tiling.plan.transformer_engine import fp8
+
+    sys.modules["transformer_engine_torch"] = fp8.KERNELS  # type: ignore[assignment]
     for name, names in _modules().items():
         full_name = f"{_NAME}.{name}".rstrip(".")
         module = ModuleType(full_name, __doc__)
@@ -43,6 +45,7 @@ def _modules() -> dict[str, dict[str, Any]]:
     """Modules, parents first, and what is in them."""
     from megatron_tiling.plan.transformer_engine import (
         attention,
+        fp8,
         grouped_linear,
         kernels,
         linear,
@@ -55,22 +58,41 @@ def _modules() -> dict[str, dict[str, Any]]:
     def of(module: ModuleType, *names: str) -> dict[str, Any]:
         return {name: getattr(module, name) for name in names}
 
-    fp8 = of(refused, "FP8GlobalStateManager", "fp8_autocast", "fp8_model_init")
+    state = of(fp8, "FP8GlobalStateManager", "fp8_autocast", "fp8_model_init")
+    saving = of(fp8, "QuantizedTensorStorage", "prepare_for_saving", "restore_from_func_ctx")
+    names = "FP8FwdTensorIdx", "FP8BwdTensorIdx", "_2X_ACC_FPROP", "_2X_ACC_DGRAD", "_2X_ACC_WGRAD"
+    constants = dict(zip(names, (SimpleNamespace(GEMM1_INPUT=0, GEMM1_WEIGHT=1), SimpleNamespace(GRAD_OUTPUT1=0),
+                                 False, True, True), strict=True))  # fmt: skip
     layers = of(linear, "Linear", "LayerNormLinear") | of(norms, "LayerNorm", "RMSNorm")
     layers |= of(grouped_linear, "GroupedLinear") | of(attention, "DotProductAttention")
-    recompute = "activation_recompute_forward", "is_fp8_activation_recompute_enabled", "checkpoint"
+    gathers = "allreduce", "gather_along_first_dim", "reduce_scatter_along_first_dim"
+    recompute = "activation_recompute_forward", "is_fp8_activation_recompute_enabled"
     return {
         "": {"__version__": "2.17.1", "__file__": __file__},
         "common": {},
-        "common.recipe": refused.RECIPES,
-        "pytorch": layers | fp8 | of(refused, "Fp8Padding", "Fp8Unpadding", "LayerNormMLP"),
-        "pytorch.fp8": fp8,
+        "common.recipe": refused.RECIPES
+        | of(fp8, "Recipe", "Format", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"),
+        "debug": {},
+        "debug.pytorch": {},
+        "debug.pytorch.debug_state": {"TEDebugState": SimpleNamespace(debug_enabled=False)},
+        "pytorch": layers | state | of(refused, "Fp8Padding", "Fp8Unpadding", "LayerNormMLP"),
+        "pytorch.fp8": state,
+        "pytorch.quantization": state,
+        "pytorch.constants": {"TE_DType_To_Torch": fp8.FLOAT8} | constants,
+        "pytorch.quantized_tensor": saving,
+        "pytorch.utils": {"is_non_tn_fp8_gemm_supported": lambda: False},  # on Hopper
         "pytorch.ops": of(refused, "Sequential", "FusibleOperation"),
         "pytorch.tensor": of(refused, "QuantizedTensor"),
-        "pytorch.distributed": of(refused, "CudaRNGStatesTracker", *recompute),
+        "pytorch.tensor.float8_tensor": of(fp8, "Float8Quantizer", "Float8CurrentScalingQuantizer"),
+        "pytorch.tensor.float8_blockwise_tensor": of(fp8, "Float8BlockQuantizer"),
+        "pytorch.tensor.storage": {},
+        "pytorch.tensor.storage.float8_tensor_storage": of(fp8, "Float8TensorStorage"),
+        "pytorch.tensor.storage.float8_blockwise_tensor_storage": of(fp8, "Float8BlockwiseQTensorStorage"),
+        "pytorch.distributed": of(refused, "CudaRNGStatesTracker", *recompute, *gathers) | of(fp8, "checkpoint"),
         "pytorch.module": {},
-        "pytorch.module.base": of(kernels, "get_dummy_wgrad") | of(linear, "TransformerEngineBaseModule"),
-        "pytorch.cpp_extensions": of(grouped_linear, "general_gemm", "general_grouped_gemm"),
+        "pytorch.module.base": of(kernels, "get_dummy_wgrad") | of(linear, "TransformerEngineBaseModule") | constants,
+        "pytorch.module.linear": {"_check_fp8_reduce_and_update": lambda: True},
+        "pytorch.cpp_extensions": of(fp8, "general_gemm") | of(grouped_linear, "general_grouped_gemm"),
         "pytorch.attention": of(attention, "DotProductAttention"),
         "pytorch.attention.rope": of(attention, "apply_rotary_pos_emb", "apply_fused_qkv_rotary_pos_emb"),
         "pytorch.cross_entropy": of(tokens, "parallel_cross_entropy"),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tiling.plan.transformer_engine.fp8 import FP8GlobalStateManager
 from megatron_tiling.plan.transformer_engine.kernels import weight_gradient, workspace
 from megatron_tiling.plan.transformer_engine.linear import TransformerEngineBaseModule, drawn
 from megatron_tiling.plan.transformer_engine.refused import refusal
@@ -107,6 +108,8 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, x: Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Any:
         """``[rows, h]`` of all experts; how many of each makes no difference to memory."""
+        if FP8GlobalStateManager.is_fp8_enabled():
+            raise refusal("grouped experts in FP8", "leave out --fp8-format")
         weights, biases = (
             [getattr(self, f"{kind}{index}") for index in range(self.num_gemms)] if there else []
             for kind, there in (("weight", True), ("bias", self.use_bias))
@@ -130,19 +133,3 @@ def general_grouped_gemm(
     for a, b, result in zip(A, B, out, strict=True):
         first, second = (b.t() if layout[1] == "T" else b), (a.t() if layout[0] == "T" else a)
         gemm_into(result, first, second, accumulate=accumulate)
-
-
-def general_gemm(
-    A: Tensor,
-    B: Tensor,
-    out_dtype: torch.dtype | None = None,
-    layout: str = "TN",
-    bias: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None, None, None]:
-    """``B A^T`` and the like, of the router (cpp_extensions/gemm.py): the result, and the workspace."""
-    workspace(A)
-    first, second = (B.t() if layout[1] == "T" else B), (A.t() if layout[0] == "T" else A)
-    result = B.new_empty(first.shape[0], second.shape[1], dtype=out_dtype)
-    gemm_into(result, first, second, accumulate=False)
-    return result, None, None, None

@@ -1,13 +1,15 @@
 """The planner's Linear and LayerNormLinear."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tiling.plan.clock import CLOCK
+from megatron_tiling.plan.transformer_engine.fp8 import FP8GlobalStateManager
+from megatron_tiling.plan.transformer_engine.fp8_linear import FP8Linear
 from megatron_tiling.plan.transformer_engine.kernels import gathered, reduce_scattered, weight_gradient, workspace
 from megatron_tiling.plan.transformer_engine.norms import norm_gradients, normalized
 from megatron_tiling.plan.transformer_engine.refused import refusal
@@ -23,6 +25,8 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        self.quantizers: dict[str, Any] = {}
+        self._fp8_workspaces: dict[str, Any] = {}
 
     def set_tensor_parallel_group(self, group: Any) -> None:
         """Which it communicates with."""
@@ -30,6 +34,14 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """FP8 is off."""
+
+    @contextlib.contextmanager
+    def prepare_forward_ctx(self, x: Tensor) -> Iterator[Tensor]:
+        """In it the layer has its quantizers."""
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        if recipe is not None and not self.quantizers:
+            self.quantizers = recipe.quantizers(x.device)
+        yield x
 
     def get_extra_state(self) -> Tensor:
         """Of FP8: nothing."""
@@ -214,12 +226,34 @@ class Linear(TransformerEngineBaseModule):
     def _make_norm(self) -> None:
         """LayerNormLinear has one, before the weight."""
 
+    def weight_in_fp8(self, needs_dgrad: bool) -> tuple[Any, bool]:
+        """A copy for this micro-batch, or one that is held, and whether that was made now (module/base.py)."""
+        quantizer, held = self.quantizers["scaling_fwd"][1], self._fp8_workspaces.get("weight")
+        if held is not None:
+            return held, False
+        quantizer.set_usage(rowwise=True, columnwise=needs_dgrad)
+        copy = quantizer(self.weight)
+        if self._holds_copies:
+            self._fp8_workspaces["weight"] = copy
+        return copy, self._holds_copies
+
+    def _run_in_fp8(self, x: Tensor, bias: Tensor | None, *norm: Any) -> tuple[Tensor, Tensor | None]:
+        if self.sequence_parallel:
+            raise refusal("FP8 under sequence parallelism", "leave out --sequence-parallel or --fp8-format")
+        with self.prepare_forward_ctx(x):
+            options = self, torch.is_grad_enabled()
+            output, returned = FP8Linear.apply(x, self.weight, bias, *(norm or (None, None)), *options)
+        return output, returned
+
     def _run(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if FP8GlobalStateManager.is_fp8_enabled():
+            return self._run_in_fp8(x, bias)
         output: Tensor = _Linear.apply(x, self.weight, bias, self)
         return output, None
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """``[s, b, k]`` -> ``[s, b, n]``, with the bias and the norm's output where they are asked for."""
+        self._holds_copies = is_first_microbatch is not None
         output, returned = self._run(x, self.bias if self.apply_bias and self.parallel_mode != "row" else None)
         if self.apply_bias and self.parallel_mode == "row":
             output = output + self.bias
@@ -260,5 +294,7 @@ class LayerNormLinear(Linear):
 
     def _run(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         norm = self.layer_norm_weight, self.layer_norm_bias
+        if FP8GlobalStateManager.is_fp8_enabled():
+            return self._run_in_fp8(x, bias, *norm)
         output, returned = _LayerNormLinear.apply(x, self.weight, bias, *norm, self)
         return output, returned

@@ -1,11 +1,10 @@
 """What is only asked about, by name, and refused where it is used."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def refusal(what: str, instead: str) -> NotImplementedError:
@@ -15,39 +14,14 @@ def refusal(what: str, instead: str) -> NotImplementedError:
 
 class _Recipe:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise refusal(f"FP8 and FP4 ({type(self).__name__})", "leave out --fp8-format and --fp4-format")
+        raise refusal(f"the recipe {type(self).__name__}", "take another --fp8-recipe, or leave out --fp4-format")
 
 
 def _named(*names: str) -> dict[str, type]:
     return {name: type(name, (_Recipe,), {}) for name in names}
 
 
-_BLOCKS = "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling"
-RECIPES: dict[str, Any] = _named("DelayedScaling", "Float8CurrentScaling", *_BLOCKS) | {
-    "Format": type("Format", (), {"E4M3": "e4m3", "HYBRID": "hybrid"})
-}
-
-
-class FP8GlobalStateManager:
-    """FP8 is off."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        """It is not."""
-        return False
-
-
-@contextlib.contextmanager
-def fp8_autocast(enabled: bool = False, **options: Any) -> Iterator[None]:
-    """Nothing, where FP8 is off."""
-    if enabled:
-        raise refusal("FP8", "leave out --fp8-format")
-    yield
-
-
-def fp8_model_init(enabled: bool = False, **options: Any) -> Any:
-    """As ``fp8_autocast``."""
-    return fp8_autocast(enabled)
+RECIPES: dict[str, Any] = _named("MXFP8BlockScaling", "NVFP4BlockScaling")
 
 
 class Fp8Padding(torch.nn.Module):
@@ -88,15 +62,23 @@ class CudaRNGStatesTracker:
 
 
 def activation_recompute_forward(activation_recompute: bool = False, recompute_phase: bool = False) -> Any:
-    """Tells FP8 layers."""
+    """Tells layers of delayed scaling, which then keep a few numbers more."""
     return nullcontext()
 
 
 def is_fp8_activation_recompute_enabled() -> bool:
-    """FP8 is off."""
+    """Where it is asked for, a few numbers more would be kept."""
     return False
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Of FP8 layers alone; others have Megatron's."""
-    raise refusal("TransformerEngine's checkpoint", "leave out --fp8-format")
+def allreduce(tensor: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
+    """As torch's (distributed.py)."""
+    return tensor, torch.distributed.all_reduce(tensor, group=group, async_op=async_op)
+
+
+def gather_along_first_dim(*args: Any, **options: Any) -> Any:
+    """Of FP8 tiles under sequence parallelism."""
+    raise refusal("FP8 under sequence parallelism", "leave out --sequence-parallel or --fp8-format")
+
+
+reduce_scatter_along_first_dim = gather_along_first_dim
