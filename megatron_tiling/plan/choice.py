@@ -12,7 +12,8 @@ import json
 import warnings
 from typing import Any
 
-from megatron_tiling.plan.command import ADVICE, GIB, Command, Plan, command_parser, undominated
+from megatron_tiling.plan.automatic import automatic_flags
+from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, command_parser, undominated
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.trainer.planned import ANSWER
@@ -37,10 +38,16 @@ def automatic(command: Command, tracker: Tracker, limit: float) -> dict[str, Any
 def instead(command: Command, tracker: Tracker, limit: float, below: float) -> dict[str, Any]:
     """The command as given, and the best setting that fits and takes less than ``below`` of it.
 
+    Of those that the planner compares, and of those that keep some tiles of an MLP, between all and none.
+
     Raises:
         SystemExit: the command does not run.
     """
-    given, *others = command.plan([command.tiled, command.dense, *command.others()], tracker)
+    between = [
+        Setting(f"{TILED} {keep}", [*command.arguments, TILED, *keep.split()])
+        for keep in automatic_flags(["--tiled-mlp-keep", "auto"])[1:-1]
+    ]
+    given, *others = command.plan([command.tiled, command.dense, *command.others(), *between], tracker)
     if isinstance(given, str):
         raise SystemExit(given)
     found = [one for one in others if isinstance(one, Plan)]
