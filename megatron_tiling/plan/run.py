@@ -313,8 +313,5 @@ def _refuse(args: Namespace) -> None:
         asked.append("--moe-expert-capacity-factor without --moe-pad-expert-input-to-capacity")  # drops by values
     if getattr(args, "fp8", None):
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
-        asked += ["--sequence-parallel with --fp8-format"] * (
-            args.tensor_model_parallel_size > 1 and args.sequence_parallel
-        )
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")

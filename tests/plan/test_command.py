@@ -113,10 +113,6 @@ def test_a_stage_without_tiles() -> None:
             "--fp8-format hybrid --fp8-recipe mxfp8 --num-experts 4",
             "--fp8-recipe mxfp8, --num-experts with --fp8-format: not planned yet",
         ),
-        (
-            "--fp8-format hybrid --sequence-parallel --tensor-model-parallel-size 2",
-            "--sequence-parallel with --fp8-format: not planned yet",
-        ),
         ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checks of the planner's TransformerEngine, one a process, which stands for a GPU from its start to its end."""
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def near(what: str, found: float, expected: float) -> None:
 
 
 def layers_in_fp8() -> None:
-    """fc1 with its norm, and fc2, at TP=2: columns that they keep, and both layouts in the backward pass."""
+    """fc1 with its norm, and fc2, at TP=2: what they keep of their inputs, and both layouts in the backward pass."""
     planner = Planner(TP)
     import torch
     from megatron.core.extensions import transformer_engine as te
@@ -78,21 +79,25 @@ def layers_in_fp8() -> None:
     from megatron.core.transformer import TransformerConfig
 
     whole, wide, narrow = mib(TOKENS * HIDDEN), mib(TOKENS * FFN // TP), mib(TOKENS * HIDDEN) / 2
-    for recipe in ("tensorwise", "delayed"):
+    for recipe, scatters in itertools.product(("tensorwise", "delayed"), (False, True)):
+        part = TP if scatters else 1
         config = TransformerConfig(
             num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=2, normalization="RMSNorm",
             params_dtype=torch.bfloat16, bf16=True, add_bias_linear=False, gradient_accumulation_fusion=True,
-            tensor_model_parallel_size=TP, fp8="hybrid", fp8_recipe=recipe,
+            tensor_model_parallel_size=TP, sequence_parallel=scatters, fp8="hybrid", fp8_recipe=recipe,
         )  # fmt: skip
         options: dict[str, Any] = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False}
         options |= {"skip_bias_add": False, "is_expert": False}
         with planner.simulation():
             fc1 = te.TELayerNormColumnParallelLinear(HIDDEN, FFN, gather_output=False, **options)
             fc2 = te.TERowParallelLinear(FFN, HIDDEN, input_is_parallel=True, **options)
-            for layer, width, kept, made in (
-                # columns; both layouts of the gradient, the input's gradient and the norm's, without the columns
-                (fc1, HIDDEN, narrow, wide + 2 * whole - narrow),
-                (fc2, FFN // TP, wide / 2, whole + wide),
+            # columns; both layouts of the gradient, the input's gradient and the norm's, without the columns
+            of_fc1 = narrow, wide + 2 * whole - narrow
+            if scatters:  # a part's rows; also all rows, and their columns, when the weight's gradient is made
+                of_fc1 = narrow / TP, wide + 2 * narrow + whole + whole / TP
+            for layer, tokens, width, (kept, made) in (
+                (fc1, TOKENS // part, HIDDEN, of_fc1),
+                (fc2, TOKENS, FFN // TP, (wide / 2, whole + wide)),
             ):
                 for parameter in layer.parameters():
                     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
@@ -102,7 +107,7 @@ def layers_in_fp8() -> None:
                     with get_fp8_context(config, 0):
                         return layer(x)
 
-                x = torch.zeros(TOKENS, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+                x = torch.zeros(tokens, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
                 check_layer(planner, in_fp8, x, kept, made)
 
 

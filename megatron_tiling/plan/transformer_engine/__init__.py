@@ -46,6 +46,7 @@ def _modules() -> dict[str, dict[str, Any]]:
     from megatron_tiling.plan.transformer_engine import (
         attention,
         fp8,
+        fp8_gather,
         grouped_linear,
         kernels,
         linear,
@@ -88,7 +89,9 @@ def _modules() -> dict[str, dict[str, Any]]:
         "pytorch.tensor.storage": {},
         "pytorch.tensor.storage.float8_tensor_storage": of(fp8, "Float8TensorStorage"),
         "pytorch.tensor.storage.float8_blockwise_tensor_storage": of(fp8, "Float8BlockwiseQTensorStorage"),
-        "pytorch.distributed": of(refused, "CudaRNGStatesTracker", *recompute, *gathers) | of(fp8, "checkpoint"),
+        "pytorch.distributed": of(refused, "CudaRNGStatesTracker", *recompute)
+        | of(fp8_gather, *gathers)
+        | of(fp8, "checkpoint"),
         "pytorch.module": {},
         "pytorch.module.base": of(kernels, "get_dummy_wgrad") | of(linear, "TransformerEngineBaseModule") | constants,
         "pytorch.module.linear": {"_check_fp8_reduce_and_update": lambda: True},

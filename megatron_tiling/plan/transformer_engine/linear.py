@@ -238,8 +238,6 @@ class Linear(TransformerEngineBaseModule):
         return copy, self._holds_copies
 
     def _run_in_fp8(self, x: Tensor, bias: Tensor | None, *norm: Any) -> tuple[Tensor, Tensor | None]:
-        if self.sequence_parallel:
-            raise refusal("FP8 under sequence parallelism", "leave out --sequence-parallel or --fp8-format")
         with self.prepare_forward_ctx(x):
             options = self, torch.is_grad_enabled()
             output, returned = FP8Linear.apply(x, self.weight, bias, *(norm or (None, None)), *options)

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def refusal(what: str, instead: str) -> NotImplementedError:
@@ -69,16 +68,3 @@ def activation_recompute_forward(activation_recompute: bool = False, recompute_p
 def is_fp8_activation_recompute_enabled() -> bool:
     """Where it is asked for, a few numbers more would be kept."""
     return False
-
-
-def allreduce(tensor: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
-    """As torch's (distributed.py)."""
-    return tensor, torch.distributed.all_reduce(tensor, group=group, async_op=async_op)
-
-
-def gather_along_first_dim(*args: Any, **options: Any) -> Any:
-    """Of FP8 tiles under sequence parallelism."""
-    raise refusal("FP8 under sequence parallelism", "leave out --sequence-parallel or --fp8-format")
-
-
-reduce_scatter_along_first_dim = gather_along_first_dim
