@@ -39,11 +39,8 @@ TILINGS = (
     f"{TILED} --tiled-mlp-keep 0",
     f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272",
 )
-RECOMPUTES = (
-    "",
-    "--recompute-granularity selective --recompute-modules core_attn",
-    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-)
+RECOMPUTE_SCORES = "--recompute-granularity selective --recompute-modules core_attn"
+RECOMPUTE_LAYERS = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 RECOMPUTE_FLAGS = ("--recompute-granularity", "--recompute-activations")
 #: Flags with which any stage may be the fullest.
 UNEVEN = {
@@ -94,15 +91,20 @@ class Command:
             Setting(flags, [*self.tiled.arguments, *flags.split()]) for flags in automatic_flags(arguments)
         ]
         names = {argument.partition("=")[0] for argument in self.arguments}
-        self.recomputes = not names.isdisjoint(RECOMPUTE_FLAGS)
+        self.recomputes = [""]
         sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
             sizes.add_argument(f"--{name}-parallel-size", type=int, default=1)
         for name in ("seq-length", "max-position-embeddings", "expert-tensor-parallel-size", "num-experts"):
             sizes.add_argument(f"--{name}", type=int, default=0)
         sizes.add_argument("--transformer-impl", default="transformer_engine")
+        sizes.add_argument("--attention-backend", default="auto")
         found = sizes.parse_known_args(arguments)[0]
         self.with_transformer_engine = found.transformer_impl == "transformer_engine"
+        if names.isdisjoint(RECOMPUTE_FLAGS):
+            # Kernels of TransformerEngine keep no scores, but for those of its "unfused" backend.
+            keeps_scores = not self.with_transformer_engine or found.attention_backend == "unfused"
+            self.recomputes = ["", *[RECOMPUTE_SCORES] * keeps_scores, RECOMPUTE_LAYERS]
         self.tokens, self.positions = found.seq_length, found.max_position_embeddings
         # Tensor parallelism scatters what context parallelism has left, which takes two pieces of each sequence.
         self.multiple = math.lcm(TOKENS, 2 * found.context_parallel_size * found.tensor_model_parallel_size)
@@ -126,7 +128,7 @@ class Command:
 
     def others(self) -> Iterator[Setting]:
         """What is compared beside the command's own settings."""
-        for recompute in [""] if self.recomputes else RECOMPUTES:
+        for recompute in self.recomputes:
             for tiling in TILINGS:
                 flags = f"{recompute} {tiling}".strip()
                 if flags not in (self.dense.flags, self.tiled.flags):

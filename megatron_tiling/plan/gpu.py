@@ -54,7 +54,7 @@ def install(tracker: Tracker, with_transformer_engine: bool = False) -> None:
     _refuse_softmax()
     cpu.install()
     _copy_from_host(tracker)
-    _forget_random_states()
+    forget_random_states()
     _share_storages()
 
 
@@ -173,7 +173,8 @@ class _RandomState:
         return self
 
 
-def _forget_random_states() -> None:
+def forget_random_states() -> None:
+    """Fake tensors cannot be states of random number generators: all of those are one, which is not kept."""
     import megatron.core.tensor_parallel.random as random
 
     def forget(*args: Any, **kwargs: Any) -> None: ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import os
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from megatron_tiling.plan import gpu, routing
 from megatron_tiling.plan.clock import CLOCK
@@ -54,15 +56,25 @@ class Run:
 class _Planned(BaseException):
     """Ends the script: all is seen."""
 
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
 
 def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0) -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it."""
     tracker = Tracker(on_operation=CLOCK.operation)
     gpu.install(tracker, with_transformer_engine)
     routing.install(expert_imbalance)
-    with contextlib.suppress(ImportError):  # for all runs at once
-        importlib.import_module("megatron.training.training")
-        importlib.import_module("megatron.core.tokenizers.text")
+    for name in _IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    _read_docstrings_once()
+    from megatron_tiling.trainer.install import install
+
+    install()
+    gc.collect()
+    gc.freeze()  # forks do not look through all of this again, which takes most of what a collection does
     return tracker
 
 
@@ -79,19 +91,29 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int, 
     sys.argv = [script, *argv]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     fake_process_groups(world, rank)
-    from megatron_tiling.trainer.install import install
-
-    install()
-    found: list[Run] = []
-    _install_seams(tracker, found, draw)
+    _install_seams(tracker, draw)
     try:
         runpy.run_path(script, run_name="__main__")
-    except _Planned:
-        return found[0]
+    except _Planned as planned:
+        return planned.run
     except SystemExit as ended:
         if ended.code:
             raise
     raise SystemExit(f"megatron_tiling plan: {script} ended before Megatron's trainer took a step")
+
+
+def _read_docstrings_once() -> None:
+    """Megatron parses the sources of its classes of arguments three times a run, for texts of --help."""
+    from argparse import ArgumentParser
+
+    from megatron.training import argument_utils, arguments
+
+    factory: Any = getattr(argument_utils, "ArgumentGroupFactory", None)  # of 0.17 and newer
+    if factory is not None:
+        stock = factory._get_field_docstrings
+        read = functools.cache(lambda owner: stock(factory.__new__(factory), owner))
+        factory._get_field_docstrings = lambda self, owner: read(owner)
+        arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
 def fake_process_groups(world: int, rank: int) -> None:
@@ -112,18 +134,19 @@ def fake_process_groups(world: int, rank: int) -> None:
     distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
 
 
-def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> None:
+def _install_seams(tracker: Tracker, draw: bool = False) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+    from megatron.core.pipeline_parallel import schedules
 
     import megatron_tiling.trainer.install as trainer
     from megatron_tiling.trainer.install import replace_in_all_modules
 
     stock_validate = arguments.validate_args
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
-    stock_number = training.get_num_microbatches
+    stock_number, stock_backward = training.get_num_microbatches, schedules.backward_step
     warm: list[bool] = []
 
     @functools.wraps(stock_validate)
@@ -147,7 +170,7 @@ def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> No
             trainer.reasons_for_no_tiles = lambda chunks: None
         with tracker.phase("building the model"):
             model, optimizer, scheduler = stock_setup(*args, **kwargs)
-        _mark_model(tracker, model)
+        mark_model(tracker, model)
         tracker.mark_live("optimizer states", built="building the model")
         return model, optimizer, scheduler
 
@@ -172,8 +195,7 @@ def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> No
         parts = tracker.parts() | always
         seconds = CLOCK.once + (CLOCK.seconds - CLOCK.once) * stock_number() / number_of_microbatches()
         curve = moments.curve(always) if moments else ()
-        found.append(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds, curve))
-        raise _Planned
+        raise _Planned(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds, curve))
 
     def number_of_microbatches() -> int:
         """In the step that counts as many as it takes until a pipeline's stage holds the most that it ever does."""
@@ -183,6 +205,26 @@ def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> No
             group = max(stages, settings.microbatch_group_size_per_vp_stage or 0)
             return min(stock_number(), 2 * group if warm else group)
         return min(stock_number(), stages - mpu.get_pipeline_model_parallel_rank() + 1 if warm else 1)
+
+    backward_passes: list[tuple[float, float]] = []
+
+    @functools.wraps(stock_backward)
+    def backward_step(input_tensor: Any, *args: Any) -> Any:
+        """Megatron's, but for those that find fewer micro-batches kept than others did: what they free is freed.
+
+        Two run with the most, the last one reduces gradients. The work of all is counted.
+        """
+        is_interleaved = get_args().virtual_pipeline_model_parallel_size is not None
+        if not warm or is_interleaved or not 2 <= len(backward_passes) < number_of_microbatches() - 1:
+            seconds, flops = CLOCK.seconds, CLOCK.flops
+            result = stock_backward(input_tensor, *args)
+            if warm:
+                backward_passes.append((CLOCK.seconds - seconds, CLOCK.flops - flops))
+            return result
+        backward_passes.append(backward_passes[-1])
+        CLOCK.seconds += backward_passes[-1][0]
+        CLOCK.flops += backward_passes[-1][1]
+        return tree_map_only(Tensor, torch.empty_like, input_tensor)
 
     def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
         args = get_args()
@@ -200,6 +242,7 @@ def _install_seams(tracker: Tracker, found: list[Run], draw: bool = False) -> No
     training.get_num_microbatches = number_of_microbatches
     optimizer: Any = MixedPrecisionOptimizer
     optimizer._unscale_main_grads_and_check_for_nan = _finite(optimizer._unscale_main_grads_and_check_for_nan)
+    schedules.backward_step = backward_step
 
 
 def _as_phase(tracker: Tracker, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,7 +265,8 @@ def _finite(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return found_inf
 
 
-def _mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
+def mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
+    """Say what the parameters of these are, and the buffers of DDP that hold them and their gradients."""
     for chunk in chunks:
         for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ())):
             tracker.mark("weights", [buffer.param_data])
@@ -253,6 +297,13 @@ def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
         yield batch
 
 
+#: What scripts that train import, once for all runs.
+_IMPORTED = (
+    "megatron.training.training",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text.models",
+)
 #: Arguments by which a run that only looks would write to disks or send to services.
 _WRITES = {"tensorboard_dir", "wandb_project", "enable_one_logger", "log_progress", "ckpt_convert_format"}
 #: Arguments of what cannot be planned yet, and what they are called.

@@ -5,8 +5,8 @@ tiled layers run stock code, and which knows no phases. Nothing is hooked here: 
 and a backward operation belongs to the module whose forward made its autograd node, found by the node's number.
 
 Works on fake and on real tensors alike, of any device: each storage counts as on a GPU, in whole blocks of its caching
-allocator. Hazards: what a kernel allocates inside an operation shows only as far as ``workspace`` says; tensors made
-before the mode is entered count from the first operation that returns them, and not at all if none does.
+allocator. Hazards: what a kernel allocates inside an operation does not show; tensors made before the mode is entered
+count from the first operation that returns them, and not at all if none does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
-    UnsupportedOperatorException,
     in_kernel_invocation_manager,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,9 +44,7 @@ WHOLE = {"experts"}
 _AUTOGRAD_ALONE = (4, 2, 3)
 _storage_holders = torch._C._storage_Use_Count
 
-#: ``(operation, args, kwargs, result)`` -> bytes that its kernels hold on a GPU only while they run.
-Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
-#: Is told the same.
+#: Is told an operation, its arguments, its keywords and its result.
 OnOperation = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], object]
 
 
@@ -94,12 +91,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that were live at once, the most of all or a moment's: when, in which phase, and a kernel's beside them."""
+    """Bytes that were live at once, the most of all or a moment's: when, and in which phase."""
 
     bytes: int
     time: int
     phase: Phase
-    workspace: int = 0
 
 
 class Tracker(TorchDispatchMode):
@@ -107,27 +103,21 @@ class Tracker(TorchDispatchMode):
 
     Args:
         kinds: what calls of modules of a class are called; others go by their caller's name.
-        workspace: see ``Workspace``; by default nothing.
         on_operation: is told of operations that are kernels of their own.
     """
 
-    def __init__(
-        self,
-        kinds: Mapping[Any, str] | None = None,
-        workspace: Workspace | None = None,
-        on_operation: OnOperation | None = None,
-    ) -> None:
+    def __init__(self, kinds: Mapping[Any, str] | None = None, on_operation: OnOperation | None = None) -> None:
         super().__init__()
         self.allocations: list[Allocation] = []
         self.bytes = 0
         self.kinds = dict(kinds or {})
         self.on_moment: Callable[[Peak], None] | None = None  # is told of all that might be a peak
         self._replaced = ExitStack()
-        self._workspace, self._on_operation = workspace, on_operation
+        self._on_operation = on_operation
         self._live: dict[int, Allocation] = {}
         self._time = 0
         self._fused = 0
-        self._phase = self._base = Phase("other")
+        self.running = self._base = Phase("other")
         self._node: int | None = None  # number of the autograd node that runs
         self._numbers, self._phases = [0], [self._base]  # nodes of this number and on were made in this phase
         self._backward_of: dict[Phase, Phase] = {}
@@ -138,7 +128,7 @@ class Tracker(TorchDispatchMode):
     @contextmanager
     def phase(self, kind: str) -> Iterator[None]:
         """A part of a step, by name: what runs in it outside of modules that have names."""
-        before, base = self._phase, self._base
+        before, base = self.running, self._base
         self._base = Phase(kind)
         self._enter(self._base)
         try:
@@ -158,7 +148,7 @@ class Tracker(TorchDispatchMode):
             self._see()
 
     def _enter(self, phase: Phase) -> None:
-        self._phase = phase
+        self.running = phase
         number = torch._C._autograd._get_sequence_nr()
         if self._numbers[-1] == number:
             self._phases[-1] = phase
@@ -177,7 +167,7 @@ class Tracker(TorchDispatchMode):
             return
         made_in = self._phases[bisect.bisect_right(self._numbers, number) - 1]
         self._enter(made_in)  # whose nodes are made again, if it recomputes
-        self._phase = self._backward_of.setdefault(made_in, Phase(made_in.kind, backward=True))
+        self.running = self._backward_of.setdefault(made_in, Phase(made_in.kind, backward=True))
 
     # Storages
 
@@ -215,7 +205,7 @@ class Tracker(TorchDispatchMode):
 
         @functools.wraps(stock)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = self._phase
+            before = self.running
             if before.kind in WHOLE:
                 return stock(*args, **kwargs)
             self._enter(Phase(kind))
@@ -242,7 +232,7 @@ class Tracker(TorchDispatchMode):
                 self._add(value.untyped_storage())
         if self._on_operation is not None and not self._fused:
             self._on_operation(func, args, kwargs, result)
-        self._see(0 if self._workspace is None else self._workspace(func, args, kwargs, result))
+        self._see()
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -254,7 +244,7 @@ class Tracker(TorchDispatchMode):
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         self._time += 1
-        allocation = Allocation(-(-storage.nbytes() // BLOCK) * BLOCK, self._time, self._phase)
+        allocation = Allocation(-(-storage.nbytes() // BLOCK) * BLOCK, self._time, self.running)
         self._live[storage._cdata] = allocation
         self.allocations.append(allocation)
         self.bytes += allocation.bytes
@@ -293,15 +283,15 @@ class Tracker(TorchDispatchMode):
         return allocation is not None and allocation.category == HOST
 
     def reset_peak(self) -> None:
-        self.peak = Peak(self.bytes, self._time, self._phase)
+        self.peak = Peak(self.bytes, self._time, self.running)
 
-    def _see(self, workspace: int = 0) -> None:
+    def _see(self) -> None:
         if self._fused:
             return
-        if self.bytes + workspace > self.peak.bytes:
-            self.peak = Peak(self.bytes + workspace, self._time, self._phase, workspace)
+        if self.bytes > self.peak.bytes:
+            self.peak = Peak(self.bytes, self._time, self.running)
         if self.on_moment is not None:
-            self.on_moment(Peak(self.bytes + workspace, self._time, self._phase, workspace))
+            self.on_moment(Peak(self.bytes, self._time, self.running))
 
     def parts(self, moment: Peak | None = None, among: Iterable[Allocation] | None = None) -> dict[str, int]:
         """Bytes of each part of memory at the peak, or at another moment, the largest first.
@@ -314,7 +304,6 @@ class Tracker(TorchDispatchMode):
         for allocation in self.allocations if among is None else among:
             if allocation.lives(moment.time):
                 found[allocation.part(moment.phase)] += allocation.bytes
-        found["workspace of a kernel"] += moment.workspace
         return {part: size for part, size in found.most_common() if size}
 
 
@@ -363,6 +352,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = _mode_of_all(args, kwargs)
         if mode is not None:
             return _run_simple(mode, func, args, kwargs)
+    if func.namespace == "c10d":
+        work = FakeWork().boxed()
+        return (args[0], work) if len(func._schema.returns) == 2 else work  # what they write is their first argument
     try:
         return func(*args, **kwargs)
     except DataDependentOutputException:
@@ -370,7 +362,3 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise
         dtype = args[0].dtype
         return _READ_AS[bool if dtype is torch.bool else float if dtype.is_floating_point else int]
-    except UnsupportedOperatorException:
-        if func.namespace != "c10d":
-            raise
-        return FakeWork().boxed()  # those of many tensors at once return nothing else

@@ -78,7 +78,7 @@ def seen(make: Callable[[], Any], fake: bool) -> dict[str, Any]:
     tracker = Tracker(run.module_kinds(), on_operation=CLOCK.operation)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), tracker:
         model = make()
-        run._mark_model(tracker, [model])
+        run.mark_model(tracker, [model])
         found: dict[str, Any] = {"model": tracker.bytes}
         tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool)
@@ -105,7 +105,7 @@ def main() -> None:
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(11)
-    gpu._forget_random_states()
+    gpu.forget_random_states()
     for name, (changes, tiling) in MODELS.items():
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
