@@ -83,13 +83,14 @@ class Clock:
         """A kernel that reads or writes each tensor of these once."""
         self.seconds += _bytes(values) / self.gpu.bandwidth
 
-    def attend(self, products: int, query: Tensor, keys: int, causal: bool) -> None:
-        """Two products of attention forward or five backward, of all scores or half, beside what it touches.
+    def attend(self, products: int, query: Tensor, keys: float) -> None:
+        """Two products of attention forward or five backward, beside what it touches.
 
         Args:
             query: ``[b, s, heads, d]``, in any order.
+            keys: that a query sees, on average: of all, half under a causal mask.
         """
-        flops = 2.0 * products * query.numel() * (keys // 2 if causal else keys)
+        flops = 2.0 * products * query.numel() * keys
         self.flops += flops
         self.seconds += flops / (self.gpu.attention if products == 2 else self.gpu.attention_backward)
 

@@ -31,14 +31,10 @@ USAGE = (
     "[--longest | --picture FILE] SCRIPT [ARGS of the script]"
 )
 TILED = "--use-tiled-linear"
+KEEP_NONE = f"{TILED} --tiled-mlp-keep 0"
+SMALLEST = f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272"
 #: Settings that are compared, beside the command's own. Recompute flags are added where the command has none.
-TILINGS = (
-    "",
-    f"{TILED} --tiled-linear-modules output",
-    TILED,
-    f"{TILED} --tiled-mlp-keep 0",
-    f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272",
-)
+TILINGS = ("", f"{TILED} --tiled-linear-modules output", TILED, KEEP_NONE, SMALLEST)
 RECOMPUTE_SCORES = "--recompute-granularity selective --recompute-modules core_attn"
 RECOMPUTE_LAYERS = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 RECOMPUTE_FLAGS = ("--recompute-granularity", "--recompute-activations")
@@ -126,13 +122,17 @@ class Command:
         looked_at = range(stages) if UNEVEN & names else sorted({0, stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
 
+    def with_flags(self, *flags: str) -> Setting:
+        """The command without tiles, and these."""
+        joined = " ".join(filter(None, flags))
+        return Setting(joined, [*self.arguments, *joined.split()])
+
     def others(self) -> Iterator[Setting]:
         """What is compared beside the command's own settings."""
-        for recompute in self.recomputes:
-            for tiling in TILINGS:
-                flags = f"{recompute} {tiling}".strip()
-                if flags not in (self.dense.flags, self.tiled.flags):
-                    yield Setting(flags, [*self.arguments, *flags.split()])
+        for flags in itertools.product(self.recomputes, TILINGS):
+            setting = self.with_flags(*flags)
+            if setting.flags not in (self.dense.flags, self.tiled.flags):
+                yield setting
 
     def plan(self, settings: Iterable[Setting], tracker: Tracker, draw: bool = False) -> Iterator[Plan | str]:
         """Of each setting, with its curve if it is to be drawn, or why it does not run."""
@@ -154,8 +154,12 @@ class Command:
             yield Plan(setting.flags, fullest, found[fullest], flops, max(run.seconds for run in found.values()))
 
     def longest(self, tracker: Tracker, limit: float) -> dict[Setting, int | str]:
-        """Tokens of the longest sequence that fits into ``limit`` bytes, or why a setting does not run."""
+        """Tokens of the longest sequence that fits into ``limit`` bytes, or why a setting does not run.
+
+        Of the command's own settings, the cheap one that keeps no MLP, recomputed layers, and the smallest.
+        """
         failed: dict[Setting, int | str] = {}
+        layers = self.recomputes[-1]
 
         def peaks(asked: Mapping[Setting, int]) -> dict[Setting, float]:
             settings = []
@@ -167,9 +171,9 @@ class Command:
             failed.update((setting, answer) for setting, answer in answers.items() if isinstance(answer, str))
             return {setting: answer.run.peak for setting, answer in answers.items() if isinstance(answer, Plan)}
 
-        searches = {
-            setting: search(limit, self.tokens, self.multiple) for setting in (self.dense, self.tiled, *self.others())
-        }
+        few = (self.with_flags(KEEP_NONE), self.with_flags(layers), self.with_flags(layers, SMALLEST))
+        chosen = {setting.flags: setting for setting in (self.dense, self.tiled, *few)}
+        searches = {setting: search(limit, self.tokens, self.multiple) for setting in chosen.values()}
         return longest(searches, peaks) | failed
 
     def tried(self, tracker: Tracker, limit: float) -> list[Plan]:
@@ -257,7 +261,7 @@ def command_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
     )
-    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of each setting")
+    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
     parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)

@@ -1,7 +1,7 @@
 """The longest sequence that fits, by as few plans as possible.
 
 Peaks grow with a line of tokens, or with a few, one after the other, where nothing in the model grows with their
-square: each guess is where lines through the nearest known peaks meet the limit.
+square: each guess is where lines through the nearest known peaks meet the limit. What is found has a plan of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ def search(limit: float, start: int, multiple: int) -> Search:
             continue
         at = bisect.bisect_right(known, fits)
         pairs = itertools.pairwise((length, peaks[length]) for length in known[max(at - 2, 0) : at + 2])
-        guesses = (_meets(limit, *pair) for pair in pairs)
-        guess = statistics.fmean(max(fits, min(guess, beyond or guess)) for guess in guesses)
-        length = max(int(guess / multiple) * multiple, fits + step)
+        guesses = [max(fits, min(_meets(limit, *pair), beyond or 2**62)) for pair in pairs]
+        length = int(statistics.fmean(guesses) / multiple) * multiple
+        if len(known) > 2 and fits and max(guesses) < fits + step:  # no line from here goes further
+            return fits
+        length = max(length, fits + multiple)
         if beyond is not None:
             length = min(length, max(beyond - step, fits + step))
 

@@ -1,4 +1,4 @@
-"""Two steps of a training script on fake tensors, as one rank of many, and what the tracker saw of the second.
+"""A step of a training script on fake tensors, as one rank of many, and what the tracker saw of it.
 
 The script runs as it is: Megatron parses and checks its arguments, builds the model and its optimizer, and
 ``megatron.training.training.train`` calls ``train_step``, which is where this ends. Replaced are the data, which are of
@@ -147,7 +147,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
     stock_validate = arguments.validate_args
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
     stock_number, stock_backward = training.get_num_microbatches, schedules.backward_step
-    warm: list[bool] = []
+    backward_passes: list[tuple[float, float]] = []  # of a step: seconds and FLOPs
 
     @functools.wraps(stock_validate)
     def validate(args: Namespace, *more: Any, **options: Any) -> Any:
@@ -182,13 +182,14 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
             (call["config"], "finalize_model_grads_func", "gradient reduction"),
         ):
             setattr(owner, name, _as_phase(tracker, kind, getattr(owner, name)))
-        _, skipped, *_ = stock_step(*args, **kwargs)
-        if skipped:  # or the optimizer's states would be missing
+        if not call["optimizer"].step()[0]:  # which makes its states
             raise SystemExit("megatron_tiling plan: the optimizer takes no step on values that are not there")
         tracker.mark_live("optimizer states", built="optimizer step")
-        warm.append(True)
+        if stock_number() < wanted_microbatches():  # the peak may be in the first, which makes what is held for good
+            stock_step(*args, **kwargs)
         tracker.reset_peak()
         CLOCK.clear()
+        backward_passes.clear()
         moments = Moments(tracker, CLOCK) if draw else None
         stock_step(*args, **kwargs)
         always = {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
@@ -197,29 +198,28 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         curve = moments.curve(always) if moments else ()
         raise _Planned(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds, curve))
 
-    def number_of_microbatches() -> int:
-        """In the step that counts as many as it takes until a pipeline's stage holds the most that it ever does."""
+    def wanted_microbatches() -> int:
+        """As many as it takes until a pipeline's stage holds the most that it ever does, and one more."""
         settings = get_args()
         stages = settings.pipeline_model_parallel_size
         if settings.virtual_pipeline_model_parallel_size is not None:
-            group = max(stages, settings.microbatch_group_size_per_vp_stage or 0)
-            return min(stock_number(), 2 * group if warm else group)
-        return min(stock_number(), stages - mpu.get_pipeline_model_parallel_rank() + 1 if warm else 1)
+            return 2 * max(stages, settings.microbatch_group_size_per_vp_stage or 0)
+        return int(stages - mpu.get_pipeline_model_parallel_rank() + 1)
 
-    backward_passes: list[tuple[float, float]] = []
+    def number_of_microbatches() -> int:
+        return min(stock_number(), wanted_microbatches())
 
     @functools.wraps(stock_backward)
     def backward_step(input_tensor: Any, *args: Any) -> Any:
         """Megatron's, but for those that find fewer micro-batches kept than others did: what they free is freed.
 
-        Two run with the most, the last one reduces gradients. The work of all is counted.
+        Two run with the most, the last one reduces gradients. The work of all is counted. All run to be drawn.
         """
         is_interleaved = get_args().virtual_pipeline_model_parallel_size is not None
-        if not warm or is_interleaved or not 2 <= len(backward_passes) < number_of_microbatches() - 1:
+        if draw or is_interleaved or not 2 <= len(backward_passes) < number_of_microbatches() - 1:
             seconds, flops = CLOCK.seconds, CLOCK.flops
             result = stock_backward(input_tensor, *args)
-            if warm:
-                backward_passes.append((CLOCK.seconds - seconds, CLOCK.flops - flops))
+            backward_passes.append((CLOCK.seconds - seconds, CLOCK.flops - flops))
             return result
         backward_passes.append(backward_passes[-1])
         CLOCK.seconds += backward_passes[-1][0]
@@ -365,4 +365,4 @@ def _refuse(args: Namespace) -> None:
     if getattr(args, "fp8", None):
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
     if asked:
-        raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave it out of the plan")
+        raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet")

@@ -106,6 +106,10 @@ class Tracker(TorchDispatchMode):
         on_operation: is told of operations that are kernels of their own.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around every operation; nothing is compiled here
+
     def __init__(self, kinds: Mapping[Any, str] | None = None, on_operation: OnOperation | None = None) -> None:
         super().__init__()
         self.allocations: list[Allocation] = []

@@ -105,7 +105,7 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    gpu._forget_random_states()
+    gpu.forget_random_states()
     balance()
     if alone:
         routing.install(1.0)

@@ -162,6 +162,10 @@ def backends_of_attention() -> None:
             output.backward(torch.zeros_like(output))
             if planner.clock.flops != 7 * product:
                 raise AssertionError(f"{planner.clock.flops}, expected 7 products of {product}")
+            planner.clock.clear()
+            DotProductAttention(heads, width, window_size=(0, 0))(*inputs, attn_mask_type="causal")
+            if not planner.clock.flops < 0.01 * product:
+                raise AssertionError(f"{planner.clock.flops} of a window of one key")
             del inputs, output
 
 

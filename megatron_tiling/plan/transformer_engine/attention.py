@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,21 +28,30 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(0, 1).contiguous() for tensor in tensors]
 
 
-def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _keys_of_a_query(keys: int, causal: bool, window: Sequence[int]) -> float:
+    """On average, within so many before and after it; -1: all."""
+    sides = [keys if side < 0 else min(side + 1, keys) for side in window[: 1 if causal else 2]]
+    return sum(side - side * side / (2 * keys) for side in sides)
+
+
+def _flash(seen: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Flash attention of ``[b, s, heads, d]`` (flash_attn/cute/interface.py 4.0.0; 2 and 3 on Hopper alike).
 
     Keeps: queries, keys, values, output; float32 ``[b, heads, s]`` logarithms of sums. Makes, in the backward pass:
     the gradients; float32 ones of queries, and of keys and values where heads share them; two of the logarithms' size.
+
+    Args:
+        seen: keys, by a query, on average: for the clock.
     """
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         batch, length, heads, _ = query.shape
-        CLOCK.attend(2, query, key.shape[1], causal)
+        CLOCK.attend(2, query, seen)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(batch, heads, length, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, grad: Tensor) -> Any:
-            CLOCK.attend(5, query, key.shape[1], causal)
+            CLOCK.attend(5, query, seen)
             grad = grad.contiguous()
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             wide = [query, key, value] if query.shape[2] != key.shape[2] else [query]
@@ -62,7 +71,7 @@ def _flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output
 
 
-def _fused(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _fused(seen: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """cuDNN's attention of ``[s, b, heads, d]`` (backends.py, FusedAttnFunc).
 
     Keeps: queries, keys, values, output; float32 ``[b, heads, s, 1]``; two numbers of the random state. Makes, in the
@@ -72,12 +81,12 @@ def _fused(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Any:
         length, batch, heads, _ = query.shape
-        CLOCK.attend(2, query, key.shape[0], causal)
+        CLOCK.attend(2, query, seen)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         statistics = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
 
         def gradients(query: Tensor, key: Tensor, value: Tensor, output: Any, statistics: Tensor, grad: Tensor) -> Any:
-            CLOCK.attend(5, query, key.shape[0], causal)
+            CLOCK.attend(5, query, seen)
             found = [torch.empty_like(tensor) for tensor in (query, key, value)]
             workspace = torch.empty_like(query, dtype=torch.float32), torch.empty_like(statistics)
             del workspace
@@ -113,6 +122,7 @@ class DotProductAttention(torch.nn.Module):
         softmax_type: str = "vanilla",
         return_max_logit: bool = False,
         cp_group: Any = None,
+        window_size: tuple[int, int] | None = None,
         get_rng_state_tracker: Callable[[], Any] | None = None,
         **options: Any,
     ) -> None:
@@ -120,9 +130,12 @@ class DotProductAttention(torch.nn.Module):
         sizes = [
             group.size() for group in (cp_group if isinstance(cp_group, list) else [cp_group]) if group is not None
         ]
-        if softmax_type != "vanilla" or return_max_logit or math.prod(sizes) > 1:
-            flags = "--context-parallel-size, --softmax-type, --qk-clip and --log-max-attention-logit"
+        if math.prod(sizes) > 1:
+            raise refusal(f"TransformerEngine's attention across ranks (--context-parallel-size {math.prod(sizes)})")
+        if softmax_type != "vanilla" or return_max_logit:
+            flags = "--softmax-type, --qk-clip and --log-max-attention-logit"
             raise refusal("attention with an option of these", f"leave out {flags}")
+        self.window = window_size or (-1, -1)
         self.attention_dropout = torch.nn.Dropout(attention_dropout)
         self._forks = get_rng_state_tracker if attention_dropout else None
 
@@ -135,12 +148,13 @@ class DotProductAttention(torch.nn.Module):
             query_layer, key_layer, value_layer = (x.unsqueeze(1) for x in (query_layer, key_layer, value_layer))
         value_layer = value_layer.contiguous()  # not a layout that it knows, beside rotated queries and keys
         causal = "causal" in str(options.get("attn_mask_type", "causal"))
+        seen = _keys_of_a_query(len(key_layer), causal, self.window)
         backend = _backend()
         if backend == "flash":
-            output = _flash(causal, *_heads_first(query_layer, key_layer, value_layer))
+            output = _flash(seen, *_heads_first(query_layer, key_layer, value_layer))
             output = output.flatten(2).transpose(0, 1).contiguous()
         elif backend == "fused":
-            output = _fused(causal, query_layer, key_layer, value_layer).flatten(2)
+            output = _fused(seen, query_layer, key_layer, value_layer).flatten(2)
         else:
             output = self._unfused(query_layer, key_layer, value_layer)
         return output.squeeze(1) if packed else output

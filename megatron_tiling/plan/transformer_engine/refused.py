@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 
-def refusal(what: str, instead: str) -> NotImplementedError:
-    """What to raise."""
-    return NotImplementedError(f"megatron_tiling plan: no figures of {what} yet; {instead}")
+def refusal(what: str, instead: str = "") -> NotImplementedError:
+    """What to raise, and what to do instead, if anything."""
+    return NotImplementedError(f"megatron_tiling plan: no figures of {what} yet{instead and '; '}{instead}")
 
 
 class _Recipe:
