@@ -354,6 +354,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kwargs["out"]
     if func._opname in _SIMPLE and not func._overloadname.startswith("dtype"):
         mode = _mode_of_all(args, kwargs)
+        if mode is not None and func._opname.endswith("_"):
+            return args[0]
+        if mode is not None and "out" in kwargs and kwargs["out"].numel():  # an empty one is resized
+            return kwargs["out"]
         if mode is not None:
             return _run_simple(mode, func, args, kwargs)
     if func.namespace == "c10d":
