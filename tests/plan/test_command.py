@@ -83,17 +83,50 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def planned(flags: list[str], world: int, code: str) -> str:
+    """What ``code`` prints, where ``run`` is a plan of the first stage."""
+    script = str(EXAMPLES / "pretrain_gpt.py")
+    before = (
+        "import functools\n"
+        "from megatron_tiling.plan.processes import in_processes\n"
+        "from megatron_tiling.plan.run import plan, prepare\n"
+        f"run = functools.partial(plan, prepare(False), {script!r}, {flags!r}, {world}, 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_a_stage_without_tiles() -> None:
     flags = [*COMMON, "--pipeline-model-parallel-size", "2", "--global-batch-size", "4", "--train-iters", "2"]
     flags += ["--use-tiled-linear", "--tiled-linear-modules", "output"]
-    script = str(EXAMPLES / "pretrain_gpt.py")
-    code = (
-        "from megatron_tiling.plan.run import plan, prepare\n"
-        f"print('bytes', plan(prepare(False), {script!r}, {flags!r}, world=2, rank=0).peak)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) > 0
+    assert int(planned(flags, 2, "print('bytes', run().peak)").split()[-1]) > 0
+
+
+def test_backward_passes_that_are_let_go_change_nothing() -> None:
+    flags = [
+        *COMMON,
+        "--num-layers",
+        "4",
+        "--pipeline-model-parallel-size",
+        "4",
+        "--global-batch-size",
+        "8",
+        "--train-iters",
+        "2",
+    ]
+    code = """
+from megatron.core.pipeline_parallel import schedules
+def of_all():
+    schedules.backward_step = schedules.backward_step.__wrapped__
+    return run()
+some, all_ = in_processes([run, of_all])
+print("EQUAL", some.peak == all_.peak, some.parts == all_.parts, some.phase == all_.phase)
+print("FLOPS", some.flops / all_.flops, some.seconds / all_.seconds)
+"""
+    lines = dict(line.split(maxsplit=1) for line in planned(flags, 4, code).splitlines() if line[:5] in "EQUAL FLOPS")
+    assert lines["EQUAL"] == "True True True"
+    assert [float(ratio) for ratio in lines["FLOPS"].split()] == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize(
