@@ -21,7 +21,7 @@ def main() -> None:
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(11)
-    gpu._forget_random_states()
+    gpu.forget_random_states()
     kinds = run.module_kinds()
     trackers: list[Tracker] = []
     watch = Watch(peak=lambda: trackers[-1].peak.bytes)
