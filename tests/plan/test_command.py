@@ -43,8 +43,14 @@ def test_settings_that_are_compared() -> None:
     assert "--use-tiled-linear" in others and len(set(others)) == len(others)
     assert any("--recompute-granularity" in flags for flags in others)
     for recompute in ("--recompute-granularity full", "--recompute-granularity=full", "--recompute-activations"):
-        others = Command("x.py", recompute.split(), None).others()
-        assert not any("--recompute" in setting.flags for setting in others)
+        settings = Command("x.py", recompute.split(), None).others()
+        assert not any("--recompute" in setting.flags for setting in settings)
+
+
+@pytest.mark.parametrize("flags", ["", "--attention-backend unfused", "--transformer-impl local"])
+def test_scores_are_recomputed_where_they_are_kept(flags: str) -> None:
+    settings = Command("x.py", flags.split(), None).others()
+    assert any("core_attn" in setting.flags for setting in settings) == bool(flags)
 
 
 def test_forms_of_arguments() -> None:
