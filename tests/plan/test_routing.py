@@ -52,10 +52,11 @@ def test_fake_experts_need_what_real_experts_need() -> None:
     real = seen(torchrun("-m", "tests.plan.check_experts", world=2))
     for name in MODELS:
         fake, true = planned[name], real[name]
-        same = "model", "flops", "phase"
-        assert {key: fake[key] for key in same} == {key: true[key] for key in same}, name
-        assert 0 <= true["left"] - fake["left"] <= COUNTS, name
-        # Threads of gloo hold a tensor longer than its exchange takes, now and then.
+        assert (fake["model"], fake["flops"]) == (true["model"], true["flops"]), name
+        # Threads of gloo hold tensors longer than an exchange takes, now and then.
         transients = sum(size for part, size in fake["parts"].items() if part.startswith("transients"))
-        held = 0 if name.startswith("alone") else transients / 2
-        assert 0 <= true["peak"] - fake["peak"] <= COUNTS + held, name
+        held = 0 if name.startswith("alone") else transients
+        for key in ("peak", "left"):
+            assert 0 <= true[key] - fake[key] <= COUNTS + held, (name, key)
+        if not held:
+            assert fake["phase"] == true["phase"], name
