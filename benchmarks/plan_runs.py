@@ -22,6 +22,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
@@ -56,7 +58,12 @@ MOE = """
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A run: what it is called, GPUs, layers, tokens of a sequence, flags."""
+    """A run.
+
+    Args:
+        sequence: tokens of one, which is a micro-batch.
+        batch: micro-batches of each data-parallel rank in a step.
+    """
 
     name: str
     gpus: int
@@ -65,8 +72,6 @@ class Case:
     flags: str
     model: str = LLAMA
     batch: int = 2
-    """Micro-batches of 1 for each data-parallel rank, but where flags say otherwise; all runs have one such rank a GPU
-    that tensor and pipeline parallelism leave."""
 
     def arguments(self) -> list[str]:
         flags = [*self.model.split(), *TRAINING.split(), *self.flags.split()]
@@ -226,13 +231,17 @@ def main() -> None:
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
     parser.add_argument("--measure", action="store_true", help="on this machine's GPUs")
     parser.add_argument("--gpus", type=int, default=4)
-    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--name", default="plan-runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--record", type=Path, help="what was measured")
     args = parser.parse_args()
     if args.measure == (args.record is not None):
         parser.error("give --measure or --record RECORD.json")
+    if not args.script.is_file():
+        parser.error(f"there is no script {args.script}")
+    if args.measure and not 1 <= args.gpus <= torch.cuda.device_count():
+        parser.error(f"--gpus {args.gpus}: this machine has {torch.cuda.device_count()}")
     measure(args) if args.measure else compare(args)
 
 

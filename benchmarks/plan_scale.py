@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if not args.script.is_file():
+        parser.error(f"there is no script {args.script}")
     rows = []
     for case in CASES:  # one after the other: the settings of each run side by side
         (cells,) = in_processes([functools.partial(planned, case, args.script)])

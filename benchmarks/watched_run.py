@@ -57,22 +57,20 @@ class Watch:
 
         return call
 
-    def module_calls(self, owner: type, kind: str) -> None:
+    def module_calls(self, owner: Any, kind: str) -> None:
         """Calls of modules of this class, forward and backward, are phases. At the class: hooks would untile layers."""
-        stock, backward = self.during(kind, owner.__call__), f"{kind}, backward"  # type: ignore[operator]
+        stock, backward = self.during(kind, owner.__call__), f"{kind}, backward"
 
         def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.on:
-                return stock(module, *args, **kwargs)
             result = stock(module, *args, **kwargs)
-            for tensors, at in (((args, kwargs), self.end), (result, self.begin)):
+            for tensors, at in (((args, kwargs), self.end), (result, self.begin)) if self.on else ():
                 for tensor in tree_leaves(tensors):
                     if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                         tensor.register_hook(lambda _, at=at: at(backward))
                         break
             return result
 
-        owner.__call__ = call  # type: ignore[operator, method-assign, assignment]
+        owner.__call__ = call
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class Run:
         phase: what runs at the peak.
         flops: of matrix products in the micro-batches that were looked at.
         seconds: that the kernels of a step take, with all of its micro-batches.
-        curve: of the second step, if it is asked for.
+        curve: of the step, if it is asked for.
     """
 
     peak: int

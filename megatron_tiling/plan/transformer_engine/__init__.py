@@ -28,7 +28,7 @@ def install() -> None:
         raise RuntimeError(f"the planner comes too late: {sys.modules[_NAME]} is imported")
     from megatron_tiling.plan.transformer_engine import fp8
 
-    sys.modules["transformer_engine_torch"] = fp8.KERNELS  # type: ignore[assignment]
+    sys.modules["transformer_engine_torch"] = fp8.KERNELS
     for name, names in _modules().items():
         full_name = f"{_NAME}.{name}".rstrip(".")
         module = ModuleType(full_name, __doc__)

@@ -363,6 +363,6 @@ def nothing(*args: Any, **options: Any) -> None:
 
 
 #: Of ``transformer_engine_torch``, what tiles call.
-KERNELS = SimpleNamespace(
+KERNELS: Any = SimpleNamespace(
     quantize=nothing, compute_amax=nothing, multi_tensor_compute_scale_and_scale_inv=nothing
 )  # fmt: skip
