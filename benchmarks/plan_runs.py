@@ -148,7 +148,10 @@ def measured(case: Case, gpus: list[str], script: Path, folder: Path) -> dict[st
 def measure(args: argparse.Namespace) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
     chosen = [case for case in CASES if case.gpus <= args.gpus and (not args.only or case.name in args.only)]
-    runs = []
+    packages = ("torch", "megatron-core", "transformer-engine", "flash-attn-4")
+    origin = Origin.now(packages, machine(several=True))
+    record: dict[str, Any] = {"origin": dataclasses.asdict(origin), "runs": []}
+    path = args.results / f"{origin.date}-{args.name}.json"
     with tempfile.TemporaryDirectory() as folder:
         for size in sorted({case.gpus for case in chosen}):
             groups: SimpleQueue[list[str]] = SimpleQueue()
@@ -165,12 +168,9 @@ def measure(args: argparse.Namespace) -> None:
 
             with ThreadPoolExecutor(len(lanes)) as pool:
                 for run in pool.map(one, [case for case in chosen if case.gpus == size]):
-                    runs.append(run)
+                    record["runs"].append(run)
+                    path.write_text(json.dumps(record, indent=1) + "\n")  # what is measured stays, whatever comes
                     print(run["name"], run.get("error", run.get("ranks")), flush=True)
-    packages = ("torch", "megatron-core", "transformer-engine", "flash-attn-4")
-    origin = Origin.now(packages, machine(several=True))
-    name = f"{origin.date}-{args.name}.json"
-    (args.results / name).write_text(json.dumps({"origin": dataclasses.asdict(origin), "runs": runs}, indent=1) + "\n")
 
 
 def planned(case: Case, script: Path) -> tuple[int, str]:
