@@ -2,8 +2,9 @@
 
     python -m benchmarks.plan_times [--records NAME ...]
 
-Of every row of a record that has a time, its ratio to the first row of its table, predicted and measured. Attention
-of these records computed nothing (their pages say so), so that the planner's takes no time here either.
+Of every row of a record that has a time, its ratio to the first row of its table, predicted with the rates of the GPU
+that it ran on, and measured. Attention of some records computed nothing (their pages say so), so that the planner's
+takes no time there either.
 """
 
 import argparse
@@ -17,13 +18,21 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.plan_accuracy import KINDS, Planner
 from benchmarks.record import RESULTS
+from megatron_tiling.plan.clock import GPUS
 
-RECORDS = (
+WITHOUT_ATTENTION = (
     "2026-11-26-whole-model-flash",
     "2026-11-27-whole-model-flash-8-layers",
-    "2026-11-27-mlp-te",
     "2026-11-27-longest-context-3b",
     "2026-11-27-longest-context-3b-full-recompute",
+)
+RECORDS = (
+    *WITHOUT_ATTENTION,
+    "2026-11-27-mlp-te",
+    "2026-11-27-whole-model-h200",
+    "2026-11-27-whole-model-h200-8-layers",
+    "2026-11-27-longest-context-3b-h200",
+    "2026-11-27-experts-h200",
 )
 #: Ratios that differ by less are not looked at for their order.
 APART = 1.03
@@ -81,7 +90,6 @@ def main() -> None:
     parser.add_argument("--records", nargs="+", default=RECORDS, metavar="NAME")
     args = parser.parse_args()
     planner = Planner()
-    planner.clock.gpu = dataclasses.replace(planner.clock.gpu, attention=math.inf, attention_backward=math.inf)
     head = [
         "| record | ratios | error, median | largest | pairs apart by 3% | of them in wrong order |",
         "|---" * 6 + "|",
@@ -90,6 +98,10 @@ def main() -> None:
     for record in args.records:
         kind = next(kind for part, kind in KINDS.items() if part in record)
         found = json.loads((RESULTS / f"{record}.json").read_text())
+        gpu = next(rates for name, rates in GPUS.items() if name in found["origin"]["machine"])
+        if record in WITHOUT_ATTENTION:
+            gpu = dataclasses.replace(gpu, attention=math.inf, attention_backward=math.inf)
+        planner.clock.gpu = gpu
         rows = [
             Timed(name, planner.milliseconds, measured)
             for name, _, _, measured in kind(planner, found, 1)

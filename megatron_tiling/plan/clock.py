@@ -32,7 +32,7 @@ class Gpu:
         products: FLOP/s of bf16 products whose tiles fill all of them.
         product_traffic: the share of a product's bytes that is not hidden behind it.
         bandwidth: bytes/s of kernels that do little else than read and write.
-        attention, attention_backward: FLOP/s.
+        attention, attention_backward: FLOP/s, of queries that see a great many keys.
         link: bytes/s between GPUs.
     """
 
@@ -45,9 +45,14 @@ class Gpu:
     link: float
 
 
-#: Products and bandwidth: kernels of TransformerEngine's MLP, h=4096 (benchmarks/results/2026-11-27-mlp-te.json: its
-#: "TransformerEngine"). Attention and links are assumed: the records with flash attention are of empty attention.
-H100 = Gpu(132, 820e12, 0.45, 2.75e12, 500e12, 400e12, 300e9)
+#: Products and bandwidth of the H100: kernels of TransformerEngine's MLP, h=4096 (benchmarks/results/
+#: 2026-11-27-mlp-te.json: its "TransformerEngine"); of the H200: steps of a GPT of 3 layers, which run hotter than a
+#: kernel alone (2026-11-27-whole-model-h200.json). Attention: flash-attn-4 of 2048 and 16384 tokens. Links: assumed.
+H100 = Gpu(132, 820e12, 0.45, 2.75e12, 860e12, 690e12, 300e9)
+H200 = Gpu(132, 700e12, 0.45, 3.9e12, 860e12, 690e12, 300e9)
+GPUS = {"H100": H100, "H200": H200}
+#: Keys that a query sees where attention has half of its rate.
+_FEW_KEYS = 730
 
 
 class Clock:
@@ -92,7 +97,8 @@ class Clock:
         """
         flops = 2.0 * products * query.numel() * keys
         self.flops += flops
-        self.seconds += flops / (self.gpu.attention if products == 2 else self.gpu.attention_backward)
+        rate = self.gpu.attention if products == 2 else self.gpu.attention_backward
+        self.seconds += flops * (1 + _FEW_KEYS / keys) / rate
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         operands = [argument for argument in args if isinstance(argument, Tensor)]

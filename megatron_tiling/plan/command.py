@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from megatron_tiling.arguments import add_tiling_args
 from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
+from megatron_tiling.plan.clock import CLOCK, GPUS
 from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.picture import draw, reason_not_to_draw
 from megatron_tiling.plan.processes import in_processes
@@ -27,8 +28,8 @@ from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
 USAGE = (
-    "python -m megatron_tiling plan [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--expert-imbalance N] "
-    "[--longest | --picture FILE] SCRIPT [ARGS of the script]"
+    "python -m megatron_tiling plan [--gpu H100|H200] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
+    "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
 )
 TILED = "--use-tiled-linear"
 KEEP_NONE = f"{TILED} --tiled-mlp-keep 0"
@@ -246,6 +247,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
 def command_parser() -> argparse.ArgumentParser:
     """Of the planner's own flags, which stand before the script."""
     parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="whose rates times are estimated with")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
     parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
     parser.add_argument(
@@ -278,12 +280,17 @@ def main() -> None:
     options = parser.parse_args(sys.argv[2:])
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
+    if options.gpu_memory_gib <= options.outside_gib:
+        parser.error(
+            f"--gpu-memory-gib {options.gpu_memory_gib:g}: must be more than --outside-gib {options.outside_gib:g}"
+        )
     if options.picture and options.longest:
         parser.error("--picture draws one length: leave out --longest")
     if options.picture and (reason := reason_not_to_draw(options.picture)):
         parser.error(reason)
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
+    CLOCK.gpu = GPUS[options.gpu]
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "

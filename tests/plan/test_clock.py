@@ -66,8 +66,8 @@ def test_attention_grows_with_the_square(clock: Clock) -> None:
         clock.attend(2, query, tokens / 2)
         return clock.seconds
 
-    assert attended(4096) == pytest.approx(2 * 2 * 4096**2 * 32 * 128 / 2 / H100.attention)
-    assert attended(8192) == pytest.approx(4 * attended(4096))
+    assert attended(2**24) == pytest.approx(2 * 2 * 2.0**48 * 32 * 128 / 2 / H100.attention, rel=1e-3)
+    assert 3.3 < attended(8192) / attended(4096) < 4  # few keys take longer each
 
 
 def test_once_a_step(clock: Clock) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiling.plan.command import GIB, Command, Plan, ranking, table
+from megatron_tiling.plan.clock import CLOCK, GPUS
+from megatron_tiling.plan.command import GIB, Command, Plan, main, ranking, table
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run
 from tests.support.launch import EXAMPLES, ROOT
@@ -164,3 +165,22 @@ def test_a_script_that_does_not_train(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1
     assert "script.py ended before Megatron's trainer took a step" in ended.stderr
+
+
+def test_memory_that_is_not_there() -> None:
+    options = ["plan", "--gpu-memory-gib", "3", str(EXAMPLES / "pretrain_gpt.py")]
+    done = subprocess.run([sys.executable, "-m", "megatron_tiling", *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--gpu-memory-gib 3: must be more than --outside-gib 3.5")
+
+
+def test_a_gpus_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: object) -> None:
+        raise SystemExit("before the first plan")
+
+    monkeypatch.setattr(CLOCK, "gpu", GPUS["H100"])
+    monkeypatch.setattr("megatron_tiling.plan.command.prepare", prepare)
+    monkeypatch.setattr(sys, "argv", ["megatron_tiling", "plan", "--gpu", "H200", str(EXAMPLES / "pretrain_gpt.py")])
+    with pytest.raises(SystemExit, match="before the first plan"):
+        main()
+    assert CLOCK.gpu is GPUS["H200"]
