@@ -3,9 +3,9 @@
     python -m benchmarks.head_cuts --ranks 4 [--sweep] [--tokens 8192 --hidden-size 4096 --vocabulary 128256]
 
 Nothing is communicated: what is compared are GEMMs, kernels and cuts, with those of Megatron's fused loss on the same
-shard. Bounds are cut as under sequence parallelism, where the input gradient takes more memory while it is reduced;
-that memory is in the bound, and not in the measured peak. ``--sweep`` times other cuts too, from which the weights of
-``tiles/head_cut.py`` are taken. Writes a dated page and a record into benchmarks/results/.
+shard. Bounds are cut as under sequence parallelism, where the input gradient of several token tiles takes more memory
+while it is reduced; that memory is in the bound, and not in the measured peak. ``--sweep`` times other cuts too, from
+which the weights of ``tiles/head_cut.py`` are taken. Writes a dated page and a record into benchmarks/results/.
 """
 
 import argparse

@@ -34,10 +34,14 @@ class ColumnComm:
         work = dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group, async_op=async_op)
         return full, work
 
-    def reduce(self, dgrad: Tensor) -> tuple[Tensor, dist.Work | None]:
-        """Start the reduction of a full input gradient; wait for the returned work before reading the result."""
+    def reduce(self, dgrad: Tensor, memory: Tensor | None = None) -> tuple[Tensor, dist.Work | None]:
+        """Start the reduction of a full input gradient; wait for the returned work before reading the result.
+
+        ``memory`` of the gradient's shape holds this rank's part under sequence parallelism, if it is given.
+        """
         if self.sequence_parallel:
-            shard = dgrad.new_empty(dgrad.shape[0] // self.group.size(), *dgrad.shape[1:])
+            tokens = dgrad.shape[0] // self.group.size()
+            shard = dgrad.new_empty(tokens, *dgrad.shape[1:]) if memory is None else memory[:tokens]
             return shard, dist.reduce_scatter_tensor(shard, dgrad, group=self.group, async_op=True)
         if self.allreduce_dgrad:
             return dgrad, dist.all_reduce(dgrad, group=self.group, async_op=True)

@@ -193,7 +193,6 @@ class _TiledHead(torch.autograd.Function):
         logits_to_gradient = softmax_for(x).logits_to_gradient
         wgrad = WeightGrad(ctx.param, loop.fuse_wgrad) if needs_wgrad else None
         dgrad = InputGrad(gathered, rows, x, cut) if needs_dgrad else None
-        reduction = None
         for index, (tokens, part) in reversed(list(enumerate(cut.tiles))):
             if index < remade:
                 _wait(gathering)
@@ -207,19 +206,12 @@ class _TiledHead(torch.autograd.Function):
                 if index > 0 and part is cut.columns[0]:
                     dgrad.round(tokens)
                 elif index == 0 and loop.comm is not None:
-                    dgrad.round(tokens)
-                    reduction = loop.comm.reduce(dgrad.result().view(gathered.shape))
+                    dgrad.reduce(tokens, loop.comm)
             _wait(gathering)
             if wgrad is not None:
                 wgrad.add(part, slice(None), dz, x[tokens], accumulate=tokens is not cut.tokens[-1])
         del dz, logits, buffers, gradient_buffer  # before the result of an input gradient that nothing waits for
-        grad_hidden = None
-        if reduction is not None:
-            grad_hidden, work = reduction
-            _wait(work)
-        elif dgrad is not None:
-            dgrad.round(cut.tokens[0])
-            grad_hidden = dgrad.result().view(gathered.shape)
+        grad_hidden = None if dgrad is None else dgrad.finish(cut.tokens[0])
         return grad_hidden, None if wgrad is None else wgrad.result(), None, None, None
 
 

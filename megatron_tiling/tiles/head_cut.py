@@ -146,17 +146,18 @@ def _beside_logits(sizes: HeadSizes, height: int, bound: int, *, several: bool, 
     """Bytes that there are with logits: the input gradient's sum over vocabulary tiles, and what has all tokens.
 
     Chosen rows and the result have all tokens, and are there whatever the cut: half of the bound is the logits' anyway.
-    The result of a single token tile ``waits`` for the logits' memory, and then is there beside its sum.
+    The result of a single token tile ``waits`` for the logits' memory, and then is there beside its sum, in whose
+    memory it is reduced over ranks; not that of chosen rows.
     """
     token_bytes = sizes.hidden * sizes.element_bytes
     rows = token_bytes * sizes.tokens if sizes.chosen_from else 0
     summed = several and sizes.element_bytes < 4
     total = height * (4 * sizes.hidden if summed else token_bytes) if summed or sizes.chosen_from else 0
     result = token_bytes * (sizes.chosen_from or sizes.tokens)
-    if sizes.reduced_by > 1:
+    if total and height == sizes.tokens and not (sizes.reduced_by and sizes.chosen_from):
+        result = 0 if waits else result // max(sizes.reduced_by, 1)
+    elif sizes.reduced_by > 1:
         result += result // sizes.reduced_by
-    if waits and total and height == sizes.tokens and not sizes.reduced_by:
-        result = 0
     return min(rows + result, bound // 2) + total if sizes.dgrad else min(rows, bound // 2)
 
 

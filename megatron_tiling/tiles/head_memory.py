@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.head_cut import HeadCut
 
@@ -43,17 +44,20 @@ class LogitsBuffers:
 class InputGrad:
     """The input gradient ``[n, h]``; a narrow one is summed in float32 and rounded once a token tile.
 
-    Of chosen rows it is summed beside the whole result, whose other rows are zero.
+    Of chosen rows it is summed beside the whole result, whose other rows are zero. To be reduced over ranks while there
+    are logits, that of a single token tile is rounded in the memory of its sum, and copied once they are gone.
     """
 
     def __init__(self, gathered: Tensor, rows: Tensor | None, x: Tensor, cut: HeadCut) -> None:
-        self._like = flat(gathered)
+        self._like, self._shape = flat(gathered), gathered.shape
         self._rows = rows
         self._result: Tensor | None = None
         self._sum: Tensor | None = None
         narrow = x.element_size() < 4 and len(cut.columns) > 1
         if narrow or rows is not None:
             self._sum = x.new_empty(cut.height, x.shape[1], dtype=torch.float32 if narrow else x.dtype)
+        self._in_place = narrow and rows is None and len(cut.tokens) == 1
+        self._reducing: tuple[Tensor, dist.Work | None] | None = None
 
     def add(self, tokens: slice, dz: Tensor, weight: Tensor, *, first: bool) -> None:
         """dgrad GEMM of one tile: ``[n_t, v_t]`` and ``[v_t, h]`` -> ``[n_t, h]``; all but the first add."""
@@ -69,8 +73,41 @@ class InputGrad:
             else:
                 self.result().index_copy_(0, self._rows[tokens], total.to(self._like.dtype))
 
+    def reduce(self, tokens: slice, comm: ColumnComm) -> None:
+        """Start the reduction over ranks, once all vocabulary tiles of the last token tile are added."""
+        if self._in_place and self._sum is not None:
+            rounded, rest = (half.view(self._shape) for half in rounded_in_place(self._sum, self._like.dtype))
+            self._reducing = comm.reduce(rounded, rest)
+        else:
+            self.round(tokens)
+            self._reducing = comm.reduce(self.result().view(self._shape))
+
+    def finish(self, tokens: slice) -> Tensor:
+        """The gradient of ``gathered``, or of what was gathered, after all tiles; the logits' memory is there again."""
+        if self._reducing is None:
+            self.round(tokens)
+            return self.result().view(self._shape)
+        reduced, work = self._reducing
+        if work is not None:
+            work.wait()
+        return reduced.clone() if self._in_place else reduced
+
     def result(self) -> Tensor:
         """Of all tokens, made at the first call: a single token tile can wait for the logits' memory."""
         if self._result is None:
             self._result = torch.empty_like(self._like) if self._rows is None else torch.zeros_like(self._like)
         return self._result
+
+
+def rounded_in_place(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A sum ``[n, h]`` in half as wide a ``dtype``, in the first half of its memory; and the other half, ``[n, h]``.
+
+    As many rows at a time as are rounded already go where earlier ones were.
+    """
+    rounded, rest = total.view(dtype).view(2, *total.shape)
+    rounded[:1] = total[:1].to(dtype)
+    done = 1
+    while done < len(total):
+        rounded[done : 2 * done] = total[done : 2 * done]
+        done *= 2
+    return rounded, rest

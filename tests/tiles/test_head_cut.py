@@ -52,9 +52,10 @@ def test_all_that_the_backward_pass_holds_is_within_the_bound(memory_mib, ranks,
     features = sizes.tokens * sizes.hidden * 2
     logits = max(cut.kept, 1) * cut.height * cut.width * 2
     several = len(cut.columns) > 1
-    result = min(features + (features // ranks if ranks > 1 else 0), memory_mib * MIB // 2)
-    result_waits = len(cut.tokens) == 1 and several and ranks == 1
-    held = max(logits, result) if result_waits else logits + result
+    if len(cut.tokens) == 1 and several:  # its sum is rounded and reduced where it is, and copied after the logits
+        held = max(logits, features // ranks)
+    else:
+        held = logits + min(features + (features // ranks if ranks > 1 else 0), memory_mib * MIB // 2)
     held += 4 * cut.height * sizes.hidden if several else 0
     if held > memory_mib * MIB:  # there is no such cut
         assert not sums_wgrad and cut.width == 4096
@@ -98,6 +99,13 @@ def test_many_tokens_leave_half_of_the_bound_to_tiles() -> None:
     """Of 32768 tokens the input gradient alone has 256 MiB."""
     cut = HeadTiles(272).cut(HeadSizes(32768, 151936, 4096))
     assert cut.height * (4 * 4096 + 2 * cut.width) <= 136 * MIB and cut.height >= 2048 and cut.width >= 8192
+
+
+def test_what_is_reduced_where_it_is_summed_leaves_its_memory_to_logits() -> None:
+    for ranks in (1, 4):
+        assert HeadTiles(272).cut(LLAMA._replace(reduced_by=ranks)) == HeadTiles(272).cut(LLAMA)
+    chosen = LLAMA._replace(tokens=4096, chosen_from=8192)
+    assert HeadTiles(272).cut(chosen._replace(reduced_by=4)).width < HeadTiles(272).cut(chosen).width
 
 
 def test_chosen_tokens_are_copied() -> None:
