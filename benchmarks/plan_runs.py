@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, Origin, machine
+from megatron_tiling.plan.command import RESERVED
 
 MIB = 2**20
 LLAMA = """
@@ -187,7 +188,7 @@ def planned(case: Case, script: Path) -> tuple[int, str]:
 
 def page(record: dict[str, Any], plans: list[tuple[int, str] | str]) -> str:
     origin = Origin(**record["origin"])
-    rows, errors, phases = [], [], []
+    rows, errors, reserved, phases = [], [], [], []
     for run, plan in zip(record["runs"], plans, strict=True):
         name = f"{run['name']} | {run['gpus']}"
         if "ranks" not in run:
@@ -200,12 +201,14 @@ def page(record: dict[str, Any], plans: list[tuple[int, str] | str]) -> str:
             continue
         error = plan[0] / fullest["peak"] - 1
         errors.append(abs(error))
+        reserved.append(abs(RESERVED * plan[0] / fullest["reserved"] - 1))
         phases.append(plan[1] == fullest["phase"])
         rows.append(f"| {name} | {' | '.join(cells)} | {plan[0] / MIB:.0f} | {plan[1]} | {error:+.2%} |")
     summary = f"{len(errors)} runs that are planned"
     if errors:
         summary += f": error {statistics.median(errors):.2%} in the median, {max(errors):.2%} at most; "
-        summary += f"the phase is right in {sum(phases)}"
+        summary += f"the phase is right in {sum(phases)}; {RESERVED:g} times the planned peak is reserved, with an error "
+        summary += f"of {statistics.median(reserved):.1%} in the median, {max(reserved):.1%} at most"
     return "\n".join([
         *origin.head("Planned and measured peaks of training runs"),
         "The third step of each run on the stock trainer, on its fullest rank: `torch.cuda.max_memory_allocated`, what",

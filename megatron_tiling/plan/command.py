@@ -49,6 +49,9 @@ UNEVEN = {
 #: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
 #: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
+#: What torch reserves, by the peak of what is allocated: the middle of 13 training runs, of 1.007 to 1.087
+#: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
+RESERVED = 1.045
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
 ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
@@ -208,6 +211,7 @@ def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
     rows = [["MiB at the peak", *names]]
     rows += [[part, *(f"{one.run.parts.get(part, 0) / MIB:.0f}" for one in plans)] for part in order]
     rows.append(["peak", *(f"{one.run.peak / MIB:.0f}" for one in plans)])
+    rows.append(["torch reserves, about", *(f"{RESERVED * one.run.peak / MIB:.0f}" for one in plans)])
     rows.append(["set by", *(one.run.phase for one in plans)])
     rows.append(["pipeline stage", *(str(one.stage) for one in plans)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
