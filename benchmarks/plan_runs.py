@@ -207,8 +207,8 @@ def page(record: dict[str, Any], plans: list[tuple[int, str] | str]) -> str:
     summary = f"{len(errors)} runs that are planned"
     if errors:
         summary += f": error {statistics.median(errors):.2%} in the median, {max(errors):.2%} at most; "
-        summary += f"the phase is right in {sum(phases)}; {RESERVED:g} times the planned peak is reserved, with an error "
-        summary += f"of {statistics.median(reserved):.1%} in the median, {max(reserved):.1%} at most"
+        summary += f"the phase is right in {sum(phases)}; {RESERVED:g} times the planned peak is reserved, with an "
+        summary += f"error of {statistics.median(reserved):.1%} in the median, {max(reserved):.1%} at most"
     return "\n".join([
         *origin.head("Planned and measured peaks of training runs"),
         "The third step of each run on the stock trainer, on its fullest rank: `torch.cuda.max_memory_allocated`, what",

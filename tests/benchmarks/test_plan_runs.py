@@ -42,7 +42,7 @@ def test_batch_of_each_data_parallel_rank(flags: str, gpus: int, batch: int) -> 
 
 
 def rank(peak: int, phase: str) -> dict[str, Any]:
-    return {"peak": peak * 2**20, "phase": phase, "reserved": 2**30}
+    return {"peak": peak * 2**20, "phase": phase, "reserved": peak * 2**20 * 5 // 4}
 
 
 def test_page_holds_the_fullest_rank_and_errors() -> None:
@@ -54,7 +54,8 @@ def test_page_holds_the_fullest_rank_and_errors() -> None:
     text = page(json.loads(json.dumps({"origin": ORIGIN, "runs": runs})), [
         (202 * 2**20, "experts"), (95 * 2**20, "attention"), (1, "MLP"), "a warning\nrefused: --fp8",
     ])  # fmt: skip
-    assert "| 200 | experts | 1024 | 202 | experts | +1.00% |" in text
-    assert "| 100 | MLP | 1024 | 95 | attention | -5.00% |" in text
+    assert "| 200 | experts | 250 | 202 | experts | +1.00% |" in text
+    assert "| 100 | MLP | 125 | 95 | attention | -5.00% |" in text
     assert "out of memory" in text and "| refused: --fp8 |" in text and "a warning" not in text
-    assert "2 runs that are planned: error 3.00% in the median, 5.00% at most; the phase is right in 1." in text
+    assert "2 runs that are planned: error 3.00% in the median, 5.00% at most; the phase is right in 1; " in text
+    assert "1.045 times the planned peak is reserved, with an error of 18.1% in the median, 20.6% at most." in text
