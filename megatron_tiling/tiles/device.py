@@ -29,6 +29,16 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or _planning
 
 
+def blocks(count: int, size: int) -> int:
+    """How many blocks of a size cover so many. Triton's own functions, called from Python, take microseconds."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least that is not below ``count``, of at least 1."""
+    return 1 << (count - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Run a Triton kernel on the device of ``like``."""
     if not _planning:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tiling.tiles.device import launch
+from megatron_tiling.tiles.device import blocks, launch, next_power_of_2
 
 WARPS = 4
 FP8_BLOCK = 64, 64  # written transposed, and so square
@@ -167,7 +167,7 @@ def activate(
     bias, scale = _dense(bias), _dense(scale)
     numbers, flags = _operands(pre, bias, scale, out)
     block_rows, block_columns = _block(numbers, sums_rows=False)
-    programs = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
+    programs = blocks(rows, block_rows) * blocks(columns, block_columns)
     launch(
         _forward_kernel, (programs,), out,
         pre, bias, scale, out, amax, *numbers, 0.0 if clamp is None else clamp, linear_offset,
@@ -192,7 +192,7 @@ def activate_backward(
     block_rows, block_columns = FP8_BLOCK if fp8 else _block(numbers, sums_rows=bias_grad)
     fp8_out, fp8_scale = fp8 or (None, None)
     largest, fp8_stride = (0.0, 0) if fp8_out is None else (torch.finfo(fp8_out.dtype).max, fp8_out.stride(0))
-    row_blocks, column_blocks = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
+    row_blocks, column_blocks = blocks(rows, block_rows), blocks(columns, block_columns)
     bias_sums = pre.new_empty(row_blocks, halves, columns, dtype=torch.float32) if bias_grad else None
     scale_sums = pre.new_empty(column_blocks, rows, dtype=torch.float32) if scale_grad else None
     if rows:
@@ -235,5 +235,5 @@ def _block(numbers: tuple[int, ...], sums_rows: bool) -> tuple[int, int]:
     _, columns, *strides = numbers
     aligned = all(number % ALIGNMENT == 0 for number in (columns, *strides))
     elements, width = (4096, 2048) if aligned else (2048, 1024)
-    width = min(512 if sums_rows else width, triton.next_power_of_2(columns))
+    width = min(512 if sums_rows else width, next_power_of_2(columns))
     return elements // width, width

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tiling.tiles.device import launch
+from megatron_tiling.tiles.device import blocks, launch, next_power_of_2
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
@@ -27,13 +27,13 @@ def update_statistics(
         statistics.largest, statistics.sum_exp, statistics.column_logits, statistics.weighted, statistics.argmax,
     )  # fmt: skip
     _check_written(products, *written)
-    block = min(STATISTICS_BLOCK, triton.next_power_of_2(width))
+    block = min(STATISTICS_BLOCK, next_power_of_2(width))
     chosen = columns.shape[1]
     launch(
         _update_statistics, (tokens,), products,
         products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
-        CHOSEN=chosen, CHOSEN_BLOCK=triton.next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
-        BLOCKS=triton.cdiv(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
+        CHOSEN=chosen, CHOSEN_BLOCK=next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
+        BLOCKS=blocks(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
     )  # fmt: skip
 
 
@@ -50,9 +50,9 @@ def logits_to_gradient(
     log_sum_exp, of_columns, of_entropy, entropy = (
         None if value is None else value.contiguous() for value in gradients
     )
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
+    block = min(GRADIENT_BLOCK, next_power_of_2(width))
     launch(
-        _logits_to_gradient, (tokens, triton.cdiv(width, block)), products,
+        _logits_to_gradient, (tokens, blocks(width, block)), products,
         products, products.stride(0), out, out.stride(0), width, first_column, columns.contiguous(),
         *_factors(scale), scale.slope, log_sum_exp, of_columns, of_entropy, entropy,
         CHOSEN=columns.shape[1], CAPPED=scale.softcap is not None, BLOCK=block, num_warps=GRADIENT_WARPS,
