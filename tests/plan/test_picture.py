@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_tiling.plan.clock import H100, Clock
+from megatron_tiling.plan.command import RESERVED
 from megatron_tiling.plan.curve import SPANS, Moments
 from megatron_tiling.plan.picture import reason_not_to_draw
 from megatron_tiling.plan.tracker import Tracker
@@ -99,8 +100,9 @@ def test_the_curves_highest_point_is_what_is_printed(tmp_path: Path) -> None:
     assert len(drawn) == 2
     for (parts, bracket, _), table in zip(drawn, printed, strict=True):
         bytes_of = json.loads(parts + bracket)
-        peak = f"{sum(bytes_of.values()) / 2**20:.0f}"
-        rounded = {part: f"{size / 2**20:.0f}" for part, size in bytes_of.items()} | {"peak": peak}
+        peak = sum(bytes_of.values())
+        sizes_of = bytes_of | {"peak": peak, "torch reserves, about": RESERVED * peak}
+        rounded = {part: f"{size / 2**20:.0f}" for part, size in sizes_of.items()}
         assert rounded == {part: mib for part, mib in table.items() if part in rounded}
         assert all(mib == "0" for part, mib in table.items() if part not in rounded)
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
