@@ -51,7 +51,7 @@ def tables(rows: Iterable[Timed]) -> dict[str, list[Timed]]:
     """Rows that may be compared: of one shape, or of as many tokens, which their names begin or end with."""
     found: dict[str, list[Timed]] = {}
     for row in rows:
-        shape = re.search(r"^h=\d+|\d+ tokens$", row.name)
+        shape = re.search(r"^h=\d+|^\d+:\d+:\d+|\d+ tokens$", row.name)
         found.setdefault(shape[0] if shape else "", []).append(row)
     return {shape: of_shape for shape, of_shape in found.items() if len(of_shape) > 1}
 

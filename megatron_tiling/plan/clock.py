@@ -46,8 +46,9 @@ class Gpu:
 
 
 #: Products and bandwidth of the H100: kernels of TransformerEngine's MLP, h=4096 (benchmarks/results/
-#: 2026-11-27-mlp-te.json: its "TransformerEngine"); of the H200: steps of a GPT of 3 layers, which run hotter than a
-#: kernel alone (2026-11-27-whole-model-h200.json). Attention: flash-attn-4 of 2048 and 16384 tokens. Links: assumed.
+#: 2026-11-27-mlp-te.json: its "TransformerEngine"); of the H200: fitted to steps of GPTs of 3 and 8 layers, slower
+#: than a kernel alone (2026-11-27-whole-model-h200.json, -8-layers.json). Attention: flash-attn-4 on an H200, of 2048
+#: tokens in the former, and of 16384 by a script that was not kept. Links: assumed.
 H100 = Gpu(132, 820e12, 0.45, 2.75e12, 860e12, 690e12, 300e9)
 H200 = Gpu(132, 700e12, 0.45, 3.9e12, 860e12, 690e12, 300e9)
 GPUS = {"H100": H100, "H200": H200}

@@ -251,7 +251,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
 def command_parser() -> argparse.ArgumentParser:
     """Of the planner's own flags, which stand before the script."""
     parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="whose rates times are estimated with")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="its rates give the times (default: H100)")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
     parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
     parser.add_argument(

@@ -56,13 +56,13 @@ def check(seed: int) -> None:
     torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11)
 
 
-def comm_of(sequence_parallel: bool, *buffer: Tensor) -> ColumnComm:
-    """With a buffer that is there before."""
+def comm_of(sequence_parallel: bool, buffer: Tensor | None = None) -> ColumnComm:
+    """Gathers into ``buffer``, if it is given."""
     group = dist.group.WORLD
     assert group is not None
 
     def gather_buffer(shape: Any, dtype: Any) -> Tensor:
-        return buffer[0].view(shape) if buffer else torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype) if buffer is None else buffer.view(shape)
 
     return ColumnComm(group, sequence_parallel, not sequence_parallel, gather_buffer)
 
