@@ -1,11 +1,12 @@
 """Experts in grouped GEMMs, TransformerEngine's and tiled: time, what is kept between the passes, and the peak.
 
-    python -m benchmarks.experts [--cases 8:2:1536 8:8:14336 64:8:768] [--tokens 8192] [--repeats 20] [--results DIR]
+    python -m benchmarks.experts [--cases 8:2:1536 8:8:14336 64:8:768] [--tokens 8192] [--repeats 20] [--combine]
+        [--results DIR]
 
 A case is local experts, experts a token goes to, and ffn of an expert. What runs is Megatron's permutation (fused) of
 tokens that are all local, and the experts. Tokens, output, weights and float32 gradients (``main_grad``), to which all
 candidates add within their GEMMs, are not counted. Every case has a process of its own, candidates run interleaved in
-random order.
+random order. With ``--combine`` the tokens' combination by Megatron is timed too, for SonicMoE's kernels do it.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import experts_sonic
 from benchmarks.record import RESULTS, Origin, kernel_lines, machine
 
-PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
+PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "sonic-moe", "quack-kernels")
 CASES = ("8:2:1536", "8:8:1536", "8:2:14336", "8:8:14336", "64:8:768")
 STOCK = "TransformerEngine"
 #: Tiles, and how many keep their pre-activations.
@@ -30,6 +32,11 @@ OURS: tuple[tuple[int, int | str], ...] = ((1, "all"), (4, "all"), (4, 2), (4, 0
 ONCE = ", tokens kept once"
 HEAD_START = 40_000_000  # GPU cycles: the host launches the many products of a step in the meantime
 MIB = 2**20
+COMBINED = (
+    "",
+    "The combination of tokens is in all times. SonicMoE works on a copy of the weights; its weights' gradients are "
+    "bf16 tensors, part of its peak, which are then added to main_grad.",
+)
 
 
 def build(hidden_size: int, experts: int, ffn_hidden_size: int) -> Any:
@@ -75,12 +82,12 @@ class LocalTokens:
 
 
 def candidates(
-    case: tuple[int, ...], tokens: Any, routing_map: Any, probs: Any
+    case: tuple[int, ...], tokens: Any, routing_map: Any, probs: Any, combine: bool
 ) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     """On the same weights: stock, recomputed by Megatron, and tiled."""
     import torch
     from megatron.core import tensor_parallel
-    from megatron.core.transformer.moe.moe_utils import permute
+    from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
     from benchmarks.gpt import share
     from megatron_tiling import TilingConfig, tile
@@ -92,8 +99,9 @@ def candidates(
 
     def run(experts: Any) -> Callable[[Any], Any]:
         def permuted_through(hidden: Any) -> Any:
-            rows = permute(hidden, routing_map, num_out_tokens=len(probs), fused=hidden.is_cuda)[0]
-            return experts(rows, counts, probs)[0]
+            rows, _, order, *_ = permute(hidden, routing_map, num_out_tokens=len(probs), fused=hidden.is_cuda)
+            output = experts(rows, counts, probs)[0]
+            return unpermute(output, order, hidden.shape, fused=hidden.is_cuda) if combine else output
 
         return permuted_through
 
@@ -115,6 +123,8 @@ def candidates(
             tile(once, TilingConfig(splits={"experts": (1, tiles)}, mlp_keep=0))
             once.experts._dispatcher = LocalTokens(tokens, routing_map)
             yield f"ours: T={tiles} keep {keep}{ONCE}", run(once.experts)
+    if combine and experts_sonic.to_be_had():
+        yield experts_sonic.NAME, experts_sonic.run_of(dense.experts, routing_map, probs)
 
 
 def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[float, float]:
@@ -132,7 +142,7 @@ def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[fl
     return kept / MIB, (torch.cuda.max_memory_allocated() - before - output.nbytes) / MIB
 
 
-def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str, Any]:
+def run_case(case: str, hidden_size: int, tokens: int, repeats: int, combine: bool) -> dict[str, Any]:
     import torch
 
     from benchmarks import gpt
@@ -148,11 +158,12 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str
     routing_map = routing(tokens, experts, top_k).cuda()
     hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     probs = torch.rand(tokens * top_k, device="cuda", requires_grad=True)
-    grad_output = torch.randn(tokens * top_k, hidden_size, device="cuda", dtype=torch.bfloat16)
+    grad_output = torch.randn(tokens if combine else tokens * top_k, hidden_size, device="cuda", dtype=torch.bfloat16)
+    rows = torch.empty(tokens * top_k, hidden_size, device="meta", dtype=torch.bfloat16)
     found: dict[str, dict[str, Any]] = {}
     chosen = []
     exact: list[Any] = []
-    for name, run in candidates((hidden_size, experts, ffn), hidden, routing_map, probs):
+    for name, run in candidates((hidden_size, experts, ffn), hidden, routing_map, probs, combine):
         candidate = Candidate(name, run, [probs])
         output = measure.step(candidate, hidden, grad_output)
         values = [output.detach().clone(), hidden.grad.clone(), probs.grad.clone()]
@@ -162,7 +173,8 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int) -> dict[str
             measure.step(candidate, hidden, grad_output)
         del output, values
         kept, peak = memory(run, hidden, grad_output)
-        rows_mib = 0.0 if ONCE in name or name.endswith("recompute moe") else grad_output.nbytes / MIB
+        without_rows = ONCE in name or name.endswith("recompute moe") or name == experts_sonic.NAME
+        rows_mib = 0.0 if without_rows else rows.nbytes / MIB
         found[name] = {"name": name, "kept_mib": kept, "rows_mib": rows_mib, "peak_mib": peak}
         found[name]["difference"] = max(differences)
         found[name]["milliseconds"] = []
@@ -184,6 +196,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['repeats']} interleaved runs. Kept between the passes, beside tokens and output: the permuted rows, "
         "and what else, which is compared. The peak is that of all that a step allocates. Difference: the largest "
         "relative RMS from stock of output and of the gradients of tokens and probabilities.",
+        *COMBINED * record["combine"],
     ]
     for run in record["runs"]:
         experts, top_k, ffn = run["case"].split(":")
@@ -212,11 +225,12 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--combine", action="store_true", help="the combination of tokens too, beside SonicMoE's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-case-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_case_into:
-        found = run_case(args.cases[0], args.hidden_size, args.tokens, args.repeats)
+        found = run_case(args.cases[0], args.hidden_size, args.tokens, args.repeats, args.combine)
         args.one_case_into.write_text(json.dumps(found))
         return
     runs = []
@@ -225,12 +239,13 @@ def main() -> None:
             path = Path(folder) / str(number)
             command = [sys.executable, "-m", "benchmarks.experts", "--cases", case, "--tokens", str(args.tokens)]
             command += ["--hidden-size", str(args.hidden_size), "--repeats", str(args.repeats)]
+            command += ["--combine"] * args.combine
             subprocess.run([*command, "--one-case-into", str(path)], check=True)
             runs.append(json.loads(path.read_text()))
     origin = Origin.now(PACKAGES, runs[0]["gpu"])
     record = {"origin": asdict(origin), "hidden_size": args.hidden_size, "tokens": args.tokens}
-    record |= {"repeats": args.repeats, "runs": runs}
-    path = args.results / f"{origin.date}-experts.json"
+    record |= {"repeats": args.repeats, "combine": args.combine, "runs": runs}
+    path = args.results / f"{origin.date}-experts{'-combined' * args.combine}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     print(markdown(record), flush=True)
