@@ -170,6 +170,7 @@ class Trainer:
                 lengths.append(guess)
                 share = 1.0
         setting.longest = last
+        self.step(setting, STEP)  # dispatchers of experts hold on to tensors of the last tokens
         print(f"{setting.name}: {last} tokens, {setting.peaks[last]:.1f} GiB", flush=True)
 
     def _limit(self) -> float:
@@ -182,6 +183,7 @@ class Trainer:
         """Seconds of steps of ``tokens`` tokens, interleaved in random order, after a warm-up."""
         for setting in rivals:
             self.step(setting, tokens)
+            self.step(setting, STEP)
         order = list(rivals)
         for _ in range(repeats):
             random.shuffle(order)
@@ -189,6 +191,7 @@ class Trainer:
                 seconds = self.step(setting, tokens)
                 if seconds is not None:
                     setting.seconds.setdefault(tokens, []).append(seconds)
+                self.step(setting, STEP)
 
 
 def measure(trainer: Trainer, repeats: int) -> None:
@@ -240,6 +243,8 @@ def markdown(record: dict[str, Any]) -> str:
         if row["tiled"]:
             continue
         tokens = row["longest"]
+        if tokens not in median[name]:
+            continue
         speed = tokens / median[name][tokens]
         answers = sorted(
             (median[other][tokens], other) for other in rows if rows[other]["tiled"] and tokens in median[other]

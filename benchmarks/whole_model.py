@@ -2,12 +2,13 @@
 
     python -m benchmarks.whole_model [--layers 3] [--hidden-size 4096] [--ffn-hidden-size 14336] [--query-groups 8]
         [--vocabulary 128256] [--sequence 2048] [--batch 4] [--repeats 20] [--attention auto] [--results DIR]
-        [--fp8 RECIPE]
+        [--fp8 RECIPE] [--micro-batches 1]
 
 All candidates share one set of parameters and of gradients, which Megatron's DDP holds in float32 (``main_grad``) all
 the time; dense fuses the accumulation of weight gradients (apex's kernel for the output layer, which must be built;
 TransformerEngine's own for the others) and the loss (``cross_entropy_loss_fusion``). Memory is the peak less what is
-held between steps: weights, main_grad, inputs. Runs are interleaved in random order.
+held between steps: weights, main_grad, inputs. Runs are interleaved in random order. A run begins with an idle GPU that
+waits for the host; of ``--micro-batches`` in a row, as gradients are accumulated, only the first one does.
 
 With ``--fp8`` the same in FP8, beside bf16. A step is a micro-batch: the first one of an optimizer step quantizes the
 weights, a later one takes what the first has kept. Memory is the peak of both, with those copies.
@@ -136,7 +137,7 @@ def candidates(
     return found, ddp
 
 
-def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool) -> None:
+def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool, micro_batches: int = 1) -> None:
     for candidate in found:
         for _ in range(3):
             run(candidate, ddp)
@@ -153,16 +154,16 @@ def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool) -> Non
         random.shuffle(order)
         for candidate in order:
             if firsts:
-                candidate.first_milliseconds.append(run(candidate, ddp, is_first=True)[1])
-            _, milliseconds, host = run(candidate, ddp)
+                candidate.first_milliseconds.append(run(candidate, ddp, True, micro_batches)[1])
+            _, milliseconds, host = run(candidate, ddp, False, micro_batches)
             candidate.milliseconds.append(milliseconds)
             candidate.host_milliseconds.append(host)
     for candidate in found:
         profile(candidate, ddp)
 
 
-def run(candidate: Candidate, ddp: Any, is_first: bool = False) -> tuple[Tensor, float, float]:
-    """Loss, milliseconds of one step, and those until the host has launched all of it. main_grad is zeroed before."""
+def run(candidate: Candidate, ddp: Any, is_first: bool = False, micro_batches: int = 1) -> tuple[Tensor, float, float]:
+    """Loss, milliseconds of a micro-batch, and the host's until it has launched it. main_grad is zeroed before."""
     ddp.zero_grad_buffer()
     if is_first:
         candidate.model.set_is_first_microbatch()
@@ -170,11 +171,12 @@ def run(candidate: Candidate, ddp: Any, is_first: bool = False) -> tuple[Tensor,
     torch.cuda.synchronize()
     begin = time.perf_counter()
     start.record()
-    loss = candidate.step()
+    for _ in range(micro_batches):
+        loss = candidate.step()
     stop.record()
     host = 1000 * (time.perf_counter() - begin)
     torch.cuda.synchronize()
-    return loss, start.elapsed_time(stop), host
+    return loss, start.elapsed_time(stop) / micro_batches, host / micro_batches
 
 
 def profile(candidate: Candidate, ddp: Any) -> None:
@@ -213,7 +215,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
         f"bf16{' and FP8' * bool(recipe)}, random tokens; weights and main_grad held all the time and not counted; "
-        f"medians of {record['repeats']} interleaved runs in random order.", "",
+        f"medians of {record['repeats']} interleaved runs in random order. Times are those of a micro-batch, "
+        f"of {record['micro_batches']} in a row, which begin with an idle GPU.", "",
         f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     for row in rows:
@@ -267,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2048, batch=4, repeats=20)
+    parser.add_argument("--micro-batches", type=int, default=1, help="in a row, before the host waits for the GPU")
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
     parser.add_argument("--fp8", metavar="RECIPE", help="FP8 beside bf16, in place of other settings")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -274,7 +278,7 @@ def main() -> None:
     args = parser.parse_args()
     gpt.initialize()
     found, ddp = candidates(args, settings(args))
-    measure(found, ddp, args.repeats, firsts=bool(args.fp8))
+    measure(found, ddp, args.repeats, bool(args.fp8), args.micro_batches)
     save(found, args, "A GPT on TransformerEngine, forward and backward")
     torch.distributed.destroy_process_group()
 
@@ -289,6 +293,7 @@ def save(found: list[Candidate], args: argparse.Namespace, title: str) -> None:
         "attention": args.attention,
         "fp8": getattr(args, "fp8", None),
         "repeats": args.repeats,
+        "micro_batches": getattr(args, "micro_batches", 1),
         "candidates": [
             {key: value for key, value in vars(candidate).items() if key not in ("step", "model")}
             | {"median": statistics.median(candidate.milliseconds)}
