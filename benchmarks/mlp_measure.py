@@ -187,9 +187,9 @@ def activation_bandwidths(tokens: int, ffn_hidden_size: int) -> list[tuple[str, 
         for width in (ffn_hidden_size, ffn_hidden_size // 4, ffn_hidden_size // 8, ffn_hidden_size // 3):
             tile = slice(ffn_hidden_size - width, ffn_hidden_size)
             pre, grad = whole[:, :, tile], torch.randn_like(copied[:, :width])
-            operands = pre, None if biases is None else biases[:, tile], None, grad
-            forward = seconds(partial(activation.forward, *operands))
-            backward = seconds(partial(activation.backward, *operands, bias_grad=bias, scale_grad=False))
+            operands = None if biases is None else biases[:, tile], None, grad
+            forward = seconds(partial(activation.forward, [pre], *operands))
+            backward = seconds(partial(activation.backward, pre, *operands, bias_grad=bias, scale_grad=False))
             moved = grad.nbytes * (halves + 1)
             rows.append((name, width, moved / forward / 1e12, 2 * moved / backward / 1e12))
     return rows

@@ -216,15 +216,14 @@ class _FP8MLP(torch.autograd.Function):
         y = hidden.new_empty(x.size()[0], fc2_weight.shape[0])
         steps, inverses = loop.token_steps(x.size()[0]), []
         amaxes = _amaxes(fc2.input, hidden, len(steps))
+        halves_of_kept, bias = [loop.halved(pre) for pre in kept], loop.bias_of(fc1_bias, slice(None))
         for step, amax in zip(steps, amaxes, strict=True):
-            spans = [(tile, pre[step]) for tile, pre in zip(loop.tiles, kept, strict=False)]
+            parts = [pre[:, step] for pre in halves_of_kept]
             if rest_weight is not None:
-                spans.append((rest, loop.pre_activation(rows_of(x, step), rest_weight, hidden)))
+                parts.append(loop.halved(loop.pre_activation(rows_of(x, step), rest_weight, hidden)))
             activated = hidden.new_empty(step.stop - step.start, loop.parts[-1])
-            for columns, pre in spans:
-                operands = loop.halved(pre), loop.bias_of(fc1_bias, columns), scale_of(scale, step)
-                loop.activation.forward(*operands, activated[:, columns], amax)
-            del spans, pre, operands
+            loop.activation.forward(parts, bias, scale_of(scale, step), activated, amax)
+            del parts
             operand = quantized(fc2.input, activated, rowwise=True, amax=amax)
             inverses.append(inverse_scale(operand))
             loop.forward(fc2_rows, operand, y[step])

@@ -10,7 +10,7 @@ Tensors may be strided views whose last dimension is dense. ``amax [1]`` (float3
 largest absolute value of what is made for a product in FP8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,16 +53,28 @@ class Activation:
         return 2 if self.gated else 1
 
     def forward(
-        self, pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor, amax: Tensor | None = None
+        self,
+        parts: Sequence[Tensor],
+        bias: Tensor | None,
+        scale: Tensor | None,
+        out: Tensor,
+        amax: Tensor | None = None,
     ) -> None:
-        """Write the activation into ``out [n, f]``; ``amax`` is of it."""
-        if formula := self._formula_of_kernels(pre):
+        """Write the activation into ``out [n, f]``; ``amax`` is of it.
+
+        ``pre`` comes in parts ``[halves, n, f_i]`` of neighbouring features, which one kernel takes together.
+        """
+        if formula := self._formula_of_kernels(parts[0]):
             from megatron_tiling.tiles.kernels.activation import activate
 
-            activate(pre, bias, scale, out, amax=amax, **formula)
+            activate(parts, bias, scale, out, amax=amax, **formula)
         else:
-            out.copy_(self.function(_joined(pre), None if bias is None else _joined(bias), scale))
-            _raise(amax, out)
+            start = 0
+            for pre in parts:
+                columns = slice(start, start := start + pre.shape[2])
+                of_part = out[:, columns]
+                of_part.copy_(self.function(_joined(pre), None if bias is None else _joined(bias[:, columns]), scale))
+                _raise(amax, of_part)
 
     def backward(
         self,

@@ -196,7 +196,7 @@ def _forward(
         for segment in _of_one_bias(step, biases):
             part = slice(segment.rows.start - start, segment.rows.stop - start)
             bias = _bias(biases, segment, slice(None), halves)
-            loop.activation.forward(pre[part].transpose(0, 1), bias, scale[segment.rows], activated[part])
+            loop.activation.forward([pre[part].transpose(0, 1)], bias, scale[segment.rows], activated[part])
         outputs, factors = _rows_of(output, step), [fc2[expert] for expert, _ in step]
         loop.gemm(outputs, _rows_of(activated, step, start), factors, "NT", False)
         del pre, activated  # before the next ones are made, or there would be two of each

@@ -172,16 +172,17 @@ class _TiledMLP(torch.autograd.Function):
         records = grad_enabled and any(ctx.needs_input_grad)
         for span in loop.kept if records else ():
             kept = span.fc1(factors)
+        spans = loop.forward_spans
         for step in loop.token_steps(factors[0][0].shape[0]):
             activated = whole.new_empty(step.stop - step.start, fc2_weight.shape[1])
-            for span in loop.forward_spans:
-                if kept is not None and span.kept:
-                    pre = kept[:, step]
-                else:
-                    pre = span.fc1([(x[step], weight) for x, weight in factors])
-                operands = pre, loop.bias_of(fc1_bias, span.columns), scale_of(scale, step)
-                loop.activation.forward(*operands, activated[:, span.columns])
-                del pre, operands
+            parts = [
+                kept[:, step]
+                if kept is not None and span.kept
+                else span.fc1([(x[step], weight) for x, weight in factors])
+                for span in spans
+            ]
+            loop.activation.forward(parts, loop.bias_of(fc1_bias, WHOLE), scale_of(scale, step), activated)
+            del parts
             for output, weight in zip(outputs, weights, strict=True):
                 gemm_into(flat(output)[step], activated, weight.t(), accumulate=False)
             del activated  # before the next one is made, or there would be two

@@ -82,11 +82,11 @@ class ActivationBackward:
         fp8: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """In place: ``pre`` becomes its gradient and ``grad`` the activation; ``Activation`` says the rest."""
-        operands = pre, self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
+        operands = self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
         if not self._needs_grad:
-            self._tiles.activation.forward(*operands)
+            self._tiles.activation.forward([pre], *operands)
             return
-        bias_grad, scale_grad = self._tiles.activation.backward(*operands, amax, fp8, **self._needs)
+        bias_grad, scale_grad = self._tiles.activation.backward(pre, *operands, amax, fp8, **self._needs)
         if bias_grad is not None and self.bias_grad is not None:
             self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
         if scale_grad is not None:

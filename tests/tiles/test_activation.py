@@ -77,10 +77,10 @@ def test_kernels(formula: Formula, gated: bool, bias: bool, scale: bool, columns
     exact = Activation(gated, reference(formula, gated))
     wide = [None if x is None else x.double() for x in (pre, bias_, scale_, grad)]
     expected = torch.empty_like(wide[3])
-    exact.forward(*wide[:3], expected)
+    exact.forward(wide[:1], *wide[1:3], expected)
     out = torch.full_like(grad, float("nan"))
     amax, amax_of_grad = torch.zeros(2, 1, device=DEVICE)
-    kernels.activate(pre, bias_, scale_, out, amax=amax, **asdict(formula))
+    kernels.activate([pre], bias_, scale_, out, amax=amax, **asdict(formula))
     assert amax == out.abs().max()
     tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
     assert error(out, expected) < tolerance
@@ -117,6 +117,25 @@ def test_the_backward_kernel_leaves_the_activation_in_fp8(gated: bool, rows: int
     assert error(found, expected.double()) < 0.02
 
 
+@pytest.mark.parametrize("widths", [(32, 32, 32), (48, 16), (5, 3, 30)])
+@pytest.mark.parametrize("rows", [19, 300])
+def test_one_launch_takes_several_parts(widths: tuple[int, ...], rows: int) -> None:
+    parts = [operands(2, rows, width, False, False, torch.float32)[0] for width in widths]
+    _, bias, scale, out = operands(2, rows, sum(widths), True, True, torch.float32)
+    assert bias is not None
+    expected, settings = torch.empty_like(out), asdict(Formula("silu", clamp=1.0, linear_offset=1.0))
+    amax, expected_amax = torch.zeros(2, 1, device=DEVICE)
+    kernels.activate(parts, bias, scale, out, amax=amax, **settings)
+    start = 0
+    for part in parts:
+        columns = slice(start, start := start + part.shape[2])
+        kernels.activate([part], bias[:, columns], scale, expected[:, columns], amax=expected_amax, **settings)
+    assert torch.equal(out, expected) and torch.equal(amax, expected_amax)
+    torch_path, found = Activation(True, reference(Formula("silu", 1.0, 1.0), True)), torch.empty_like(out)
+    torch_path.forward(parts, bias, scale, found)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_kernels_leave_neighbours_alone() -> None:
     buffer = torch.randn(5, 2, 40, device=DEVICE)
     before, tile = buffer.clone(), buffer.transpose(0, 1)[:, :, 8:21]
@@ -131,7 +150,7 @@ def test_large_values_stay_finite() -> None:
         pre = torch.tensor([[[-1e4, -90.0, 0.0, 90.0, 1e4]]], device=DEVICE)
         out, grad = torch.empty(1, 5, device=DEVICE), torch.ones(1, 5, device=DEVICE)
         settings = asdict(Formula(kind))
-        kernels.activate(pre, None, None, out, **settings)
+        kernels.activate([pre], None, None, out, **settings)
         kernels.activate_backward(pre, None, None, grad, bias_grad=False, scale_grad=False, **settings)
         assert out.isfinite().all() and pre.isfinite().all()
         torch.testing.assert_close(out, grad)
@@ -139,7 +158,7 @@ def test_large_values_stay_finite() -> None:
 
 def test_no_tokens() -> None:
     pre, bias, scale, grad = operands(2, 0, 8, True, True, torch.float32)
-    kernels.activate(pre, bias, scale, grad, **asdict(Formula("silu")))
+    kernels.activate([pre], bias, scale, grad, **asdict(Formula("silu")))
     bias_grad, scale_grad = kernels.activate_backward(
         pre, bias, scale, grad, bias_grad=True, scale_grad=True, **asdict(Formula("silu"))
     )
@@ -158,7 +177,7 @@ def test_torch_path(gated: bool) -> None:
     expected.backward(grad)
     out = torch.empty_like(grad)
     amax, amax_of_grad = grad.new_zeros(2, 1, dtype=torch.float32)
-    activation.forward(pre, bias, scale, out, amax)
+    activation.forward([pre], bias, scale, out, amax)
     bias_grad, scale_grad = activation.backward(pre, bias, scale, grad, amax_of_grad, bias_grad=True, scale_grad=True)
     assert amax == out.abs().max().float() and amax_of_grad == pre.abs().max().float()
     for found, wanted in (
@@ -187,7 +206,7 @@ def test_kernels_read_bias_and_scale_of_any_layout(layout: str) -> None:
     for make in (relaid, lambda tensor: relaid(tensor).clone(memory_format=torch.contiguous_format)):
         operands_ = pre.clone(memory_format=torch.preserve_format), make(bias), make(scale)
         out, grad_ = torch.empty_like(grad), grad.clone()
-        kernels.activate(*operands_, out, **settings)
+        kernels.activate(operands_[:1], *operands_[1:], out, **settings)
         grads = kernels.activate_backward(*operands_, grad_, bias_grad=True, scale_grad=True, **settings)
         results.append((out, grad_, operands_[0], *grads))
     for found, expected in zip(*results, strict=True):

@@ -7,6 +7,9 @@ is float32. Imported only where tensors are on a GPU.
 
 # mypy: allow-untyped-defs
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -51,35 +54,38 @@ def _largest(values, mask):
 
 @triton.jit
 def _forward_kernel(
-    pre, bias, scale, out, amax,
-    rows, columns, half_stride, row_stride, bias_half_stride, out_stride, clamp, linear_offset,
+    parts, bias, scale, out, amax, rows, bias_half_stride, out_stride, clamp, linear_offset,
     KIND: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr,
     AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column_blocks = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    x = tl.load(pre + at, mask, 0.0).to(tl.float32)
-    if BIAS:
-        x += tl.load(bias + column, column < columns, 0.0).to(tl.float32)[None, :]
-    if CLAMP:
-        x = tl.minimum(x, clamp)
-    y, _ = _value_and_slope(x, KIND)
-    if GATED:
-        up = tl.load(pre + half_stride + at, mask, 0.0).to(tl.float32)
-        if BIAS:
-            up += tl.load(bias + bias_half_stride + column, column < columns, 0.0).to(tl.float32)[None, :]
-        if CLAMP:
-            up = tl.minimum(tl.maximum(up, -clamp), clamp)
-        y *= up + linear_offset
-    if SCALE:
-        y *= tl.load(scale + row, row < rows, 0.0).to(tl.float32)[:, None]
-    y = y.to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], y, mask)
-    if AMAX:
-        tl.atomic_max(amax, _largest(y, mask), sem="relaxed")
+    for index in tl.static_range(len(parts)):
+        if tl.program_id(1) == index:
+            pre, start, columns, half_stride, row_stride = parts[index]
+            column_blocks = tl.cdiv(columns, COLUMNS)
+            row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
+            column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+            x = tl.load(pre + at, mask, 0.0).to(tl.float32)
+            if BIAS:
+                x += tl.load(bias + start + column, column < columns, 0.0).to(tl.float32)[None, :]
+            if CLAMP:
+                x = tl.minimum(x, clamp)
+            y, _ = _value_and_slope(x, KIND)
+            if GATED:
+                up = tl.load(pre + half_stride + at, mask, 0.0).to(tl.float32)
+                if BIAS:
+                    up_bias = bias + bias_half_stride + start
+                    up += tl.load(up_bias + column, column < columns, 0.0).to(tl.float32)[None, :]
+                if CLAMP:
+                    up = tl.minimum(tl.maximum(up, -clamp), clamp)
+                y *= up + linear_offset
+            if SCALE:
+                y *= tl.load(scale + row, row < rows, 0.0).to(tl.float32)[:, None]
+            y = y.to(out.dtype.element_ty)
+            tl.store(out + start + row.to(tl.int64)[:, None] * out_stride + column[None, :], y, mask)
+            if AMAX:
+                tl.atomic_max(amax, _largest(y, mask), sem="relaxed")
 
 
 @triton.jit
@@ -157,21 +163,34 @@ def _backward_kernel(
 
 
 def activate(
-    pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor,
+    parts: Sequence[Tensor], bias: Tensor | None, scale: Tensor | None, out: Tensor,
     *, kind: str, clamp: float | None, linear_offset: float, amax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``out [n, f] = scale * activation(pre [halves, n, f] + bias [halves, f])``; ``amax [1]`` rises to its largest."""
-    rows, columns = out.shape
+    """``out [n, f] = scale * activation(pre [halves, n, f] + bias [halves, f])``; ``amax [1]`` rises to its largest.
+
+    ``pre`` comes in parts ``[halves, n, f_i]`` of neighbouring features: one launch for all of them.
+    """
+    rows = out.shape[0]
     if not rows:
         return
     bias, scale = _dense(bias), _dense(scale)
-    numbers, flags = _operands(pre, bias, scale, out)
-    block_rows, block_columns = _block(numbers, sums_rows=False)
-    programs = blocks(rows, block_rows) * blocks(columns, block_columns)
+    described, start = [], 0
+    for pre in parts:
+        _check_rows(pre, out)
+        columns = pre.shape[2]
+        described.append((pre, start, columns, pre.stride(0), pre.stride(1)))
+        start += columns
+    bias_half_stride, out_stride = 0 if bias is None else bias.stride(0), out.stride(0)
+    widest = max(columns for _, _, columns, *_ in described)
+    numbers = [number for _, *of_part in described for number in of_part]
+    block_rows, block_columns = _block(widest, *numbers, bias_half_stride, out_stride)
     launch(
-        _forward_kernel, (programs,), out,
-        pre, bias, scale, out, amax, *numbers, 0.0 if clamp is None else clamp, linear_offset,
-        KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None, **flags,
+        _forward_kernel,
+        (blocks(rows, block_rows) * blocks(widest, block_columns), len(described)), out,
+        tuple(described), bias, scale, out, amax, rows, bias_half_stride, out_stride,
+        0.0 if clamp is None else clamp, linear_offset,
+        KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None,
+        GATED=len(parts[0]) == 2, BIAS=bias is not None, SCALE=scale is not None,
         ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
     )  # fmt: skip
 
@@ -188,8 +207,9 @@ def activate_backward(
     """
     halves, rows, columns = pre.shape
     bias, scale = _dense(bias), _dense(scale)
-    numbers, flags = _operands(pre, bias, scale, grad)
-    block_rows, block_columns = FP8_BLOCK if fp8 else _block(numbers, sums_rows=bias_grad)
+    _check_rows(pre, grad)
+    numbers = (columns, pre.stride(0), pre.stride(1), 0 if bias is None else bias.stride(0), grad.stride(0))
+    block_rows, block_columns = FP8_BLOCK if fp8 else _block(*numbers, limit=512 if bias_grad else 2048)
     fp8_out, fp8_scale = fp8 or (None, None)
     largest, fp8_stride = (0.0, 0) if fp8_out is None else (torch.finfo(fp8_out.dtype).max, fp8_out.stride(0))
     row_blocks, column_blocks = blocks(rows, block_rows), blocks(columns, block_columns)
@@ -199,9 +219,9 @@ def activate_backward(
         launch(
             _backward_kernel, (row_blocks * column_blocks,), grad,
             pre, bias, scale, grad, bias_sums, scale_sums, amax, fp8_out, fp8_scale,
-            *numbers, fp8_stride, 0.0 if clamp is None else clamp, linear_offset,
+            rows, *numbers, fp8_stride, 0.0 if clamp is None else clamp, linear_offset,
             KIND=kind, CLAMP=clamp is not None, BIAS_SUMS=bias_grad, SCALE_SUMS=scale_grad,
-            AMAX=amax is not None, FP8=largest, **flags,
+            AMAX=amax is not None, FP8=largest, GATED=halves == 2, BIAS=bias is not None, SCALE=scale is not None,
             ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
         )  # fmt: skip
     return (
@@ -215,25 +235,17 @@ def _dense(vectors: Tensor | None) -> Tensor | None:
     return None if vectors is None else vectors.contiguous()
 
 
-def _operands(
-    pre: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor
-) -> tuple[tuple[int, ...], dict[str, bool]]:
-    halves, rows, columns = pre.shape
-    if columns > 1 and (pre.stride(2) != 1 or out.stride(1) != 1):
+def _check_rows(pre: Tensor, out: Tensor) -> None:
+    if pre.shape[2] > 1 and (pre.stride(2) != 1 or out.stride(1) != 1):
         raise ValueError("pre-activations and activations need dense rows")
-    bias_half_stride = 0 if bias is None else bias.stride(0)
-    numbers = (rows, columns, pre.stride(0), pre.stride(1), bias_half_stride, out.stride(0))
-    return numbers, {"GATED": halves == 2, "BIAS": bias is not None, "SCALE": scale is not None}
 
 
-def _block(numbers: tuple[int, ...], sums_rows: bool) -> tuple[int, int]:
-    """Rows and columns of a block: the fastest on an H100.
+def _block(columns: int, *others: int, limit: int = 2048) -> tuple[int, int]:
+    """Rows and columns of a block of ``columns``, where the ``others`` say too what is aligned: the fastest on an H100.
 
     Long runs of a row suit the memory, more rows shorten the sums over them. Without alignment every element is an
     access of its own, and as many of them as fit in 16 bytes are too many for the registers.
     """
-    _, columns, *strides = numbers
-    aligned = all(number % ALIGNMENT == 0 for number in (columns, *strides))
-    elements, width = (4096, 2048) if aligned else (2048, 1024)
-    width = min(512 if sums_rows else width, next_power_of_2(columns))
+    elements, width = (4096, 2048) if math.gcd(columns, *others) % ALIGNMENT == 0 else (2048, 1024)
+    width = min(width, limit, next_power_of_2(columns))
     return elements // width, width

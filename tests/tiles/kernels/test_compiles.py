@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-Case = tuple[Any, dict[str, str], dict[str, Any]]
+Case = tuple[Any, dict[str, Any], dict[str, Any]]
 
 
 def softmax_cases() -> Iterator[Case]:
@@ -42,9 +42,10 @@ def activation_cases() -> Iterator[Case]:
         "grad_stride",
         "fp8_stride",
     )
-    types = dict.fromkeys(numbers, "i32") | {"clamp": "fp32", "linear_offset": "fp32"}
+    types: dict[str, Any] = dict.fromkeys(numbers, "i32") | {"clamp": "fp32", "linear_offset": "fp32"}
     types |= {name: "*bf16" for name in ("pre", "bias", "scale", "out", "grad")}
     types |= {"bias_sums": "*fp32", "scale_sums": "*fp32", "amax": "*fp32", "fp8": "*fp8e4nv", "fp8_scale": "*fp32"}
+    types["parts"] = (("*bf16", "i32", "i32", "i32", "i32"),) * 3
     kinds = ("silu", "quick_gelu", "gelu_tanh", "gelu", "relu", "squared_relu")
     for kind, gated, extras in itertools.product(kinds, (False, True), (False, True)):
         flags = dict.fromkeys(("BIAS", "SCALE", "CLAMP", "BIAS_SUMS", "SCALE_SUMS", "AMAX"), extras)
