@@ -29,7 +29,7 @@ from megatron_tiling.resident.fp8_operands import (
     columns_to_fill,
     inverse_scale,
     joined,
-    knows_scale,
+    known_inverse_scale,
     quantized,
     rows_of,
     same_again,
@@ -272,6 +272,7 @@ class _Backward:
         dy = flat(grad_output).contiguous()
         self.dy = fc2.gathered(fc2.grad_output, dy, rowwise=True, columnwise=self.needs_fc2)()
         self.activations: list[Operand] = [None] * len(self.loop.tiles)
+        self.activation_inverse = known_inverse_scale(ctx.activation_quantizer)
         needs = self.needs_activation_grad, needs_bias, needs_scale
         self.activation = ActivationBackward(self.loop, fc1_bias, scale, *needs)
         self.amaxes = _amaxes(fc1.grad_output, grad_output, len(self.loop.tiles))
@@ -309,9 +310,9 @@ class _Backward:
         if pre is None:  # after a product that a gather of the input runs under
             weight = self._fc1_rows(halves, rowwise=True)
             pre = self.loop.pre_activation(self.input, weight, self.like)
-        quantizer, fp8 = self.ctx.activation_quantizer, None
-        if self.needs_fc2 and self.needs_activation_grad and knows_scale(quantizer):
-            self.activations[index], fp8 = columns_to_fill(quantizer, *grad.shape)
+        quantizer, inverse, fp8 = self.ctx.activation_quantizer, self.activation_inverse, None
+        if self.needs_fc2 and self.needs_activation_grad and inverse is not None:
+            self.activations[index], fp8 = columns_to_fill(quantizer, inverse, *grad.shape)
         self.activation.through_tile(tile, self.loop.halved(pre), grad, amax, fp8)
         if self.needs_fc2 and fp8 is None:
             self.activations[index] = quantized(quantizer, grad, columnwise=True)

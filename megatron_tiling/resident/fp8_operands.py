@@ -69,21 +69,23 @@ def same_again(quantizer: Quantizer, inverses: Sequence[Tensor | None]) -> Quant
     return _with_scale(quantizer, torch.stack(known).amax(dim=0).reciprocal()) if known else quantizer
 
 
-def columns_to_fill(quantizer: Quantizer, tokens: int, features: int) -> tuple[Operand, tuple[Tensor, Tensor]]:
+def known_inverse_scale(quantizer: Quantizer) -> Tensor | None:
+    """``[1]``, where one scale, known before, is that of all that is quantized."""
+    return quantizer.scale.reciprocal() if isinstance(quantizer, Float8Quantizer) else None
+
+
+def columns_to_fill(
+    quantizer: Quantizer, inverse: Tensor, tokens: int, features: int
+) -> tuple[Operand, tuple[Tensor, Tensor]]:
     """``[n, k]`` of a known scale, with its columns; these ``[k, n]``, still to be written, and the scale ``[1]``."""
     columns = torch.empty(features, tokens, dtype=TE_DType_To_Torch[quantizer.dtype], device=quantizer.scale.device)
     operand = Float8TensorStorage(
         data=None,
         data_transpose=columns.view(torch.uint8),
-        fp8_scale_inv=quantizer.scale.reciprocal(),
+        fp8_scale_inv=inverse,
         fp8_dtype=quantizer.dtype,
     )
     return operand, (columns, quantizer.scale)
-
-
-def knows_scale(quantizer: Quantizer) -> bool:
-    """Whether one scale, known before, is that of all that is quantized."""
-    return isinstance(quantizer, Float8Quantizer)
 
 
 def rows_of(operand: Operand, rows: slice) -> Operand:
