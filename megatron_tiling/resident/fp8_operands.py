@@ -21,6 +21,8 @@ from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScaling
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
+from megatron_tiling.tiles.cast import cast
+
 BLOCK = 128
 Operand = Any  # Float8TensorStorage or Float8BlockwiseQTensorStorage, of which mypy sees nothing
 Quantizer = Any
@@ -130,7 +132,7 @@ class WeightCopies:
 
     def __init__(self, quantizer: Quantizer, hold: bool) -> None:
         self._quantizer, self._hold = quantizer, hold
-        self._is_first = True
+        self._is_first, self._inverse = True, None
         self._held: dict[tuple[slice, ...], Operand] = {}
 
     def rows(
@@ -143,20 +145,44 @@ class WeightCopies:
         """
         operand = self._held.get(tuple(ranges))
         if operand is None:
-            is_quantized = isinstance(weight, QuantizedTensorStorage)
-            parts = [rows_of(weight, rows) for rows in ranges] if is_quantized else [self._quantized(weight, ranges)]
-            operand = joined(parts, rowwise=True)
+            operand = self._made(weight, ranges, rowwise or self._hold, columnwise)
             if self._hold:
                 self._held[tuple(ranges)] = operand
+        elif columnwise:
+            operand.update_usage(rowwise_usage=True, columnwise_usage=True)
+        return operand
+
+    def _made(self, weight: Tensor, ranges: Sequence[slice], rowwise: bool, columnwise: bool) -> Operand:
+        is_quantized = isinstance(weight, QuantizedTensorStorage)
+        if self._is_first and not is_quantized:
+            self._quantizer, self._is_first = _same_for_parts(self._quantizer, weight), False
+            self._inverse = known_inverse_scale(self._quantizer)
+        if is_quantized:
+            operand = joined([rows_of(weight, rows) for rows in ranges], rowwise=True)
+        elif self._inverse is not None:
+            return self._cast([weight[rows] for rows in ranges], self._inverse, rowwise, columnwise)
+        else:
+            operand = self._in_blocks(weight, ranges)
         if columnwise:
             operand.update_usage(rowwise_usage=True, columnwise_usage=True)
-            if not (rowwise or self._hold):
+            if not rowwise:
                 operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return operand
 
-    def _quantized(self, weight: Tensor, ranges: Sequence[slice]) -> Operand:
-        if self._is_first:
-            self._quantizer, self._is_first = _same_for_parts(self._quantizer, weight), False
+    def _cast(self, parts: Sequence[Tensor], inverse: Tensor, rowwise: bool, columnwise: bool) -> Operand:
+        (count, width), first, dtype = (sum(map(len, parts)), parts[0].shape[1]), parts[0], self._quantizer.dtype
+        rows = first.new_empty(count, width, dtype=TE_DType_To_Torch[dtype]) if rowwise else None
+        columns = first.new_empty(width, count, dtype=TE_DType_To_Torch[dtype]) if columnwise else None
+        cast(parts, self._quantizer.scale, rows, columns)
+        return Float8TensorStorage(
+            data=None if rows is None else rows.view(torch.uint8),
+            data_transpose=None if columns is None else columns.view(torch.uint8),
+            fp8_scale_inv=inverse,
+            fp8_dtype=dtype,
+            fake_dtype=first.dtype,
+        )
+
+    def _in_blocks(self, weight: Tensor, ranges: Sequence[slice]) -> Operand:
         quantizer = self._quantizer
         quantizer.internal = True
         quantizer.set_usage(rowwise=True, columnwise=False)

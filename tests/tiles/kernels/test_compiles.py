@@ -54,12 +54,22 @@ def activation_cases() -> Iterator[Case]:
             yield kernel, types, {name: value for name, value in values.items() if name in kernel.arg_names}
 
 
+def cast_cases() -> Iterator[Case]:
+    from megatron_tiling.tiles.kernels import cast
+
+    types = {"parts": (("*bf16", "i32", "i32"),) * 2, "scale": "*fp32", "all_rows": "i32", "columns": "i32"}
+    types |= {"into_rows": "*fp8e4nv", "into_columns": "*fp8e4nv"}
+    for rows, columns in ((True, False), (False, True), (True, True)):
+        nothing = {name: None for name, made in (("into_rows", rows), ("into_columns", columns)) if not made}
+        yield cast._cast_kernel, types, nothing | {"LARGEST": 448.0, "ROWS": rows, "COLUMNS": columns, "BLOCK": 64}
+
+
 def compile_all() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, types, values in itertools.chain(softmax_cases(), activation_cases()):
+    for kernel, types, values in itertools.chain(softmax_cases(), activation_cases(), cast_cases()):
         signature = {n: "constexpr" if n in values else types.get(n, default_type(n)) for n in kernel.arg_names}
         constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
