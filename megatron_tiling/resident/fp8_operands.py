@@ -132,7 +132,8 @@ class WeightCopies:
 
     def __init__(self, quantizer: Quantizer, hold: bool) -> None:
         self._quantizer, self._hold = quantizer, hold
-        self._is_first, self._inverse = True, None
+        self._is_first = True
+        self._inverse: Tensor | None = None  # of the scale, if there is one
         self._held: dict[tuple[slice, ...], Operand] = {}
 
     def rows(
@@ -170,9 +171,10 @@ class WeightCopies:
         return operand
 
     def _cast(self, parts: Sequence[Tensor], inverse: Tensor, rowwise: bool, columnwise: bool) -> Operand:
-        (count, width), first, dtype = (sum(map(len, parts)), parts[0].shape[1]), parts[0], self._quantizer.dtype
-        rows = first.new_empty(count, width, dtype=TE_DType_To_Torch[dtype]) if rowwise else None
-        columns = first.new_empty(width, count, dtype=TE_DType_To_Torch[dtype]) if columnwise else None
+        first, dtype = parts[0], self._quantizer.dtype
+        count, width, fp8 = sum(part.shape[0] for part in parts), first.shape[1], TE_DType_To_Torch[dtype]
+        rows = first.new_empty(count, width, dtype=fp8) if rowwise else None
+        columns = first.new_empty(width, count, dtype=fp8) if columnwise else None
         cast(parts, self._quantizer.scale, rows, columns)
         return Float8TensorStorage(
             data=None if rows is None else rows.view(torch.uint8),

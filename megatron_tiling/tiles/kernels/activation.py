@@ -174,23 +174,22 @@ def activate(
     if not rows:
         return
     bias, scale = _dense(bias), _dense(scale)
-    described, start = [], 0
+    bias_half_stride, (out_stride, dense) = 0 if bias is None else bias.stride(0), out.stride()
+    described, start, widest, numbers = [], 0, 0, [bias_half_stride, out_stride]
     for pre in parts:
-        _check_rows(pre, out)
-        columns = pre.shape[2]
-        described.append((pre, start, columns, pre.stride(0), pre.stride(1)))
-        start += columns
-    bias_half_stride, out_stride = 0 if bias is None else bias.stride(0), out.stride(0)
-    widest = max(columns for _, _, columns, *_ in described)
-    numbers = [number for _, *of_part in described for number in of_part]
-    block_rows, block_columns = _block(widest, *numbers, bias_half_stride, out_stride)
+        columns, (half_stride, row_stride, stride) = pre.shape[2], pre.stride()
+        _check_rows(columns, stride, dense)
+        described.append((pre, start, columns, half_stride, row_stride))
+        numbers += start, columns, half_stride, row_stride
+        start, widest = start + columns, max(widest, columns)
+    block_rows, block_columns = _block(widest, *numbers)
     launch(
         _forward_kernel,
         (blocks(rows, block_rows) * blocks(widest, block_columns), len(described)), out,
         tuple(described), bias, scale, out, amax, rows, bias_half_stride, out_stride,
         0.0 if clamp is None else clamp, linear_offset,
         KIND=kind, CLAMP=clamp is not None, AMAX=amax is not None,
-        GATED=len(parts[0]) == 2, BIAS=bias is not None, SCALE=scale is not None,
+        GATED=parts[0].shape[0] == 2, BIAS=bias is not None, SCALE=scale is not None,
         ROWS=block_rows, COLUMNS=block_columns, num_warps=WARPS,
     )  # fmt: skip
 
@@ -207,8 +206,9 @@ def activate_backward(
     """
     halves, rows, columns = pre.shape
     bias, scale = _dense(bias), _dense(scale)
-    _check_rows(pre, grad)
-    numbers = (columns, pre.stride(0), pre.stride(1), 0 if bias is None else bias.stride(0), grad.stride(0))
+    (half_stride, row_stride, stride), (grad_stride, dense) = pre.stride(), grad.stride()
+    _check_rows(columns, stride, dense)
+    numbers = columns, half_stride, row_stride, 0 if bias is None else bias.stride(0), grad_stride
     block_rows, block_columns = FP8_BLOCK if fp8 else _block(*numbers, limit=512 if bias_grad else 2048)
     fp8_out, fp8_scale = fp8 or (None, None)
     largest, fp8_stride = (0.0, 0) if fp8_out is None else (torch.finfo(fp8_out.dtype).max, fp8_out.stride(0))
@@ -235,8 +235,8 @@ def _dense(vectors: Tensor | None) -> Tensor | None:
     return None if vectors is None else vectors.contiguous()
 
 
-def _check_rows(pre: Tensor, out: Tensor) -> None:
-    if pre.shape[2] > 1 and (pre.stride(2) != 1 or out.stride(1) != 1):
+def _check_rows(columns: int, *strides: int) -> None:
+    if columns > 1 and set(strides) != {1}:
         raise ValueError("pre-activations and activations need dense rows")
 
 

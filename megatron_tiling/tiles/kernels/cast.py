@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tiling.tiles.device import launch
+from megatron_tiling.tiles.device import blocks, launch
 
 WARPS = 4
 BLOCK = 64
@@ -43,16 +43,16 @@ def _cast_kernel(
 
 
 def cast(parts: Sequence[Tensor], scale: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    """``scale [1]`` times parts ``[n_i, k]``, each contiguous, below one another: ``rows [n, k]``, ``columns [k, n]``."""
+    """``scale [1]`` times contiguous parts ``[n_i, k]``, below one another: ``rows [n, k]``, ``columns [k, n]``."""
     described, start = [], 0
     for part in parts:
-        described.append((part, start, len(part)))
-        start += len(part)
-    width, most = parts[0].shape[1], max(map(len, parts))
+        described.append((part, start, part.shape[0]))
+        start += part.shape[0]
+    width, most = parts[0].shape[1], max(part.shape[0] for part in parts)
     out = rows if columns is None else columns
     assert out is not None
     launch(
-        _cast_kernel, (triton.cdiv(most, BLOCK) * triton.cdiv(width, BLOCK), len(described)), out,
+        _cast_kernel, (blocks(most, BLOCK) * blocks(width, BLOCK), len(described)), out,
         tuple(described), scale, rows, columns, start, width,
         LARGEST=torch.finfo(out.dtype).max, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK=BLOCK,
         num_warps=WARPS,
