@@ -73,7 +73,7 @@ def same_again(quantizer: Quantizer, inverses: Sequence[Tensor | None]) -> Quant
 
 def known_inverse_scale(quantizer: Quantizer) -> Tensor | None:
     """``[1]``, where one scale, known before, is that of all that is quantized."""
-    return quantizer.scale.reciprocal() if isinstance(quantizer, Float8Quantizer) else None
+    return quantizer.scale.reciprocal().view(1) if isinstance(quantizer, Float8Quantizer) else None
 
 
 def columns_to_fill(

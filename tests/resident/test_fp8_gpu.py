@@ -314,6 +314,33 @@ def test_blocks_of_tiles_are_those_of_the_whole() -> None:
         assert torch.equal(found._rowwise_scale_inv, expected._rowwise_scale_inv)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_rows_of_weights_are_those_of_transformer_engine(recipe: str) -> None:
+    """Bit for bit, where the values are beyond FP8 too."""
+    from transformer_engine.pytorch.constants import DType
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+
+    from megatron_tiling.resident.fp8_operands import WeightCopies
+
+    def quantizer() -> Any:
+        if recipe == "tensorwise":
+            return Float8CurrentScalingQuantizer(DType.kFloat8E4M3, "cuda")
+        return Float8Quantizer(torch.tensor(200.0, device="cuda"), torch.zeros(1, device="cuda"), DType.kFloat8E4M3)
+
+    weight = torch.randn(1024, 528, device="cuda", dtype=torch.bfloat16)
+    by, copies = quantizer(), WeightCopies(quantizer(), hold=False)
+    by.internal = True
+    by.set_usage(rowwise=True, columnwise=True)
+    expected = by(weight)
+    for ranges in ([slice(0, 1024)], [slice(208, 416), slice(720, 928)]):
+        found = copies.rows(weight, ranges, columnwise=True)
+        columns = copies.rows(weight, ranges, rowwise=False, columnwise=True)
+        assert torch.equal(found._data, torch.cat([expected._data[rows] for rows in ranges]))
+        assert torch.equal(found._transpose, torch.cat([expected._transpose[:, rows] for rows in ranges], dim=1))
+        assert torch.equal(columns._transpose, found._transpose) and columns._data is None
+        assert torch.equal(found._scale_inv, expected._scale_inv)
+
+
 @pytest.mark.feature("TiledMLP in FP8 under tensor and sequence parallelism")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensor_and_sequence_parallelism() -> None:
