@@ -18,6 +18,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -152,21 +153,32 @@ class _Plan:
         shape, tiles = grouped.shard_shape(experts), self.config.splits_of("experts")[1]
         report = LayerReport(name, shape, _element_size(experts), experts=experts.num_local_experts)
         keep = self.config.kept_tiles
+        in_fp8 = isinstance(experts, TEGroupedMLP) and bool(experts.config.fp8) and experts not in self.in_bf16
         if isinstance(experts, grouped.TiledExperts):  # tiled before
             tiles, keep, gathers = experts.tiles, experts.keep, experts._dispatcher is not None
         else:
             reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
             partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
-            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
+            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts, in_fp8=False):
                 return replace(report, reason=reason)
+            convert: Callable[..., Any] = grouped.convert_experts
+            if in_fp8:
+                try:
+                    from megatron_tiling.resident import fp8_experts
+                except ImportError as error:
+                    return replace(report, reason=_needs_newer(experts, error))
+                if reason := fp8_experts.reason_for_no_fp8_experts(experts):
+                    return replace(report, reason=reason)
+                convert = fp8_experts.convert_fp8_experts
             check_keep(keep, tiles, "grouped experts")
             dispatcher = self.dispatchers.get(experts)
             gathers = grouped.gathers_rows(dispatcher, self.config)
-            self.mlps.append(partial(grouped.convert_experts, experts, self.config, dispatcher if gathers else None))
+            self.mlps.append(partial(convert, experts, self.config, dispatcher if gathers else None))
         how: dict[str, Any] = {
             "expert_tiles": tiles,
             "kept_tiles": tiles if keep is None else keep,
             "gathers_rows": gathers,
+            "fp8": in_fp8,
         }
         return replace(report, **how)
 
@@ -237,7 +249,7 @@ class _Plan:
         try:
             from megatron_tiling.resident import fp8
         except ImportError as error:
-            return f"--fp8-format {mlp.config.fp8}: tiles need a newer TransformerEngine: {error}"
+            return _needs_newer(mlp, error)
         grids[1] = fp8.aligned(grids[1], mlp.config)
         adapted = [name for name, layer in zip(MLP_LAYERS, layers, strict=True) if getattr(mlp, name) is not layer]
         reasons = (
@@ -310,6 +322,10 @@ def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: Til
     if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
         return reason
     return reason_to_stay_dense(layer, module, in_fp8) if type(layer) in TILED_TE_CLASSES else replaced_in_products()
+
+
+def _needs_newer(module: Any, error: ImportError) -> str:
+    return f"--fp8-format {module.config.fp8}: tiles need a newer TransformerEngine or megatron-core: {error}"
 
 
 def _reason_not_to_partition(layer: Any, module: str | None, is_tied: bool, owners: Counter[torch.nn.Parameter]) -> str:

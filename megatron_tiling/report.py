@@ -27,7 +27,7 @@ class LayerReport:
         reason: why it stayed dense, or why a tiled layer's MLP or loss is stock's.
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
-        fp8: that MLP runs in FP8, and this layer stays TransformerEngine's.
+        fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
         gathers_rows: their tokens are kept once, and the rows of a tile are gathered again in the backward pass.
@@ -102,8 +102,8 @@ def table(reports: list[LayerReport]) -> str:
 def note(report: LayerReport) -> str:
     """How the tiles of a layer are used, or why there are none: the last column of the table."""
     if report.expert_tiles:
-        words = f"TiledExperts, at most {report.expert_tiles} tiles of about as many rows, keep {_keep_note(report)}"
-        return words + ", tokens kept once" * report.gathers_rows
+        words = f"TiledExperts{' in FP8' * report.fp8}, at most {report.expert_tiles} tiles of about as many rows"
+        return f"{words}, keep {_keep_note(report)}" + ", tokens kept once" * report.gathers_rows
     if report.grid is None:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []

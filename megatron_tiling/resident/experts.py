@@ -28,8 +28,9 @@ from megatron_tiling.resident.stock_code import is_own_function, replaced_forwar
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.device import on_gpu
-from megatron_tiling.tiles.expert_groups import expert_groups
-from megatron_tiling.tiles.experts import ExpertsLoop, GroupedGemm, Source, one_by_one, tiled_experts
+from megatron_tiling.tiles.expert_groups import Group, expert_groups
+from megatron_tiling.tiles.expert_products import GroupedGemm, Products, one_by_one
+from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
 
 
 def _known_grouped_gemm() -> Callable[..., Any] | None:
@@ -41,7 +42,7 @@ def _known_grouped_gemm() -> Callable[..., Any] | None:
     return general_grouped_gemm if "quantization_params" in signature(general_grouped_gemm).parameters else None
 
 
-_GROUPED_GEMM = _known_grouped_gemm() if te.HAVE_TE else None
+GROUPED_GEMM = _known_grouped_gemm() if te.HAVE_TE else None
 
 
 class Weights(NamedTuple):
@@ -86,6 +87,7 @@ class TiledExperts(torch.nn.Module):
         hidden, scale, rows = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
         source = None if self._dispatcher is None else self._dispatcher.source_of(hidden)
         if self.reason_for_stock_forward(hidden, scale, rows, (*buffers, *named_buffers.values())):
+            self.before_stock_forward()
             operands = hidden, tokens_per_expert, scale, *buffers
             result: tuple[Tensor, Tensor | None] = super().forward(*operands, **named_buffers)
             return result
@@ -134,16 +136,19 @@ class TiledExperts(torch.nn.Module):
         fc1, fc2 = (self.of_experts(layer) for layer in MLP_LAYERS)
         features = fc2(weights.fc2)[0].shape[1]
         loop = ExpertsLoop(
-            groups=expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep),
+            groups=self.groups(rows, features),
             features=features,
             activation=Activation(self.config.gated_linear_unit, self.activation(), self.formula()),
-            gemm=self.gemm() if on_gpu(hidden) else one_by_one,
+            products=self.products(hidden),
             fuse_wgrad=self.own_fuse_wgrad() if self.fuse_wgrad is None else self.fuse_wgrad,
             fp32_accumulate=self.fp32_accumulate,
             fc1_of_experts=fc1,
             fc2_of_experts=fc2,
         )
         return tiled_experts(hidden.contiguous(), scale, weights.fc1, weights.fc1_biases, weights.fc2, loop, source)
+
+    def before_stock_forward(self) -> None:
+        """Of this call."""
 
     def weights(self) -> Weights:
         raise NotImplementedError
@@ -160,6 +165,12 @@ class TiledExperts(torch.nn.Module):
         """The same for GPU kernels, if they know it."""
         raise NotImplementedError
 
+    def groups(self, rows: list[int], features: int) -> list[Group]:
+        return expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep)
+
+    def products(self, hidden: Tensor) -> Products:
+        return Products(self.gemm() if on_gpu(hidden) else one_by_one)
+
     def gemm(self) -> GroupedGemm:
         """Of experts on a GPU."""
         return one_by_one
@@ -175,13 +186,16 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
         replaced = _replaced(stock.TEGroupedMLP) or _replaced(self, "_apply_bias")
         if reason := replaced or reason_in_activation(self):
             return reason
-        if te.FP8GlobalStateManager.is_fp8_enabled():
-            return "FP8 is on"
+        if reason := self.reason_in_fp8():
+            return reason
         for name in MLP_LAYERS:
             layer = getattr(self, name)
             if reason := _reason_in_class(layer) or reason_in_hooks(layer):
                 return f"{name} {reason}"
         return ""
+
+    def reason_in_fp8(self) -> str:
+        return "FP8 is on" if te.FP8GlobalStateManager.is_fp8_enabled() else ""
 
     def weights(self) -> Weights:
         fc1, fc2 = (getattr(self, name) for name in MLP_LAYERS)
@@ -225,7 +239,7 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
         return Formula(kind, clamp, offset) if gated else Formula(kind)
 
     def gemm(self) -> GroupedGemm:
-        return one_by_one if _GROUPED_GEMM is None else _of_transformer_engine
+        return one_by_one if GROUPED_GEMM is None else of_transformer_engine
 
     def own_fuse_wgrad(self) -> bool:
         layer: Any = self.linear_fc1
@@ -285,15 +299,19 @@ def _reason_in_class(layer: Any) -> str:
     return replaced_forward(type(layer))
 
 
-def reason_to_stay_stock(experts: Any) -> str:
-    """Why grouped experts cannot become tiled, or nothing."""
+def reason_to_stay_stock(experts: Any, in_fp8: bool = True) -> str:
+    """Why grouped experts cannot become tiled, or nothing.
+
+    Args:
+        in_fp8: with ``--fp8-format`` they are in FP8, and no tiles in FP8 run in their place.
+    """
     if type(experts) not in TILED_CLASSES:
         return f"{type(experts).__name__} is not a stock class of grouped experts"
     if experts.config.activation_func_fp8_input_store:
         return "the activation's input is stored in fp8"
     if not isinstance(experts, stock.TEGroupedMLP):
         unknown = experts.config.activation_func not in FORMULA_KINDS and "tiles do not know its activation function"
-        return reason_to_stay_dense(experts, "experts") or unknown or ""
+        return reason_to_stay_dense(experts, "experts", in_fp8) or unknown or ""
     for name in MLP_LAYERS:
         layer = getattr(experts, name)
         if reason := _reason_in_class(layer):
@@ -302,7 +320,7 @@ def reason_to_stay_stock(experts: Any) -> str:
             return "--moe-single-grouped-weight or --moe-single-grouped-bias: tiles take one parameter an expert"
         if (getattr(layer.weight0, "gtp_remat_size", None) or 1) > 1:
             return "--expert-tensor-parallel-num-weight-shards: tiles need weights whole"
-        if reason := reason_to_stay_dense(layer, "experts"):
+        if reason := reason_to_stay_dense(layer, "experts", in_fp8):
             return reason
     return reason_in_activation(experts)
 
@@ -340,11 +358,11 @@ def shard_shape(experts: Any) -> tuple[int, int]:
     return (0, 0) if weight is None else (weight.shape[-2], weight.shape[-1])
 
 
-def _of_transformer_engine(
-    out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], layout: str, accumulate: bool
+def of_transformer_engine(
+    out: Sequence[Tensor], a: Sequence[Any], b: Sequence[Any], layout: str, accumulate: bool, **options: bool
 ) -> None:
     """A ``GroupedGemm``. TransformerEngine names operands in the order of columns."""
     rows = [tensor.shape[0] for tensor in out]
-    options = {"layout": layout[::-1], "m_splits": rows, "accumulate": accumulate}
-    assert _GROUPED_GEMM is not None
-    _GROUPED_GEMM(list(b), list(a), list(out), [None] * len(rows), out[0].dtype, **options)
+    how = {"layout": layout[::-1], "m_splits": rows, "accumulate": accumulate, **options}
+    assert GROUPED_GEMM is not None
+    GROUPED_GEMM(list(b), list(a), list(out), [None] * len(rows), out[0].dtype, **how)

@@ -7,6 +7,7 @@ call that tiles cannot do runs the layers' own ``forward``.
 To be imported where TransformerEngine is installed. Older versions of it lack what is imported here and below.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ class TiledFP8MLP(TiledMLP):
     fp32_accumulate: bool
     holds_weights: bool
     _norm: tuple[torch.nn.Module] | None  # in a tuple: not a submodule
-    _copies: dict[str, WeightCopies]
+    _copies: dict[str, list[WeightCopies]]
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -70,18 +71,7 @@ class TiledFP8MLP(TiledMLP):
     @torch.compiler.disable
     def reason_for_stock_forward(self) -> str:
         """Why a call now would run stock's ``forward`` on TransformerEngine's layers, or nothing."""
-        if not FP8GlobalStateManager.is_fp8_enabled():
-            return "FP8 is off"
-        recipe = FP8GlobalStateManager.get_fp8_recipe()
-        if not (recipe.delayed() or recipe.float8_current_scaling() or recipe.float8_block_scaling()):
-            return f"{type(recipe).__name__} is no recipe of FP8 tiles"
-        reasons = {
-            "the recipe's backward pass is not in FP8": recipe.backward_override is not None,
-            "a CUDA graph is captured": FP8GlobalStateManager.fp8_graph_capturing(),
-            "FP8 is calibrated": FP8GlobalStateManager.is_fp8_calibration(),
-            "TransformerEngine is debugged": TEDebugState.debug_enabled,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "") or super().reason_for_stock_forward()
+        return reason_in_recipe() or super().reason_for_stock_forward()
 
     def _reason_in_class(self, layer: Any, tiled_classes: tuple[type, ...]) -> str:
         if type(layer) not in TILED_CLASSES or "forward" in vars(layer):
@@ -107,7 +97,7 @@ class TiledFP8MLP(TiledMLP):
                 fp32_accumulate=self.fp32_accumulate,
                 fc1=self._linear("linear_fc1", save_input=remake or getattr(fc1, "save_original_input", False)),
                 fc2=self._linear("linear_fc2"),
-                split_accumulators=_split_accumulators(recipe),
+                split_accumulators=split_accumulators(recipe),
             )
             bias = fc1.bias if fc1.te_return_bias else None
             return fp8_mlp(x, fc1.weight, bias, fc2.weight, per_token_scale, loop)
@@ -119,16 +109,12 @@ class TiledFP8MLP(TiledMLP):
         """A layer as its own ``forward`` would run it now, and that it has run."""
         layer = getattr(self, name)
         forward, backward = (layer.quantizers[key] for key in ("scaling_fwd", "scaling_bwd"))
-        is_first = layer.disable_parameter_transpose_cache or layer.is_first_microbatch
-        layer.is_first_microbatch = False
-        if is_first or name not in self._copies:
-            layer._fp8_workspaces.clear()  # or a call that runs the layer's forward would take old copies
-            hold = self.holds_weights and not layer.disable_parameter_transpose_cache
-            self._copies[name] = WeightCopies(forward[FP8FwdTensorIdx.GEMM1_WEIGHT], hold)
+        quantizers = [forward[FP8FwdTensorIdx.GEMM1_WEIGHT]]
+        self._copies[name] = copies_of(layer, quantizers, self._copies.get(name), self.holds_weights)
         return FP8Linear(
             input=forward[FP8FwdTensorIdx.GEMM1_INPUT],
             grad_output=backward[FP8BwdTensorIdx.GRAD_OUTPUT1],
-            weight=self._copies[name],
+            weight=self._copies[name][0],
             fuse_wgrad=layer.fuse_wgrad_accumulation,
             group=layer.tp_group if layer.parallel_mode is not None and layer.tp_size > 1 else None,
             sequence_parallel=layer.sequence_parallel,
@@ -150,12 +136,21 @@ def aligned(grid: TileGrid, config: Any) -> TileGrid:
 
 def reason_for_no_fp8_tiles(mlp: Any, grid: TileGrid) -> str:
     """Why an MLP over TransformerEngine's layers cannot run FP8 in these tiles of fc2, or nothing."""
-    recipe = f"--fp8-recipe {Fp8Recipe(mlp.config.fp8_recipe).value}"
-    if mlp.config.fp8_recipe not in RECIPES:
-        return f"{recipe}: FP8 tiles know {', '.join(known.value for known in RECIPES)}"
-    if any(part % grid.alignment for part in grid.in_parts):
-        return f"{recipe}: {grid.in_features} features make no {grid.in_splits} tiles of multiples of {grid.alignment}"
+    if any(part % grid.alignment for part in grid.in_parts) and mlp.config.fp8_recipe in RECIPES:
+        cuts = f"{grid.in_features} features make no {grid.in_splits} tiles of multiples of {grid.alignment}"
+        return f"{_recipe(mlp.config)}: {cuts}"
+    return reason_in_options(mlp.config)
+
+
+def reason_in_options(config: Any) -> str:
+    """Why nothing of a model can run in FP8 tiles, or nothing."""
+    if config.fp8_recipe not in RECIPES:
+        return f"{_recipe(config)}: FP8 tiles know {', '.join(known.value for known in RECIPES)}"
     return "FP8 tiles have the operands of Hopper GPUs alone" if is_non_tn_fp8_gemm_supported() else ""
+
+
+def _recipe(config: Any) -> str:
+    return f"--fp8-recipe {Fp8Recipe(config.fp8_recipe).value}"
 
 
 def convert_fp8_mlp(mlp: Any, grid: TileGrid, config: TilingConfig) -> None:
@@ -178,7 +173,37 @@ def convert_fp8_mlp(mlp: Any, grid: TileGrid, config: TilingConfig) -> None:
     mlp._copies = {}
 
 
-def _split_accumulators(recipe: Any) -> tuple[bool, bool, bool]:
+def reason_in_recipe() -> str:
+    """Why a call now cannot run in FP8 tiles, whatever is tiled, or nothing."""
+    if not FP8GlobalStateManager.is_fp8_enabled():
+        return "FP8 is off"
+    recipe = FP8GlobalStateManager.get_fp8_recipe()
+    if not (recipe.delayed() or recipe.float8_current_scaling() or recipe.float8_block_scaling()):
+        return f"{type(recipe).__name__} is no recipe of FP8 tiles"
+    reasons = {
+        "the recipe's backward pass is not in FP8": recipe.backward_override is not None,
+        "a CUDA graph is captured": FP8GlobalStateManager.fp8_graph_capturing(),
+        "FP8 is calibrated": FP8GlobalStateManager.is_fp8_calibration(),
+        "TransformerEngine is debugged": TEDebugState.debug_enabled,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def copies_of(
+    layer: Any, quantizers: Sequence[Any], known: list[WeightCopies] | None, holds_weights: bool
+) -> list[WeightCopies]:
+    """Of a layer's weights, of which there are ``quantizers``; new ones in an optimizer step's first micro-batch."""
+    is_first = layer.disable_parameter_transpose_cache or layer.is_first_microbatch
+    layer.is_first_microbatch = False
+    if known and not is_first:
+        return known
+    layer._fp8_workspaces.clear()  # or a call that runs the layer's forward would take old copies
+    hold = holds_weights and not layer.disable_parameter_transpose_cache
+    return [WeightCopies(quantizer, hold) for quantizer in quantizers]
+
+
+def split_accumulators(recipe: Any) -> tuple[bool, bool, bool]:
+    """Of the recipe's products: forward, input gradients, weight gradients."""
     defaults = {"fprop": _2X_ACC_FPROP, "dgrad": _2X_ACC_DGRAD, "wgrad": _2X_ACC_WGRAD}
     products = {name: getattr(recipe, f"fp8_gemm_{name}", None) for name in defaults}
     fprop, dgrad, wgrad = (

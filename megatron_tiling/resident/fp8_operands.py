@@ -39,15 +39,31 @@ def quantized(
         rowwise, columnwise: what the products to come want.
         amax: of the tensor, ``[1]``, where ``wants_amax``; else it is read once more for it.
     """
-    blocks = isinstance(quantizer, Float8BlockQuantizer)
     if amax is not None:
         quantizer = _with_scale_of(quantizer, amax)
-    quantizer.internal = True  # as TransformerEngine's layers set it, and the usage, before each use
-    quantizer.set_usage(rowwise=rowwise or not blocks, columnwise=columnwise)  # columns alone are for blocks only
+    _use(quantizer, rowwise, columnwise)
     operand = quantizer(tensor)
     if columnwise and not rowwise:
         operand.update_usage(rowwise_usage=False, columnwise_usage=True)
     return operand
+
+
+def _use(quantizer: Quantizer, rowwise: bool, columnwise: bool) -> None:
+    blocks = isinstance(quantizer, Float8BlockQuantizer)
+    quantizer.internal = True  # as TransformerEngine's layers set it, and the usage, before each use
+    quantizer.set_usage(rowwise=rowwise or not blocks, columnwise=columnwise)  # columns alone are for blocks only
+
+
+def split_quantized(
+    quantizers: Sequence[Quantizer], tensor: Tensor, sizes: Sequence[int], *, rowwise: bool, columnwise: bool
+) -> list[Operand]:
+    """``quantized``, of so many rows of a tensor by each quantizer."""
+    for quantizer in quantizers:
+        _use(quantizer, rowwise, columnwise)
+    operands: list[Operand] = tex.split_quantize(tensor, list(sizes), list(quantizers))
+    for operand in operands if columnwise and not rowwise else ():
+        operand.update_usage(rowwise_usage=False, columnwise_usage=True)
+    return operands
 
 
 def wants_amax(quantizer: Quantizer) -> bool:
@@ -74,6 +90,18 @@ def same_again(quantizer: Quantizer, inverses: Sequence[Tensor | None]) -> Quant
 def known_inverse_scale(quantizer: Quantizer) -> Tensor | None:
     """``[1]``, where one scale, known before, is that of all that is quantized."""
     return quantizer.scale.reciprocal().view(1) if isinstance(quantizer, Float8Quantizer) else None
+
+
+def all_same_again(quantizers: Sequence[Quantizer]) -> list[Quantizer]:
+    """Those that quantize all of the same tensors again, which they have now, and note nothing."""
+    if not isinstance(quantizers[0], Float8Quantizer):
+        return list(quantizers)  # scales come from the values
+    scales = torch.cat([quantizer.scale.view(1) for quantizer in quantizers])
+    notes = torch.empty_like(scales)
+    return [
+        Float8Quantizer(scale, note, quantizer.dtype)
+        for quantizer, scale, note in zip(quantizers, scales.split(1), notes.split(1), strict=True)
+    ]
 
 
 def columns_to_fill(
@@ -154,11 +182,8 @@ class WeightCopies:
         return operand
 
     def _made(self, weight: Tensor, ranges: Sequence[slice], rowwise: bool, columnwise: bool) -> Operand:
-        is_quantized = isinstance(weight, QuantizedTensorStorage)
-        if self._is_first and not is_quantized:
-            self._quantizer, self._is_first = _same_for_parts(self._quantizer, weight), False
-            self._inverse = known_inverse_scale(self._quantizer)
-        if is_quantized:
+        self.note(weight)
+        if isinstance(weight, QuantizedTensorStorage):
             operand = joined([rows_of(weight, rows) for rows in ranges], rowwise=True)
         elif self._inverse is not None:
             return self._cast([weight[rows] for rows in ranges], self._inverse, rowwise, columnwise)
@@ -169,6 +194,12 @@ class WeightCopies:
             if not rowwise:
                 operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return operand
+
+    def note(self, weight: Tensor) -> None:
+        """What the first call of a step does, for a weight that may not be used in it."""
+        if self._is_first and not isinstance(weight, QuantizedTensorStorage):
+            self._quantizer, self._is_first = _same_for_parts(self._quantizer, weight), False
+            self._inverse = known_inverse_scale(self._quantizer)
 
     def _cast(self, parts: Sequence[Tensor], inverse: Tensor, rowwise: bool, columnwise: bool) -> Operand:
         first, dtype = parts[0], self._quantizer.dtype

@@ -64,6 +64,27 @@ class Group:
         return tuple((Segment(expert, slice(rows.start + a, rows.start + b)),) for a, b in pairwise(bounds))
 
 
+def cut_by_rows(groups: Sequence[Group], multiple: int) -> list[Group]:
+    """As many tiles, each a group of its own with all features: of an expert in several tiles some of its rows.
+
+    These begin at multiples of ``multiple``, if there are enough. The first so many tiles are kept, as before.
+
+    >>> [group.tiles for group in cut_by_rows(expert_groups([64], 32, 2, keep=0), 32)]
+    [((Segment(expert=0, rows=slice(0, 32, None)),),), ((Segment(expert=0, rows=slice(32, 64, None)),),)]
+    """
+    cut = []
+    for group in groups:
+        whole, tiles = (0, group.parts[-1]), group.tiles
+        if len(group.parts) > 2:
+            ((expert, rows),) = group.segments
+            blocks = -(-(rows.stop - rows.start) // multiple)
+            bounds = partition_uniform(blocks, min(blocks, len(group.parts) - 1))
+            starts = [rows.start + multiple * block for block in bounds[:-1]]
+            tiles = tuple((Segment(expert, slice(*part)),) for part in pairwise((*starts, rows.stop)))
+        cut += [Group((tile,), whole, int(index < group.kept)) for index, tile in enumerate(tiles)]
+    return cut
+
+
 def rows_of(segments: Sequence[Segment]) -> slice:
     """Of neighbouring experts."""
     return slice(segments[0].rows.start, segments[-1].rows.stop)

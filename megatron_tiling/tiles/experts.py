@@ -9,7 +9,7 @@ Depends on torch alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +17,11 @@ from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.expert_groups import Group, Segment, rows_of
+from megatron_tiling.tiles.expert_products import Products, rows_of_each
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
-
-#: ``(out, a, b, layout, accumulate)``: ``out[i] = a[i] @ b[i]``, or ``+=``, in place. The layout says of each operand
-#: whether it is transposed: "NT" is ``a[i] @ b[i].T``. Matrices are contiguous, if parameters and inputs of the loop
-#: are, and may have no rows.
-GroupedGemm = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], str, bool], None]
 
 
 class Source(NamedTuple):
@@ -33,13 +29,6 @@ class Source(NamedTuple):
 
     tokens: Tensor
     indices: Tensor
-
-
-def one_by_one(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], layout: str, accumulate: bool) -> None:
-    """A ``GroupedGemm`` of torch's products."""
-    for total, left, right in zip(out, a, b, strict=True):
-        left, right = left.t() if layout[0] == "T" else left, right.t() if layout[1] == "T" else right
-        gemm_into(total, left, right, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class ExpertsLoop:
         groups: the tiles.
         features: intermediate features of an expert on this rank.
         activation: between fc1 and fc2.
-        gemm: multiplies experts of a group.
+        products: of the experts of a tile; those of an expert some of whose features make a tile are torch's.
         fuse_wgrad: add weight gradients to ``weight.main_grad`` in place, and give autograd none.
         fp32_accumulate: sum the input gradient of an expert in several tiles in float32.
         fc1_of_experts, fc2_of_experts: views ``[halves * f, h]`` and ``[h_out, f]`` of each expert in a sequence of
@@ -60,7 +49,7 @@ class ExpertsLoop:
     groups: Sequence[Group]
     features: int
     activation: Activation
-    gemm: GroupedGemm = one_by_one
+    products: Products = field(default_factory=Products)
     fuse_wgrad: bool = False
     fp32_accumulate: bool = False
     fc1_of_experts: Callable[[Sequence[Tensor]], list[Tensor]] = list
@@ -197,25 +186,27 @@ def _forward(
             part = slice(segment.rows.start - start, segment.rows.stop - start)
             bias = _bias(biases, segment, slice(None), halves)
             loop.activation.forward([pre[part].transpose(0, 1)], bias, scale[segment.rows], activated[part])
-        outputs, factors = _rows_of(output, step), [fc2[expert] for expert, _ in step]
-        loop.gemm(outputs, _rows_of(activated, step, start), factors, "NT", False)
-        del pre, activated  # before the next ones are made, or there would be two of each
+        operands = loop.products.rows("activation", activated, step, start, rowwise=True)
+        weights = loop.products.weights("fc2", fc2, step, columnwise=False)
+        loop.products.gemm(rows_of_each(output, step), operands, weights, "NT", False)
+        del pre, activated, operands, weights  # before the next ones are made, or there would be two of each
     return kept
 
 
 def _fc1(
-    loop: ExpertsLoop, segments: Sequence[Segment], hidden: Tensor, fc1: list[Tensor], pre: Tensor, start: int = 0
-) -> None:
-    """``pre [n, halves, f]`` of these rows, of an input that begins at row ``start``."""
-    products = _rows_of(pre.flatten(1), segments, segments[0].rows.start)
-    loop.gemm(products, _rows_of(hidden, segments, start), [fc1[expert] for expert, _ in segments], "NT", False)
-
-
-def _rows_of(tensor: Tensor, segments: Sequence[Segment], start: int = 0) -> tuple[Tensor, ...]:
-    """The rows of each segment of a group, of a tensor that begins at row ``start``."""
-    first = segments[0].rows.start - start
-    sizes = [rows.stop - rows.start for _, rows in segments]
-    return tensor[first : first + sum(sizes)].split_with_sizes(sizes)
+    loop: ExpertsLoop,
+    segments: Sequence[Segment],
+    hidden: Tensor,
+    fc1: list[Tensor],
+    pre: Tensor,
+    start: int = 0,
+    **options: bool,
+) -> Sequence[Any]:
+    """``pre [n, halves, f]`` of these rows, of an input that begins at row ``start``; the operands of that input."""
+    operands = loop.products.rows("hidden", hidden, segments, start, rowwise=True, **options)
+    weights = loop.products.weights("fc1", fc1, segments, columnwise=False)
+    loop.products.gemm(rows_of_each(pre.flatten(1), segments, segments[0].rows.start), operands, weights, "NT", False)
+    return operands
 
 
 def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[Segment]:
@@ -239,6 +230,7 @@ class _WeightGrads:
         fuse = fuse and all(getattr(parameter, "main_grad", None) is not None for parameter in parameters)
         self._grads = [WeightGrad(parameter, fuse) for parameter in parameters]
         self.fused = fuse
+        self._filled: set[int] = set()
         self.tensors = of_experts([grad.tensor for grad in self._grads])
 
     def clear(self, experts: Iterable[int]) -> None:
@@ -246,8 +238,11 @@ class _WeightGrads:
         for expert in () if self.fused else experts:
             self.tensors[expert].zero_()
 
-    def of(self, segments: Iterable[Segment]) -> list[Tensor]:
-        return [self.tensors[expert] for expert, _ in segments]
+    def of(self, segments: Sequence[Segment]) -> tuple[list[Tensor], bool]:
+        """Of these experts, and whether products are to be added to what is there."""
+        accumulate = self.fused or segments[0].expert in self._filled  # one whose rows make several tiles
+        self._filled.update(expert for expert, _ in segments)
+        return [self.tensors[expert] for expert, _ in segments], accumulate
 
     def results(self) -> list[Tensor | None]:
         return [grad.result() for grad in self._grads]
@@ -295,6 +290,7 @@ class _Backward:
         fc1 = [None] * len(self.needs.fc1) if self.fc1_grads is None else self.fc1_grads.results()
         fc2 = [None] * len(self.needs.fc2) if self.fc2_grads is None else self.fc2_grads.results()
         scale = None if self.scale_grad is None else self.scale_grad.to(self.scale.dtype)
+        self.loop.products.finish()
         return self.dgrad, scale, None, None, None, None, *fc1, *self.bias_grads, *fc2
 
     def _input(self, rows: slice) -> Tensor:
@@ -306,36 +302,49 @@ class _Backward:
 
     def _whole_experts(self, group: Group, kept: Tensor | None) -> None:
         """Tiles of experts, with all features: fc2 tile by tile, fc1 at once."""
-        gemm, segments, rows = self.loop.gemm, group.segments, group.rows
-        start, hidden, pre = rows.start, None, kept
+        products, segments, start = self.loop.products, group.segments, group.rows.start
+        has_fc1, has_fc2, hidden, pre = self.fc1_grads is not None, self.fc2_grads is not None, None, kept
         if pre is None:
-            hidden, pre = self._input(rows), scratch(self.dy, rows.stop - start, self.halves, self.loop.features)
-            _fc1(self.loop, segments, hidden, self.fc1, pre, start)
+            pre = scratch(self.dy, group.rows.stop - start, self.halves, self.loop.features)
+            again = {"columnwise": has_fc1, "again": True}
+            hidden = _fc1(self.loop, segments, self._input(group.rows), self.fc1, pre, start, **again)
         for tile in group.tiles:
             here = rows_of(tile)
             activated = scratch(self.dy, here.stop - here.start, self.loop.features)  # its gradient at first
-            dy, activations = _rows_of(self.dy, tile), _rows_of(activated, tile, here.start)
-            gemm(activations, dy, [self.fc2[expert] for expert, _ in tile], "NN", False)
+            dy = products.rows("output_grad", self.dy, tile, rowwise=True, columnwise=has_fc2)
+            weights = products.weights("fc2", self.fc2, tile, columnwise=True)
+            products.gemm(rows_of_each(activated, tile, here.start), dy, weights, "NN", False)
+            del weights
             pre_of_tile = pre[here.start - start : here.stop - start].transpose(0, 1)
             self._activation_backward(tile, slice(None), pre_of_tile, activated)
             if self.fc2_grads is not None:
+                activations = products.rows("activation", activated, tile, here.start, columnwise=True, again=True)
                 self._wgrad(self.fc2_grads, tile, dy, activations)
-            del activated, activations  # before the next ones are made, or there would be two of each
-        pre_grads = _rows_of(pre.flatten(1), segments, start)
+                del activations
+            del activated, dy  # before the next ones are made, or there would be two of each
+        if self.dgrad is None and not has_fc1:
+            return
+        layouts = {"rowwise": self.dgrad is not None, "columnwise": has_fc1}
+        pre_grads = products.rows("pre_grad", pre.flatten(1), segments, start, **layouts)
         if self.dgrad is not None:
-            gemm(_rows_of(self.dgrad, segments), pre_grads, [self.fc1[expert] for expert, _ in segments], "NN", False)
+            weights = products.weights("fc1", self.fc1, segments, columnwise=True)
+            products.gemm(rows_of_each(self.dgrad, segments), pre_grads, weights, "NN", False)
+            del weights
         if self.fc1_grads is not None:
-            for part in (segments,) if self.indices is None else group.tiles:  # gathered rows exist a tile at a time
+            for part in (segments,) if hidden or self.indices is None else group.tiles:  # gathered a tile at a time
                 here = rows_of(part)
-                inputs = self._input(here) if hidden is None else hidden[here.start - start : here.stop - start]
-                pre_grads = _rows_of(pre.flatten(1), part, start)
-                self._wgrad(self.fc1_grads, part, pre_grads, _rows_of(inputs, part, here.start))
+                inputs = hidden or products.rows(
+                    "hidden", self._input(here), part, here.start, columnwise=True, again=True
+                )
+                self._wgrad(self.fc1_grads, part, pre_grads[: len(part)], inputs)
+                pre_grads = pre_grads[len(part) :]
                 del inputs
 
     def _wgrad(
-        self, grads: _WeightGrads, segments: Sequence[Segment], grad: Sequence[Tensor], inputs: Sequence[Tensor]
+        self, grads: _WeightGrads, segments: Sequence[Segment], grad: Sequence[Any], inputs: Sequence[Any]
     ) -> None:
-        self.loop.gemm(grads.of(segments), grad, inputs, "TN", grads.fused)
+        totals, accumulate = grads.of(segments)
+        self.loop.products.gemm(totals, grad, inputs, "TN", accumulate)
 
     def _one_expert(self, group: Group, kept: Tensor | None) -> None:
         """Tiles of one expert, some of its features at a time; fc1 of those that are kept at once, as the last."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiling.resident import experts
-from megatron_tiling.tiles.experts import one_by_one
+from megatron_tiling.tiles.expert_products import one_by_one
 from tests.support.launch import ROOT, search_path, torchrun
 from tests.support.megatron_lm import VERSIONS, Version, unpacked_wheel
 
@@ -59,7 +59,7 @@ def as_transformer_engine(
 def test_products_as_transformer_engine_takes_them(
     rows: list[int], accumulate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "_GROUPED_GEMM", as_transformer_engine)
+    monkeypatch.setattr(experts, "GROUPED_GEMM", as_transformer_engine)
     wide, narrow, weights = (
         [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
         for shapes in ([(size, 7) for size in rows], [(size, 5) for size in rows], [(7, 5) for _ in rows])
@@ -70,7 +70,7 @@ def test_products_as_transformer_engine_takes_them(
         (weights, wide, narrow, "TN"),
     ):
         results = []
-        for gemm in (experts._of_transformer_engine, one_by_one):
+        for gemm in (experts.of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
             gemm(copies, a, b, layout, accumulate)
             results.append(copies)

@@ -165,9 +165,9 @@ def test_main_grad_and_transformer_engines_gemm(tiles: int, keep: int | None, mo
         parameter.main_grad = torch.zeros(parameter.shape, device="cuda")
         parameter.grad_added_to_main_grad = False
     calls = []
-    gemm = module._GROUPED_GEMM
+    gemm = module.GROUPED_GEMM
     assert gemm is not None
-    monkeypatch.setattr(module, "_GROUPED_GEMM", lambda *args, **kwargs: (calls.append(1), gemm(*args, **kwargs))[1])
+    monkeypatch.setattr(module, "GROUPED_GEMM", lambda *args, **kwargs: (calls.append(1), gemm(*args, **kwargs))[1])
     exact = exact_step(dense, ROWS["uneven"])
     step(experts, ROWS["uneven"])
     assert calls
@@ -181,8 +181,8 @@ def test_main_grad_and_transformer_engines_gemm(tiles: int, keep: int | None, mo
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_products(rows: list[int], accumulate: bool) -> None:
     """Each product of the loop, of TransformerEngine and of torch."""
-    from megatron_tiling.resident.experts import _of_transformer_engine
-    from megatron_tiling.tiles.experts import one_by_one
+    from megatron_tiling.resident.experts import of_transformer_engine
+    from megatron_tiling.tiles.expert_products import one_by_one
 
     wide, narrow = (
         [torch.randn(size, width, device="cuda").bfloat16() for size in rows] for width in (FEATURES, HIDDEN)
@@ -195,7 +195,7 @@ def test_products(rows: list[int], accumulate: bool) -> None:
         (weights, wide, narrow, "TN"),
     ):
         results = []
-        for gemm in (_of_transformer_engine, one_by_one):
+        for gemm in (of_transformer_engine, one_by_one):
             copies = [tensor.clone() for tensor in out]
             gemm(copies, a, b, layout, accumulate)
             results.append(torch.cat([tensor.flatten() for tensor in copies]))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tiling.tiles import experts as loops
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.expert_groups import expert_groups
+from megatron_tiling.tiles.expert_products import Products, one_by_one
 from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
 from tests.support.harness import Counter, peak_bytes
 
@@ -248,9 +248,9 @@ def test_grouped_products(keep: int, numbers: list[int]) -> None:
     def gemm(out: list[Tensor], a: list[Tensor], b: list[Tensor], *how: Any) -> None:
         assert all(tensor.is_contiguous() and tensor.numel() for tensor in (*out, *a, *b))
         calls.append(len(out))
-        loops.one_by_one(out, a, b, *how)
+        one_by_one(out, a, b, *how)
 
     case = Case([2, 0, 2, 4])
-    output, expected = case.tiled(case.loop(2, keep, gemm=gemm)), case.sequential()
+    output, expected = case.tiled(case.loop(2, keep, products=Products(gemm))), case.sequential()
     assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
     assert calls == numbers
