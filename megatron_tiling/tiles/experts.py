@@ -391,6 +391,6 @@ class _Backward:
                 scale_grad=self.needs_scale,
             )
             if bias_grad is not None and (whole := self.bias_grads[segment.expert]) is not None:
-                whole.unflatten(0, (self.halves, -1))[:, columns] = bias_grad
+                whole.unflatten(0, (self.halves, -1))[:, columns] += bias_grad
             if scale_grad is not None and self.scale_grad is not None:
                 self.scale_grad[segment.rows] += scale_grad

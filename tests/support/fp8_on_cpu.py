@@ -52,7 +52,7 @@ def quantize(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
         columns = _blocks(values.t().contiguous(), by.block_scaling_dim) if by.columnwise_usage else (None, None)
         return _by_blocks(by, *rows, *columns)
     assert by.rowwise_usage, "kernels of one scale do not make columns alone"
-    amax = values.abs().amax().reshape(1)
+    amax = values.abs().amax().reshape(1) if values.numel() else torch.zeros(1)
     if isinstance(by, Float8Quantizer):
         by.amax.copy_(torch.maximum(by.amax, amax.view(by.amax.shape)))
         scale = by.scale.reshape(1)
@@ -89,6 +89,41 @@ def gemm(
     out.copy_(out.float() + product if accumulate else product)
 
 
+def split_quantize(tensor: Tensor, sizes: list[int], by: list[Any], **unused: Any) -> list[Any]:
+    assert tensor.is_contiguous() and all(size % 16 == 0 for size in sizes)
+    return [quantize(part, one) for part, one in zip(tensor.split(sizes), by, strict=True)]
+
+
+def bgrad_quantize(grad: Tensor, by: Any) -> tuple[Tensor, Any]:
+    return grad.sum(0), quantize(grad, by)
+
+
+def grouped_gemm(
+    a: list[Any],
+    b: list[Any],
+    out: list[Tensor],
+    quantization_params: list[None],
+    out_dtype: torch.dtype,
+    *,
+    layout: str = "TN",
+    m_splits: list[int],
+    grad: bool = False,
+    accumulate: bool = False,
+    single_output: bool = False,
+    bias: Any = None,
+    use_bias: bool | None = False,
+    use_split_accumulator: bool = False,
+) -> Any:
+    """``general_grouped_gemm``; ``bias`` is added by TN alone."""
+    outputs = out[0].split(m_splits) if single_output else out
+    assert len(a) == len(b) == len(outputs) == len(quantization_params)
+    for index, (one, other, total) in enumerate(zip(a, b, outputs, strict=True)):
+        gemm(one, other, layout=layout, out=total, out_dtype=total.dtype, accumulate=accumulate, grad=grad)
+        if use_bias and not grad:
+            total += bias[index]
+    return out, [None] * len(a), None
+
+
 def rows_of(operand: Any) -> Tensor:
     if isinstance(operand, Float8TensorStorage):
         return _values(operand._data) * operand._scale_inv
@@ -107,7 +142,7 @@ def install(loop: Any) -> None:
     Args:
         loop: the module whose ``general_gemm`` is replaced.
     """
-    tex.quantize = quantize
+    tex.quantize, tex.split_quantize, tex.bgrad_quantize = quantize, split_quantize, bgrad_quantize
     tex.compute_amax = compute_amax
     tex.multi_tensor_compute_scale_and_scale_inv = compute_scales
     tex.fp8_transpose = lambda data, dtype, out=None: data.t().contiguous()
@@ -128,7 +163,7 @@ def _blocks(values: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     rows, columns = values.shape
     height = BLOCK if dimensions == 2 else 1
     padded = F.pad(values, (0, -columns % BLOCK, 0, -rows % height))
-    blocks = padded.view(padded.shape[0] // height, height, -1, BLOCK)
+    blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // BLOCK, BLOCK)
     amax = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-12)
     scales = torch.exp2(torch.floor(torch.log2(LARGEST / amax)))
     data = _cast(blocks * scales).view(padded.shape)[:rows, :columns].contiguous()

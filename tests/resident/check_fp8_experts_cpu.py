@@ -1,0 +1,215 @@
+"""Grouped experts in FP8 tiles beside TransformerEngine's grouped linear layers, on a CPU, with stand-ins for its kernels.
+
+python -m tests.resident.check_fp8_experts_cpu FOLDER: see check_transformer_engine_cpu.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.resident.check_transformer_engine_cpu import prepare
+from tests.support.harness import all_pairs
+
+HIDDEN, FEATURES = 128, 384
+ROWS = {
+    "uneven": [368, 0, 16, 144],
+    "even": [128] * 4,
+    "one": [0, 0, 512, 0],
+    "none": [0] * 4,
+}
+OPTIONS = {
+    "recipe": ["tensorwise", "blockwise", "delayed"],
+    "rows": list(ROWS),
+    "tiles": [1, 3, 8],
+    "keep": [0, 1, 8],
+    "hold": [True, False],
+    "quantized_weights": [True, False],
+    "gathers": [True, False],
+    "fuse": [True, False],
+    "bias": [True, False],
+    "frozen": ["", "fc1", "fc2"],
+}
+KINDS = ("hidden", "activation", "pre_grad", "output_grad")
+
+
+def swiglu(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    assert scale is not None
+    gate, up = (pre if bias is None else pre + bias).chunk(2, -1)
+    return (F.silu(gate) * up * scale.unsqueeze(-1)).to(pre.dtype)
+
+
+class Case:
+    """Inputs, parameters, and the quantizers of fc1 and fc2."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        from tests.resident.check_fp8_cpu import quantized_parameter
+        from tests.support import fp8_on_cpu
+
+        self.case, self.rows, recipe = case, ROWS[case["rows"]], case["recipe"]
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape: int, factor: float = 1.0) -> Tensor:
+            return factor * torch.randn(*shape, dtype=torch.bfloat16, generator=generator)
+
+        count, experts = sum(self.rows), range(len(self.rows))
+        self.tokens, self.indices = draw(700, HIDDEN), torch.randperm(700, generator=generator)[:count]
+        self.hidden, self.grad = self.tokens[self.indices].requires_grad_(), draw(count, HIDDEN)
+        self.scale = torch.rand(count, generator=generator).requires_grad_()
+        shapes = {"fc1": (2 * FEATURES, HIDDEN), "fc2": (HIDDEN, FEATURES)}
+        self.weights: dict[str, list[Any]] = {}
+        self.exact: dict[str, list[Tensor]] = {}
+        for name, shape in shapes.items():
+            plain = [draw(*shape, factor=0.1) for _ in experts]
+            self.exact[name] = [one.double().requires_grad_() for one in plain]
+            made = (quantized_parameter(one, recipe) if case["quantized_weights"] else one for one in plain)
+            self.weights[name] = [torch.nn.Parameter(one, requires_grad=name != case["frozen"]) for one in made]
+            for weight in self.weights[name] if case["fuse"] else ():
+                weight.main_grad = torch.zeros(shape)
+        self.biases = [draw(2 * FEATURES).requires_grad_() for _ in experts] if case["bias"] else []
+        self.quantizers = {kind: [fp8_on_cpu.quantizer(recipe) for _ in experts] for kind in KINDS}
+        self.of_weights = {name: [fp8_on_cpu.quantizer(recipe, weight=True) for _ in experts] for name in shapes}
+
+    def results(self, output: Tensor, between: Any = None) -> dict[str, Tensor]:
+        output = output + 0  # so that it has a graph
+        if between is not None:
+            between()
+        output.backward(self.grad)
+        found = {"output": output.detach(), "hidden": self.hidden.grad, "scale": self.scale.grad}
+        for name, weights in self.weights.items():
+            assert name != self.case["frozen"] or all(weight.grad is None for weight in weights)
+            if name != self.case["frozen"]:
+                grads = [weight.main_grad if self.case["fuse"] else weight.grad for weight in weights]
+                found[name] = torch.stack([grad.double() for grad in grads])
+        if self.biases:
+            found["bias"] = torch.stack([bias.grad for bias in self.biases])
+        return found
+
+    def tiled(self) -> dict[str, Tensor]:
+        from megatron_tiling.resident.fp8_experts import FP8Products
+        from megatron_tiling.resident.fp8_operands import WeightCopies, knows_scale
+        from megatron_tiling.tiles.activation import Activation
+        from megatron_tiling.tiles.expert_groups import cut_by_rows, expert_groups
+        from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+
+        copies = {name: [WeightCopies(by, self.case["hold"]) for by in of] for name, of in self.of_weights.items()}
+        delayed = self.case["recipe"] == "delayed"
+        for name in copies if delayed else ():
+            for copy, weight in zip(copies[name], self.weights[name], strict=True):
+                copy.note(weight)
+        loop = ExpertsLoop(
+            groups=cut_by_rows(expert_groups(self.rows, FEATURES, self.case["tiles"], self.case["keep"]), 128),
+            features=FEATURES,
+            activation=Activation(True, swiglu),
+            products=FP8Products(self.quantizers, copies, (False, True, True), False),
+            fuse_wgrad=self.case["fuse"],
+        )
+        source = Source(self.tokens, self.indices) if self.case["gathers"] else None
+        operands = self.scale, self.weights["fc1"], self.biases, self.weights["fc2"], loop, source
+        output = tiled_experts(self.hidden, *operands)
+        forward = [*self.quantizers["hidden"], *self.quantizers["activation"], *self.of_weights["fc1"]]
+        forward += self.of_weights["fc2"]
+        noted = [by.amax.clone() for by in forward] if delayed else []
+
+        def next_micro_batch() -> None:
+            """Its histories begin, with other scales."""
+            for by in forward if delayed else ():
+                assert knows_scale(by)
+                by.amax.zero_()
+                by.scale.fill_(2.0)
+
+        found = self.results(output, next_micro_batch)
+        if delayed:
+            assert all(by.amax == 0 for by in forward), "the backward pass has noted what the forward pass had"
+            for by, amax in zip(forward, noted, strict=True):
+                by.amax.copy_(amax)
+        return found
+
+    def stock(self) -> dict[str, Tensor]:
+        """Two of TransformerEngine's grouped linear layers, and the activation."""
+        from transformer_engine.pytorch.module.grouped_linear import _GroupedLinear
+
+        none, sizes = [None] * len(self.rows), torch.tensor(self.rows)
+        for by in (one for kind in KINDS for one in self.quantizers[kind]):
+            by.internal = True
+            by.set_usage(rowwise=True, columnwise=True)
+
+        def layer(input_: Tensor, name: str, kinds: tuple[str, str], biases: list[Tensor]) -> Tensor:
+            of_input, of_grad = (self.quantizers[kind] for kind in kinds)
+            quantizers = of_input, self.of_weights[name], none, none, none, of_grad
+            how = bool(biases), None, True, False, None, *quantizers, self.case["fuse"], False, False, torch.bfloat16
+            others = True, none, False, None, False, False
+            empty = biases or [torch.empty(0) for _ in self.rows]
+            output: Tensor = _GroupedLinear.apply(input_, sizes, (*how, *others), *self.weights[name], *empty)[0]
+            return output
+
+        pre = layer(self.hidden, "fc1", ("hidden", "pre_grad"), self.biases)
+        activated = swiglu(pre, None, self.scale)
+        return self.results(layer(activated, "fc2", ("activation", "output_grad"), []))
+
+    def float64(self) -> dict[str, Tensor]:
+        leaves = [leaf.detach().double().requires_grad_() for leaf in (self.hidden, self.scale)]
+        biases = [bias.detach().double().requires_grad_() for bias in self.biases]
+        outputs = []
+        for expert, (x, scale) in enumerate(zip(*(leaf.split(self.rows) for leaf in leaves), strict=True)):
+            fc1, fc2 = (self.exact[name][expert] for name in ("fc1", "fc2"))
+            outputs.append(swiglu(x @ fc1.t(), biases[expert] if biases else None, scale) @ fc2.t())
+        output = torch.cat(outputs)
+        output.backward(self.grad.double())
+        found = {"output": output.detach(), "hidden": leaves[0].grad, "scale": leaves[1].grad}
+        lists = self.exact | ({"bias": biases} if biases else {})
+        return found | {name: torch.stack([one.grad for one in ones]) for name, ones in lists.items()}
+
+
+def run(case: dict[str, Any]) -> None:
+    ours, theirs = Case(case), Case(case)
+    found, stock, exact = ours.tiled(), theirs.stock(), theirs.float64()
+    assert found.keys() == stock.keys()
+    for name, value in stock.items():
+        reference = exact[name]
+        error, limit = ((one.double() - reference).norm() / max(reference.norm(), 1e-30) for one in (found[name], value))
+        assert error <= 1.05 * limit + 5e-4, f"{case}: {name}: {error:.4f}, stock's {limit:.4f}"
+        assert error < 0.09, f"{case}: {name}: {error:.4f}"
+    if case["recipe"] != "delayed":
+        return
+    for kind in (*ours.quantizers, *ours.of_weights):
+        pairs = zip({**ours.quantizers, **ours.of_weights}[kind], {**theirs.quantizers, **theirs.of_weights}[kind])
+        for expert, (by, other) in enumerate(pairs):
+            assert torch.allclose(by.amax, other.amax, rtol=0.02), f"{case}: {kind} {expert}: {by.amax}, {other.amax}"
+
+
+def check_padded_source() -> None:
+    """Padding repeats the last row of an expert."""
+    from megatron_tiling.resident.fp8_experts import padded_source
+    from megatron_tiling.tiles.experts import Source
+
+    source = Source(torch.empty(9, 1), torch.tensor([7, 3, 5, 8, 0]))
+    assert padded_source(source, [2, 0, 3, 0], [4, 0, 4, 0]).indices.tolist() == [7, 3, 3, 3, 5, 8, 0, 0]
+    assert padded_source(source, [0, 5], [0, 5]).indices.equal(source.indices)
+
+
+def main() -> None:
+    prepare(Path(sys.argv[1]))
+    from transformer_engine.common import recipe as recipes
+    from transformer_engine.pytorch.module import grouped_linear
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from megatron_tiling.resident import experts, fp8_loop
+    from tests.support import fp8_on_cpu
+
+    fp8_on_cpu.install(fp8_loop)
+    grouped_linear.general_grouped_gemm = experts.GROUPED_GEMM = fp8_on_cpu.grouped_gemm
+    known = {"tensorwise": recipes.Float8CurrentScaling, "blockwise": recipes.Float8BlockScaling}
+    cases = all_pairs(OPTIONS)
+    for case in cases:
+        FP8GlobalStateManager.quantization_state.fp8_recipe = known.get(case["recipe"], recipes.DelayedScaling)()
+        run(case)
+    check_padded_source()
+    print(f"check_fp8_experts_cpu: {len(cases)} cases: ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()
