@@ -214,6 +214,8 @@ class TiledTEGroupedMLP(TiledExperts, stock.TEGroupedMLP):
             alone.__class__ = stock.TEGroupedMLP
             alone._modules = self._modules | dict.fromkeys(MLP_LAYERS, PassOn())
             alone.activation_recompute = False  # type: ignore[assignment]
+            alone.config = copy.copy(self.config)
+            alone.config.fp8 = None  # rows are padded, or need it not
             pre = pre if bias is None else pre + bias  # as fc1 does
             output: Tensor = stock.TEGroupedMLP.forward(alone, pre, torch.tensor([pre.shape[0]]), scale)[0]
             return output

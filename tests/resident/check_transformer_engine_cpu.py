@@ -171,9 +171,13 @@ def check_reasons() -> None:
 
 def check_fp8() -> None:
     """MLPs in FP8 are tiled over layers that stay; those that the model's first and last layers leave out, in bf16."""
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.report import table
     from megatron_tiling.resident import fp8
+    from megatron_tiling.resident.experts import TiledTEGroupedMLP
+    from megatron_tiling.resident.fp8_experts import TiledFP8GroupedMLP
     from megatron_tiling.resident.mlp import TiledMLP
     from tests.resident.check_transformer_engine import EXPERTS, LLAMA
 
@@ -195,6 +199,17 @@ def check_fp8() -> None:
     tile(experts, TilingConfig(factor=2))
     kinds = [type(module) for module in experts.modules() if isinstance(module, fp8.TiledFP8MLP)]
     assert fp8.TiledFP8MLP in kinds and fp8.TiledFP8SharedExpertMLP in kinds
+    grouped = EXPERTS | settings | {"moe_ffn_hidden_size": 256, "moe_shared_expert_intermediate_size": 256}
+    model = build(**grouped | {"moe_grouped_gemm": True}, **bf16_ends)
+    expected = [TiledTEGroupedMLP, TiledFP8GroupedMLP, TiledFP8GroupedMLP, TiledTEGroupedMLP]
+    reports = tile(model, TilingConfig(factor=2))
+    assert [type(layer.mlp.experts) for layer in model.decoder.layers] == expected
+    assert [report.fp8 for report in reports if report.experts] == [False, True, True, False]
+    assert "TiledExperts in FP8, at most 2 tiles" in table(reports)
+    assert table(tile(model, TilingConfig(factor=2))) == table(reports)
+    model = build(**grouped | {"moe_grouped_gemm": True, "fp8_recipe": "mxfp8"})
+    assert "--fp8-recipe mxfp8: FP8 tiles know" in table(tile(model, TilingConfig(factor=2)))
+    assert all(type(layer.mlp.experts) is TEGroupedMLP for layer in model.decoder.layers)
     hooked = mlps[1]
     assert hooked.reason_for_stock_forward() == "FP8 is off"
     print("FP8: as in bf16", flush=True)

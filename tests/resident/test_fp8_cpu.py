@@ -19,3 +19,8 @@ pytestmark = pytest.mark.skipif(
 def test_errors_against_float64(ranks: int, tmp_path: Path) -> None:
     output = torchrun("-m", "tests.resident.check_fp8_cpu", empty_driver(tmp_path), world=ranks)
     assert f"on {ranks} ranks: ok" in output, output[-6000:]
+
+
+def test_experts_as_transformer_engines(tmp_path: Path) -> None:
+    output = torchrun("-m", "tests.resident.check_fp8_experts_cpu", empty_driver(tmp_path), world=1)
+    assert "check_fp8_experts_cpu: " in output and "cases: ok" in output, output[-6000:]

@@ -11,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformer_engine_torch as tex
 from torch import Tensor
+from transformer_engine.pytorch import quantization
 from transformer_engine.pytorch.constants import DType
-from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
-from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+from transformer_engine.pytorch.module import base
+from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer, Float8BlockwiseQTensor
+from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer, Float8Tensor
 from transformer_engine.pytorch.tensor.storage import float8_tensor_storage
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
@@ -36,14 +38,15 @@ def quantizer(recipe: str, weight: bool = False, group: Any = None) -> Any:
     return Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=2 if weight else 1)
 
 
+@torch.no_grad()
 def quantize(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
-    if output is not None:  # with its rows, in place
-        assert by.rowwise_usage and not by.columnwise_usage
+    if output is not None:  # in place
         made = quantize(tensor, by)
-        for name in ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv"):
-            if hasattr(made, name):
-                assert getattr(output, name).shape == getattr(made, name).shape
-                getattr(output, name).copy_(getattr(made, name))
+        by_blocks = (f"_{layout}_{part}" for layout in ("rowwise", "columnwise") for part in ("data", "scale_inv"))
+        for name in ("_data", "_transpose", "_scale_inv", *by_blocks):
+            if (value := getattr(made, name, None)) is not None:
+                assert getattr(output, name).shape == value.shape
+                getattr(output, name).copy_(value)
         return output
     assert tensor.dim() == 2
     values = tensor.contiguous().float()
@@ -64,6 +67,7 @@ def quantize(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
     return _by_tensor(by, data, 1 / scale, data.t().contiguous() if by.columnwise_usage else None)
 
 
+@torch.no_grad()
 def compute_amax(tensor: Tensor, amax: Tensor) -> None:
     amax.copy_(tensor.abs().amax())
 
@@ -87,6 +91,20 @@ def gemm(
     product = left @ right.t()
     assert product.shape == out.shape
     out.copy_(out.float() + product if accumulate else product)
+
+
+def as_tensor(operand: Any) -> Any:
+    """What quantizers make that are not internal."""
+    fields = operand.get_metadata()
+    kind = Float8BlockwiseQTensor if isinstance(operand, Float8BlockwiseQTensorStorage) else Float8Tensor
+    data = operand._data if kind is Float8Tensor else operand._rowwise_data
+    fields.pop("fake_dtype")
+    return kind(shape=data.shape, dtype=torch.bfloat16, device=data.device, **fields)
+
+
+def quantize_weight(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
+    made = quantize(tensor, by, output)
+    return made if by.internal or output is not None else as_tensor(made)
 
 
 def split_quantize(tensor: Tensor, sizes: list[int], by: list[Any], **unused: Any) -> list[Any]:
@@ -124,6 +142,28 @@ def grouped_gemm(
     return out, [None] * len(a), None
 
 
+def pad_rows(tensor: Tensor, out: Tensor, sizes: list[int], padded: list[int]) -> None:
+    for part, into in zip(tensor.split(sizes), out.split(padded), strict=True):
+        into[: len(part)], into[len(part) :] = part, 0
+
+
+def unpad_rows(tensor: Tensor, out: Tensor, padded: list[int], sizes: list[int]) -> None:
+    for part, into in zip(tensor.split(padded), out.split(sizes), strict=True):
+        into.copy_(part[: len(into)])
+
+
+def update_scales(
+    amaxes: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: int
+) -> None:
+    assert algorithm == "max" and not margin
+    for now, history, scale in zip(amaxes.split([len(one) for one in scales]), histories, scales, strict=True):
+        history[0] = now
+        largest = history.amax(0)
+        scale.copy_(torch.where(largest > 0, LARGEST / largest, scale))
+        history.copy_(history.roll(-1, 0))
+        history[0] = 0
+
+
 def rows_of(operand: Any) -> Tensor:
     if isinstance(operand, Float8TensorStorage):
         return _values(operand._data) * operand._scale_inv
@@ -153,6 +193,31 @@ def install(loop: Any) -> None:
         kind.make_empty = _empty
     torch.cuda.current_device = lambda: "cpu"
     dist._coalescing_manager = _one_by_one
+
+
+def install_for_modules(grouped_linear: Any, experts: Any) -> None:
+    """What grouped layers of TransformerEngine's want besides, and experts over them."""
+    grouped_linear.general_grouped_gemm = experts.GROUPED_GEMM = grouped_gemm
+    tex.fused_multi_row_padding, tex.fused_multi_row_unpadding = pad_rows, unpad_rows
+    tex.fused_amax_and_scale_update_after_reduction = update_scales
+    quantization.check_recipe_support = lambda recipe: None
+    quantization.FP8GlobalStateManager.is_fp8_available = classmethod(lambda cls: (True, ""))
+    quantization.FP8GlobalStateManager.is_fp8_block_scaling_available = classmethod(lambda cls: (True, ""))
+    tex.quantize = quantize_weight
+    base.is_non_tn_fp8_gemm_supported = lambda: False
+    torch.cuda.is_current_stream_capturing = lambda: False
+    layer = grouped_linear.TransformerEngineBaseModule
+    prepare = layer.prepare_forward
+
+    def prepare_forward(self: Any, inp: Tensor, *args: Any, **options: Any) -> Tensor:
+        Tensor.is_cuda = property(lambda _: True)  # it refuses others
+        try:
+            prepared: Tensor = prepare(self, inp, *args, **options)
+        finally:
+            del Tensor.is_cuda
+        return prepared
+
+    layer.prepare_forward = prepare_forward
 
 
 def _cast(values: Tensor) -> Tensor:
