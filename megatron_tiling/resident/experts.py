@@ -135,11 +135,13 @@ class TiledExperts(torch.nn.Module):
     ) -> Tensor:
         fc1, fc2 = (self.of_experts(layer) for layer in MLP_LAYERS)
         features = fc2(weights.fc2)[0].shape[1]
+        groups = self.groups(rows, features)
+        is_kept = source is None and all(group.kept == group.count for group in groups)
         loop = ExpertsLoop(
-            groups=self.groups(rows, features),
+            groups=groups,
             features=features,
             activation=Activation(self.config.gated_linear_unit, self.activation(), self.formula()),
-            products=self.products(hidden),
+            products=self.products(hidden, recomputes=not is_kept),
             fuse_wgrad=self.own_fuse_wgrad() if self.fuse_wgrad is None else self.fuse_wgrad,
             fp32_accumulate=self.fp32_accumulate,
             fc1_of_experts=fc1,
@@ -168,7 +170,7 @@ class TiledExperts(torch.nn.Module):
     def groups(self, rows: list[int], features: int) -> list[Group]:
         return expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep)
 
-    def products(self, hidden: Tensor) -> Products:
+    def products(self, hidden: Tensor, recomputes: bool) -> Products:
         return Products(self.gemm() if on_gpu(hidden) else one_by_one)
 
     def gemm(self) -> GroupedGemm:

@@ -6,8 +6,9 @@ operands are parts of dense's:
 
 * Rows are padded first, for all tiles at once, with Megatron's own module, unless the router or the dispatcher does.
 * A tile quantizes what each product takes: rows forward, rows and columns of gradients once for both products, columns
-  of fc2's inputs, which are made again. Pre-activations are kept in bf16, fc1's input as it is given, or as tokens that
-  its rows are copies of. What is quantized again has the scale that it had, and is noted nowhere.
+  of fc2's inputs, which are made again. Pre-activations are kept in bf16. Of fc1's input its columns are kept, if all
+  tiles are; else it is as it is given, or as tokens that its rows are copies of, whose rows and columns take as much in
+  FP8. What is quantized again has the scale that it had, and is noted nowhere.
 * An expert with more rows than a tile should have is cut by rows, at multiples of a block, not by features: operands of
   TransformerEngine's GEMM are contiguous. With current scaling each cut has a scale of its own, else dense's.
 * Weights are quantized as in an MLP, the whole of an expert's at a time. With delayed scaling those of experts without
@@ -17,6 +18,7 @@ To be imported where TransformerEngine is installed. Older versions of it, and o
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from torch import Tensor
 from transformer_engine.pytorch.module.linear import _check_fp8_reduce_and_update
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+from transformer_engine.pytorch.quantized_tensor import prepare_for_saving, restore_from_saved
 
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.resident import experts as grouped
@@ -51,6 +54,7 @@ class FP8Products(Products):
         copies: of the weights of "fc1" and "fc2".
         split_accumulators: of the recipe's products: forward, input gradients, weight gradients.
         updates_amax: this is the first of the modules in FP8, whose backward pass ends last.
+        saves_hidden: keep the columns of fc1's input.
     """
 
     def __init__(
@@ -59,8 +63,12 @@ class FP8Products(Products):
         copies: Mapping[str, Sequence[WeightCopies]],
         split_accumulators: tuple[bool, bool, bool],
         updates_amax: bool,
+        saves_hidden: bool,
     ) -> None:
         super().__init__(self._gemm)
+        self.saves_hidden = saves_hidden
+        self._inputs: dict[int, list[Operand]] = {}
+        self._with_rows: list[Operand] = []  # of these
         self._quantizers, self._copies, self._updates_amax = quantizers, copies, updates_amax
         self._again = {which: all_same_again(quantizers[which]) for which in ("hidden", "activation")}
         self._split_accumulators = dict(zip(("NT", "NN", "TN"), split_accumulators, strict=True))
@@ -82,11 +90,31 @@ class FP8Products(Products):
         columnwise: bool = False,
         again: bool = False,
     ) -> Sequence[Operand]:
+        saves = self.saves_hidden and which == "hidden"
+        if saves and again:
+            return self._inputs.pop(segments[0].rows.start)
+        self._drop_rows()
         quantizers = (self._again if again else self._quantizers)[which]
         first, last = segments[0].rows.start - start, segments[-1].rows.stop - start
         sizes = [rows.stop - rows.start for _, rows in segments]
         by = [quantizers[expert] for expert, _ in segments]
-        return split_quantized(by, tensor[first:last], sizes, rowwise=rowwise, columnwise=columnwise)
+        operands = split_quantized(by, tensor[first:last], sizes, rowwise=rowwise, columnwise=columnwise or saves)
+        if saves:
+            self._inputs[segments[0].rows.start] = self._with_rows = operands
+        return operands
+
+    def _drop_rows(self) -> None:
+        for operand in self._with_rows:
+            operand.update_usage(rowwise_usage=False, columnwise_usage=True)
+        self._with_rows = []
+
+    def saved(self) -> Sequence[Tensor | None]:
+        self._drop_rows()
+        tensors: list[Tensor | None] = prepare_for_saving(*chain(*self._inputs.values()))[0]
+        return tensors
+
+    def restore(self, tensors: Sequence[Tensor | None]) -> None:
+        restore_from_saved(list(chain(*self._inputs.values())), list(tensors))
 
     def weights(
         self, layer: str, weights: Sequence[Tensor], segments: Sequence[Segment], columnwise: bool
@@ -142,7 +170,7 @@ class TiledFP8GroupedMLP(grouped.TiledTEGroupedMLP):
             output = self.quantization_unpadding(output, unpadded)
         return output
 
-    def products(self, hidden: Tensor) -> Products:
+    def products(self, hidden: Tensor, recomputes: bool) -> Products:
         quantizers, copies, weights = {}, {}, self.weights()
         of_layers = ("hidden", "pre_grad", weights.fc1), ("activation", "output_grad", weights.fc2)
         for name, (input_, grad, parameters) in zip(MLP_LAYERS, of_layers, strict=True):
@@ -155,7 +183,8 @@ class TiledFP8GroupedMLP(grouped.TiledTEGroupedMLP):
                     copy.note(weight)
         records = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden, weights.fc1[0], weights.fc2[0]))
         accumulators = split_accumulators(FP8GlobalStateManager.get_fp8_recipe())
-        return FP8Products(quantizers, copies, accumulators, records and _check_fp8_reduce_and_update())
+        saves = torch.is_grad_enabled() and weights.fc1[0].requires_grad and not recomputes
+        return FP8Products(quantizers, copies, accumulators, records and _check_fp8_reduce_and_update(), saves)
 
 
 def padded_source(source: Source, rows: Sequence[int], padded: Sequence[int]) -> Source:

@@ -35,7 +35,12 @@ class Products:
 
     Args:
         gemm: multiplies experts of a tile.
+
+    Attributes:
+        saves_hidden: keeps what the backward pass wants of fc1's input, which recomputes nothing.
     """
+
+    saves_hidden = False
 
     def __init__(self, gemm: GroupedGemm = one_by_one) -> None:
         self.gemm = gemm
@@ -66,6 +71,13 @@ class Products:
     ) -> Sequence[Any]:
         """The same of the experts' weights ``[out, in]``; columnwise for a gradient of an input."""
         return [weights[expert] for expert, _ in segments]
+
+    def saved(self) -> Sequence[Tensor | None]:
+        """With ``saves_hidden``: to be saved for the backward pass, and given to ``restore`` there."""
+        return ()
+
+    def restore(self, tensors: Sequence[Tensor | None]) -> None:
+        """In the backward pass, once."""
 
     def finish(self) -> None:
         """After the backward pass."""

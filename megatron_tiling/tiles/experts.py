@@ -143,8 +143,9 @@ class _TiledExperts(torch.autograd.Function):
             ctx.loop, ctx.kept_is_intact = loop, True
             ctx.parts = parts.like(parameters)  # they carry main_grad, which saved tensors may lose
             inputs = (hidden, None) if source is None else source
-            needs_input = any(ctx.needs.fc1) or recomputes
-            ctx.save_for_backward(*(inputs if needs_input else (None, None)), scale, *parameters, *kept)
+            needs_input = (any(ctx.needs.fc1) or recomputes) and not loop.products.saves_hidden
+            saved = *(inputs if needs_input else (None, None)), scale, *parameters, *kept, *loop.products.saved()
+            ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
@@ -259,14 +260,16 @@ class _Backward:
         self.needs_bias = any(self.needs.biases)
         self.hidden, self.indices, self.scale, *saved = ctx.saved_tensors
         count = sum(map(len, parts))
-        parameters, self.kept = saved[:count], saved[count:]
+        parameters, self.kept, rest = saved[:count], saved[count:][: len(self.loop.groups)], saved[count:]
         if not ctx.kept_is_intact:  # a second pass with retain_graph=True: the first one wrote its gradients there
             self.kept = [None] * len(self.kept)
             if self.hidden is None:
                 raise RuntimeError(
-                    "a second backward pass through tiled experts whose fc1 is frozen, after the first one used up the "
-                    "kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+                    "a second backward pass through tiled experts in FP8, or whose fc1 is frozen, after the first one used "
+                    "up the kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
                 )
+        else:
+            self.loop.products.restore(rest[len(self.kept) :])
         ctx.kept_is_intact = False
         self.fc1, self.biases, self.fc2 = parts.like(parameters).of_experts(self.loop)
         self.dy = grad_output.contiguous()

@@ -1,4 +1,4 @@
-"""Grouped experts in FP8 tiles beside TransformerEngine's grouped linear layers, on a CPU, with stand-ins for its kernels.
+"""Grouped experts in FP8 tiles beside TransformerEngine's grouped layers, on a CPU, with stand-ins for its kernels.
 
 python -m tests.resident.check_fp8_experts_cpu FOLDER: see check_transformer_engine_cpu.
 """
@@ -100,11 +100,14 @@ class Case:
         for name in copies if delayed else ():
             for copy, weight in zip(copies[name], self.weights[name], strict=True):
                 copy.note(weight)
+        groups = cut_by_rows(expert_groups(self.rows, FEATURES, self.case["tiles"], self.case["keep"]), 128)
+        recomputes = self.case["gathers"] or any(group.kept < group.count for group in groups)
+        saves = not recomputes and self.case["frozen"] != "fc1"
         loop = ExpertsLoop(
-            groups=cut_by_rows(expert_groups(self.rows, FEATURES, self.case["tiles"], self.case["keep"]), 128),
+            groups=groups,
             features=FEATURES,
             activation=Activation(True, swiglu),
-            products=FP8Products(self.quantizers, copies, (False, True, True), False),
+            products=FP8Products(self.quantizers, copies, (False, True, True), False, saves_hidden=saves),
             fuse_wgrad=self.case["fuse"],
         )
         segments = [segment for group in loop.groups for segment in group.segments]
@@ -182,10 +185,10 @@ def run(case: dict[str, Any]) -> None:
             assert distance < (5e-3 if ours.is_cut else 1e-3), f"{case}: {name}: {distance:.5f} from stock's"
     if case["recipe"] != "delayed":
         return
-    for kind in (*ours.quantizers, *ours.of_weights):
-        pairs = zip({**ours.quantizers, **ours.of_weights}[kind], {**theirs.quantizers, **theirs.of_weights}[kind])
-        for expert, (by, other) in enumerate(pairs):
-            assert torch.allclose(by.amax, other.amax, rtol=0.02), f"{case}: {kind} {expert}: {by.amax}, {other.amax}"
+    every = [(*one.quantizers.values(), *one.of_weights.values()) for one in (ours, theirs)]
+    notes = [[by.amax for of in one for by in of] for one in every]
+    for index, (amax, other) in enumerate(zip(*notes, strict=True)):
+        assert torch.allclose(amax, other, rtol=0.02), f"{case}: {index}: {amax}, stock's {other}"
 
 
 def check_padded_source() -> None:
