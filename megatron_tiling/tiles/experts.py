@@ -265,8 +265,8 @@ class _Backward:
             self.kept = [None] * len(self.kept)
             if self.hidden is None:
                 raise RuntimeError(
-                    "a second backward pass through tiled experts in FP8, or whose fc1 is frozen, after the first one used "
-                    "up the kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+                    "a second backward pass through tiled experts in FP8, or whose fc1 is frozen, after the first one "
+                    "used up the kept pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
                 )
         else:
             self.loop.products.restore(rest[len(self.kept) :])

@@ -260,3 +260,66 @@ def test_tokens_are_kept_once(dispatcher: str, fused: bool) -> None:
         assert distance(found, expected.double()) < 2e-2
     rows = 4096 * 4 * HIDDEN * 2
     assert held[1] - held[3] > rows  # and the intermediates besides
+
+
+RECIPES = ("tensorwise", "blockwise", "delayed")
+
+
+def fp8_experts(recipe: str, tiles: int | None, keep: int | None) -> Any:
+    """Stock, or in so many tiles."""
+    from megatron.core.fp8_utils import get_fp8_context
+
+    options = SWIGLU | {"fp8": "hybrid", "fp8_recipe": recipe, "gradient_accumulation_fusion": True}
+    options |= {"fp8_amax_history_len": 4, "fp8_amax_compute_algo": "max"}
+    experts = stock_experts(**options) if tiles is None else tiled(tiles, keep, **options)
+    for parameter in experts.parameters():
+        parameter.main_grad = torch.zeros(parameter.shape, device="cuda")
+        parameter.grad_added_to_main_grad = False
+    experts.context = lambda: get_fp8_context(experts.config, 0)
+    return experts
+
+
+def fp8_step(experts: Any, rows: list[int], first: bool) -> dict[str, Tensor]:
+    hidden, probs, grad = inputs(rows)
+    hidden.requires_grad_()
+    probs.requires_grad_()
+    for layer in (experts.linear_fc1, experts.linear_fc2):
+        layer.is_first_microbatch = first
+    for parameter in experts.parameters() if first else ():
+        parameter.main_grad.zero_()
+    with experts.context():
+        output, _ = experts(hidden, torch.tensor(rows), probs)
+    output.backward(grad)
+    gradients = {name: parameter.main_grad.clone() for name, parameter in experts.named_parameters()}
+    return {"output": output.detach(), "hidden": hidden.grad, "probs": probs.grad} | gradients
+
+
+@pytest.mark.feature("grouped experts in FP8, {recipe}")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("tiles", "keep"), CHOICES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_fp8_as_exact_as_stock(rows: str, tiles: int, keep: int | None, recipe: str) -> None:
+    """Errors against float64, two micro-batches a step; histories after it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    exact = exact_step(stock_experts(**SWIGLU), ROWS[rows])
+    results, notes = [], []
+    for count in (None, tiles):
+        FP8GlobalStateManager.reset()
+        experts = fp8_experts(recipe, count, keep)
+        for number in range(4):
+            found = fp8_step(experts, ROWS[rows], first=number % 2 == 0)
+        results.append(found)
+        if count is not None:
+            assert set(experts._copies) == {"linear_fc1", "linear_fc2"}  # the loop has run
+        metas = [layer.fp8_meta for layer in (experts.linear_fc1, experts.linear_fc2)] if recipe == "delayed" else []
+        notes.append([meta[key].amax_history.clone() for meta in metas for key in ("scaling_fwd", "scaling_bwd")])
+    stock, found = results
+    for name, reference in exact.items():
+        reference = 2 * reference if "weight" in name else reference  # two micro-batches
+        limit = 1.05 * distance(stock[name], reference) + 1e-3
+        assert distance(found[name], reference) < limit, name
+    for one, other in zip(*notes, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.05, atol=1e-3)
