@@ -87,14 +87,19 @@ def same_again(quantizer: Quantizer, inverses: Sequence[Tensor | None]) -> Quant
     return _with_scale(quantizer, torch.stack(known).amax(dim=0).reciprocal()) if known else quantizer
 
 
+def knows_scale(quantizer: Quantizer) -> bool:
+    """Whether one scale, known before, is that of all that is quantized."""
+    return isinstance(quantizer, Float8Quantizer)
+
+
 def known_inverse_scale(quantizer: Quantizer) -> Tensor | None:
-    """``[1]``, where one scale, known before, is that of all that is quantized."""
-    return quantizer.scale.reciprocal().view(1) if isinstance(quantizer, Float8Quantizer) else None
+    """``[1]``, of a quantizer that ``knows_scale``."""
+    return quantizer.scale.reciprocal().view(1) if knows_scale(quantizer) else None
 
 
 def all_same_again(quantizers: Sequence[Quantizer]) -> list[Quantizer]:
     """Those that quantize all of the same tensors again, which they have now, and note nothing."""
-    if not isinstance(quantizers[0], Float8Quantizer):
+    if not knows_scale(quantizers[0]):
         return list(quantizers)  # scales come from the values
     scales = torch.cat([quantizer.scale.view(1) for quantizer in quantizers])
     notes = torch.empty_like(scales)
