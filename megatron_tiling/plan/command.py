@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -52,6 +53,8 @@ OUTSIDE_GIB = 3.5
 #: What torch reserves, by the peak of what is allocated: the middle of 13 training runs, of 1.007 to 1.087
 #: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
 RESERVED = 1.045
+#: Megatron then takes its optimizers, with the local implementation too. Found out before it is stood in for.
+TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
 ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
@@ -100,10 +103,11 @@ class Command:
         sizes.add_argument("--transformer-impl", default="transformer_engine")
         sizes.add_argument("--attention-backend", default="auto")
         found = sizes.parse_known_args(arguments)[0]
-        self.with_transformer_engine = found.transformer_impl == "transformer_engine"
+        on_transformer_engine = found.transformer_impl == "transformer_engine"
+        self.with_transformer_engine = on_transformer_engine or TRANSFORMER_ENGINE_IS_HERE
         if names.isdisjoint(RECOMPUTE_FLAGS):
             # Kernels of TransformerEngine keep no scores, but for those of its "unfused" backend.
-            keeps_scores = not self.with_transformer_engine or found.attention_backend == "unfused"
+            keeps_scores = not on_transformer_engine or found.attention_backend == "unfused"
             self.recomputes = ["", *[RECOMPUTE_SCORES] * keeps_scores, RECOMPUTE_LAYERS]
         self.tokens, self.positions = found.seq_length, found.max_position_embeddings
         # Tensor parallelism scatters what context parallelism has left, which takes two pieces of each sequence.

@@ -20,6 +20,7 @@ from megatron_tiling.trainer.phases import phase_of
 
 #: Of the peak that the planner gives the command: a setting that shall fit where this one did not is smaller still.
 BELOW = 0.98
+GIB = 2**30
 
 
 @contextmanager
@@ -38,11 +39,12 @@ def saying_what_fits(args: Any, building: bool = False) -> Iterator[None]:
 def _advice(args: Any) -> str:
     chosen = [word for flag in AUTOMATIC for word in _as_given(flag, getattr(args, argument_of(flag), None))]
     asked = ["--below", str(BELOW), *planned.command(chosen)]
+    left = _left_by_others()
 
     def work() -> str:
         logger.info(f"out of memory: the planner is asked what fits, for {planned.SECONDS} s at most")
         try:
-            return _words(planned.ask(asked))
+            return _words(planned.ask(asked), left)
         except planned.NoPlan as none:
             return f"There is no plan of this command ({none}). To see what fits: {planned.command_to_run()}"
 
@@ -57,10 +59,20 @@ def _as_given(flag: str, value: Any) -> list[str]:
     return [] if value is None else [flag, str(value)]
 
 
-def _words(answer: dict[str, Any]) -> str:
+def _left_by_others() -> float | None:
+    """GiB that this process has, or could take, of its GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return (free + torch.cuda.memory_reserved()) / GIB
+
+
+def _words(answer: dict[str, Any], left: float | None) -> str:
     given, best, smallest = (answer[name] for name in ("given", "best", "smallest"))
+    limit = answer["limit_gib"]
+    shared = f" (other processes leave it {left:.1f})" if left is not None and left < limit else ""
     planned_at = (
-        f"The planner has this command at {given['gib']:.1f} GiB of {answer['limit_gib']:.1f}, set by {given['phase']}"
+        f"The planner has this command at {given['gib']:.1f} GiB of {limit:.1f}{shared}, set by {given['phase']}"
         + answer["supposed"]
     )
     if best is not None:

@@ -12,7 +12,7 @@ from benchmarks.gpt import check_attention
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: None, attn_mask_type: Any) -> Tensor:
-    parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
+    parts = [part.permute(1, 2, 0, 3).float() for part in (query, key, value)]  # not all processors do it in bf16
     return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
 
 
