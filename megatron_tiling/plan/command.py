@@ -50,7 +50,7 @@ UNEVEN = {
 #: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
 #: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
-#: What torch reserves, by the peak of what is allocated: the middle of 13 training runs, of 1.007 to 1.087
+#: What torch reserves, by the peak of what is allocated: near the middle of 30 training runs, of 1.007 to 1.1
 #: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
 RESERVED = 1.045
 #: Megatron then takes its optimizers, with the local implementation too. Found out before it is stood in for.
