@@ -119,7 +119,8 @@ def test_import_of_everything_patches_nothing() -> None:
         # Plugins of trainers: to import them is to use them.
         "left_out |= {f'megatron_tiling.integrations.{name}' for name in ('swift', 'verl')}\n"
         "if importlib.util.find_spec('transformer_engine') is None:\n"
-        "    left_out |= {f'megatron_tiling.resident.{name}' for name in ('fp8', 'fp8_loop', 'fp8_operands')}\n"
+        "    names = 'fp8', 'fp8_experts', 'fp8_loop', 'fp8_operands'\n"
+        "    left_out |= {f'megatron_tiling.resident.{name}' for name in names}\n"
         "before = torch.zeros, torch.Tensor.to, torch.cuda.synchronize\n"
         "for module in pkgutil.walk_packages(megatron_tiling.__path__, 'megatron_tiling.'):\n"
         "    if module.name not in left_out and '.kernels.' not in module.name:\n"
