@@ -10,16 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.arguments import at_least, positive
+
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn-4")
 
 
 def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """Flags of a model's shape; heads are 128 wide."""
     for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--experts", type=int, default=0, help="in every layer, in grouped GEMMs, in place of its MLP")
-    parser.add_argument("--top-k", type=int, default=8, help="experts that a token goes to")
-    parser.add_argument("--moe-ffn-hidden-size", type=int, default=768, help="of an expert")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default)
+    parser.add_argument(
+        "--experts", type=at_least(0), default=0, help="in every layer, in grouped GEMMs, in place of its MLP"
+    )
+    parser.add_argument("--top-k", type=positive, default=8, help="experts that a token goes to")
+    parser.add_argument("--moe-ffn-hidden-size", type=positive, default=768, help="of an expert")
     parser.add_argument("--tied", action="store_true", help="one weight for the embedding and the output layer")
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS
 
 MIB = 2**20
@@ -310,7 +311,7 @@ def read(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", nargs="+", default=RECORDS, metavar="NAME")
-    parser.add_argument("--lengths", type=int, default=2, help="of those that a record has of a setting")
+    parser.add_argument("--lengths", type=positive, default=2, help="of those that a record has of a setting")
     args = parser.parse_args()
     planner = Planner()
     errors = []
