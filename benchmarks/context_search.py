@@ -60,6 +60,7 @@ class Search:
     Args:
         repeats: timed steps of a setting that is worth it.
         save: called whenever something was found.
+        most: tokens, beyond which nothing is tried.
         time_limit: seconds from ``begin`` after which neither a search nor a timing starts.
         begin: as of ``time.monotonic``.
     """
@@ -69,10 +70,12 @@ class Search:
         trainer: Trainer,
         repeats: int,
         save: Callable[[], None],
+        most: int,
         time_limit: float | None = None,
         begin: float | None = None,
     ) -> None:
         self._trainer, self._repeats, self._save = trainer, repeats, save
+        self._most = most // STEP * STEP
         self._time_limit, self._begin = time_limit, time.monotonic() if begin is None else begin
         self.cut = False  # whether something was not begun
         self._random = random.Random(ranks.of_first(random.getrandbits(32)))
@@ -126,7 +129,7 @@ class Search:
             before = max(length for length in lengths if length <= last // 2) if self._several else lengths[-2]
             slope = (setting.peaks[last] - setting.peaks[before]) / (last - before)
             to_go = share * (target - setting.peaks[last]) / slope if slope > 0 else last
-            guess = last + int(to_go / STEP) * STEP
+            guess = min(last + int(to_go / STEP) * STEP, self._most)
             if guess <= last:
                 break
             leaps = self._several and guess > LEAP * last

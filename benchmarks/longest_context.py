@@ -5,9 +5,9 @@
 
 One process, one set of parameters: bf16 weights, float32 gradients (``main_grad``), Megatron's optimizer with float32
 weights and moments, all on this GPU. A step is forward, backward and optimizer, one sequence a step. First the longest
-sequence that fits is sought for each setting, in steps of 1024 tokens. Then, at the longest one of each stock setting,
-its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as far. What was found so
-far is written after each of them.
+sequence that fits, up to ``--sequence``, is sought for each setting, in steps of 1024 tokens. Then, at the longest one
+of each stock setting, its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as
+far. What was found so far is written after each of them.
 
 Under torchrun experts are divided among the ranks (``--expert-parallel``), all else is data parallel: each rank has a
 sequence of its own, all of the same length. A length fits where no rank allocates more than 98% of its memory. A rank
@@ -123,6 +123,7 @@ class Trainer:
         try:
             self._ddp.zero_grad_buffer()
             self._optimizer.zero_grad()
+            ranks.largest(0)  # all begin together
             torch.cuda.synchronize()
             start.record()
             setting.model(**inputs).mean().backward()
@@ -165,6 +166,10 @@ def markdown(record: dict[str, Any]) -> str:
         name: {int(tokens): statistics.median(seconds) for tokens, seconds in row["seconds"].items() if seconds}
         for name, row in rows.items()
     }
+
+    def or_more(longest: int) -> str:
+        return " or more" * (longest + STEP > record["most"])
+
     lines = [
         *Origin(**record["origin"]).head(f"The longest context that trains on {gpus_of(record)}", record["model"]),
         f"Held between steps: {record['held']:.1f} GiB (bf16 weights, float32 gradients, weights and moments). "
@@ -175,7 +180,7 @@ def markdown(record: dict[str, Any]) -> str:
         longest = row["longest"]
         peak = row["peaks"][str(longest)]
         speed = f"{longest / median[name][longest]:.0f}" if longest in median[name] else "not measured"
-        lines.append(f"| {name} | {longest} | {peak:.1f} | {speed} |")
+        lines.append(f"| {name} | {longest}{or_more(longest)} | {peak:.1f} | {speed} |")
     lines += [
         "", "At the longest context of each stock setting: the fastest of the tiled ones that go "
         f"{FARTHER} times as far (medians of {record['repeats']} interleaved steps).", "",
@@ -195,7 +200,8 @@ def markdown(record: dict[str, Any]) -> str:
         for seconds, other in answers:
             farther = rows[other]["longest"] / tokens
             lines.append(
-                f"| {name} | {tokens} | {speed:.0f} | {other} | {farther:.2f} | {tokens / seconds / speed:.3f} |"
+                f"| {name} | {tokens} | {speed:.0f} | {other} | {farther:.2f}{or_more(rows[other]['longest'])} | "
+                f"{tokens / seconds / speed:.3f} |"
             )
         if not answers:
             lines.append(f"| {name} | {tokens} | {speed:.0f} | none goes that far | | |")
@@ -259,6 +265,7 @@ def record_of(args: argparse.Namespace, origin: Origin, trainer: Trainer, cut: b
         "held": trainer.held / GIB,
         "limit": trainer.limit(),
         "repeats": args.repeats,
+        "most": args.sequence,
         "time_limit": args.time_limit,
         "cut": cut,
         "not_reached": [setting.name for setting in trainer.found if not setting.longest],
@@ -296,6 +303,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         )
     if size > 1 and (not args.experts or args.experts % size):
         parser.error(f"--expert-parallel {size}: --experts {args.experts} must be a multiple of it")
+    if args.sequence < 4 * STEP:
+        parser.error(f"--sequence {args.sequence}: the search begins with {4 * STEP}")
     known = [name for name, *_ in settings(bool(args.experts))]
     for name in args.settings or []:
         if name not in known:
@@ -327,7 +336,7 @@ def run(args: argparse.Namespace, begin: float) -> None:
         if ranks.is_first():
             write(record, path)
 
-    search = Search(trainer, args.repeats, save, args.time_limit, begin)
+    search = Search(trainer, args.repeats, save, args.sequence, args.time_limit, begin)
     search.run()
     record = record_of(args, origin, trainer, search.cut)
     if ranks.is_first():

@@ -14,6 +14,7 @@ from benchmarks import ranks
 from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting
 
 HELD, LIMIT = 50.0, 80.0
+MOST_TOKENS = 2**20
 #: GiB of 1024 tokens, and milliseconds.
 COSTS = {"stock": (2.0, 50.0), "stock, recompute": (0.9, 70.0), "tiled: fast": (1.0, 52.0), "tiled: small": (0.1, 90.0)}
 
@@ -52,7 +53,7 @@ def alike(found: object) -> None:
 def check_search(unlike: random.Random) -> None:
     trainer = Reckoning(unlike)
     saves = []
-    Search(trainer, 3, lambda: saves.append(len(trainer.steps))).run()
+    Search(trainer, 3, lambda: saves.append(len(trainer.steps)), MOST_TOKENS).run()
     alike(trainer.steps)
     alike(saves)
     alike([(setting.longest, setting.peaks, setting.seconds) for setting in trainer.found])
@@ -73,10 +74,10 @@ def check_search(unlike: random.Random) -> None:
 def check_time_limit(unlike: random.Random) -> None:
     trainer = Reckoning(unlike)
     begin = time.monotonic() - (0 if ranks.is_first() else 1000)
-    search = Search(trainer, 3, lambda: None, 500, begin)
+    search = Search(trainer, 3, lambda: None, MOST_TOKENS, 500, begin)
     search.run()
     assert search.cut and not trainer.steps
-    search = Search(trainer, 3, lambda: None, 500)
+    search = Search(trainer, 3, lambda: None, MOST_TOKENS, 500)
     search.run()
     assert not search.cut and trainer.steps
 
@@ -84,7 +85,7 @@ def check_time_limit(unlike: random.Random) -> None:
 def check_repeats_that_are_late(unlike: random.Random) -> None:
     """The time is over on one rank while the first of ten timings runs."""
     trainer = Reckoning(unlike)
-    search = Search(trainer, 10, lambda: None, 500)
+    search = Search(trainer, 10, lambda: None, MOST_TOKENS, 500)
     search._begin -= 0 if ranks.is_first() else 1000
     search.compare(4 * STEP, trainer.found, 10)
     assert search.cut
@@ -107,7 +108,7 @@ def main() -> None:
                 if ranks.is_first():
                     Path(file[0]).write_text("\n".join(setting.name for setting in trainer.found if setting.longest))
 
-            Search(trainer, 3, save).run()
+            Search(trainer, 3, save, MOST_TOKENS).run()
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import longest_context
 from benchmarks.context_search import STEP, Search, Setting
-from tests.benchmarks.check_context_search import COSTS, HELD, LIMIT, Reckoning
+from tests.benchmarks.check_context_search import COSTS, HELD, LIMIT, MOST_TOKENS, Reckoning
 from tests.support.launch import torchrun
 
 CHECK = "tests.benchmarks.check_context_search"
@@ -50,16 +50,28 @@ class Line:
 @pytest.mark.parametrize("gib", [0.05, 0.7, 1.0, 3.0, 7.5])
 def test_one_gpu_is_filled(gib: float) -> None:
     trainer = Line(gib)
-    Search(trainer, 1, lambda: None).find_longest(trainer.found[0])
+    Search(trainer, 1, lambda: None, MOST_TOKENS).find_longest(trainer.found[0])
     fits = int((LIMIT - HELD) / gib)
     assert 0.8 * fits - 1 <= trainer.found[0].longest / STEP <= fits
     assert trainer.tokens[:2] == [2 * STEP, 4 * STEP] and max(trainer.tokens) <= fits * STEP
 
 
+def test_nothing_is_tried_beyond_the_most(reckoned: Reckoning) -> None:
+    stock, *_, small = reckoned.found
+    search = Search(reckoned, 3, lambda: None, 40 * STEP + 1)
+    for setting in (stock, small):
+        search.find_longest(setting)
+    assert stock.longest < 20 * STEP and small.longest == 40 * STEP
+    assert max(tokens for _, tokens in reckoned.steps) == 40 * STEP
+    found = record(reckoned, "--sequence", str(40 * STEP + 1))
+    page = longest_context.markdown(found)
+    assert f"| tiled: small | {40 * STEP} or more | " in page and f"| stock | {stock.longest} | " in page
+
+
 def test_a_model_that_is_too_large() -> None:
     trainer = Line(8.0)
     with pytest.raises(RuntimeError, match="stock: 4096 tokens do not fit; take a smaller model"):
-        Search(trainer, 1, lambda: None).find_longest(trainer.found[0])
+        Search(trainer, 1, lambda: None, MOST_TOKENS).find_longest(trainer.found[0])
 
 
 @pytest.fixture
@@ -79,7 +91,7 @@ def record(trainer: Any, *options: str, cut: bool = False) -> dict[str, Any]:
 def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_path: Path) -> None:
     path = tmp_path / "new" / "found.json"
     pages = []
-    Search(reckoned, 3, lambda: pages.append(longest_context.write(record(reckoned), path))).run()
+    Search(reckoned, 3, lambda: pages.append(longest_context.write(record(reckoned), path)), MOST_TOKENS).run()
     for number, page in itertools.islice(enumerate(pages, 1), len(COSTS)):
         names = list(COSTS)
         assert (f"Not searched: {'; '.join(names[number:])}." in page) == (number < len(names))
@@ -94,7 +106,7 @@ def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_
 
 
 def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.MonkeyPatch) -> None:
-    Search(reckoned, 3, lambda: None).find_longest(reckoned.found[0])
+    Search(reckoned, 3, lambda: None, MOST_TOKENS).find_longest(reckoned.found[0])
     page = longest_context.markdown(record(reckoned))
     assert page.startswith("# The longest context that trains on one GPU, 2000-01-01\n")
     assert "Experts" not in page and "After 300 seconds" not in page
@@ -119,6 +131,7 @@ def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.Mon
         ("--expert-parallel 2", 2, "--expert-parallel 2: --experts 0 must be a multiple of it"),
         ("--experts 3 --expert-parallel 2", 2, "--expert-parallel 2: --experts 3 must be a multiple of it"),
         ("--settings stock tilde", 1, "--settings: there is no 'tilde'; of this model there are 'stock', "),
+        ("--sequence 4095", 1, "--sequence 4095: the search begins with 4096"),
         ("--gpu-memory-gib 0", 1, "argument --gpu-memory-gib: 0 is not a finite number above zero"),
         ("--time-limit 0", 1, "argument --time-limit: 0 is not a finite number above zero"),
     ],
