@@ -254,13 +254,15 @@ def picture(record: dict[str, Any], path: Path) -> None:
 def record_of(args: argparse.Namespace, origin: Origin, trainer: Trainer, cut: bool) -> dict[str, Any]:
     """What was found so far, for JSON. A collective."""
     tied = ", tied" if args.tied else ""
-    experts = f", {args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}" if args.experts else ""
+    ffn = f"ffn={args.ffn_hidden_size}"
+    if args.experts:
+        ffn = f"{args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}"
     heads = f", {args.heads} heads" if args.heads else ""
     searched = [setting for setting in trainer.found if setting.longest]
     record = {
         "origin": asdict(origin),
-        "model": f"{args.layers} layers, h={args.hidden_size}{heads}, ffn={args.ffn_hidden_size}, "
-        f"{args.query_groups} groups, {args.vocabulary} words{tied}{experts}; attention: {args.attention}",
+        "model": f"{args.layers} layers, h={args.hidden_size}{heads}, {ffn}, "
+        f"{args.query_groups} groups, {args.vocabulary} words{tied}; attention: {args.attention}",
         "gpus": ranks.count(),
         "held": trainer.held / GIB,
         "limit": trainer.limit(),

@@ -112,7 +112,10 @@ def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.Mon
     assert "Experts" not in page and "After 300 seconds" not in page
     page = longest_context.markdown(record(reckoned, "--experts", "128", "--heads", "32", cut=True))
     assert "\nExperts: tokens choose them by a router of random weights, which nothing balances.\n" in page
-    assert "h=3072, 32 heads, " in page and "After 300 seconds nothing more was begun" in page
+    assert (
+        "h=3072, 32 heads, 128 experts of ffn=768, top-8, 8 groups, " in page
+        and "After 300 seconds nothing more was begun" in page
+    )
     found = record(reckoned, "--experts", "128") | {"gpus": 2}
     page = longest_context.markdown(found)
     assert page.startswith("# The longest context that trains on 2 GPUs, 2000-01-01\n")
