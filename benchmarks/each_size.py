@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin
 
 
@@ -25,8 +26,8 @@ def measured(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--repeats", type=positive, default=repeats)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

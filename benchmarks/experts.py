@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import experts_sonic
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin, kernel_lines, machine
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "sonic-moe", "quack-kernels")
@@ -222,9 +223,9 @@ def markdown(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="local experts:top-k:ffn")
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--hidden-size", type=positive, default=4096)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--combine", action="store_true", help="the combination of tokens too, beside SonicMoE's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-case-into", type=Path, help=argparse.SUPPRESS)

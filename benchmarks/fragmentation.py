@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import above_zero, positive
 from benchmarks.record import RESULTS, Origin, machine
 from benchmarks.zero3_runs import forget, megatron, quiet_engine, transformer
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
@@ -282,10 +283,12 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--piece-mib", type=int, default=2048)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--host-gib", type=float, default=120, help="host memory to use at most, of what is available")
-    parser.add_argument("--seconds", type=float, default=330, help="no trial starts later")
+    parser.add_argument("--piece-mib", type=positive, default=2048)
+    parser.add_argument("--tiles", type=positive, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument(
+        "--host-gib", type=above_zero, default=120, help="host memory to use at most, of what is available"
+    )
+    parser.add_argument("--seconds", type=above_zero, default=330, help="no trial starts later")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):

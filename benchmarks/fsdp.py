@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.record import Origin, machine
 from tests.support.hosts import torchrun
 
@@ -146,8 +147,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--fsdps", nargs="+", choices=FSDPS, default=list(FSDPS))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=["tiled"])
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--hosts", type=int, default=1, help="hosts that this one plays, sharing its GPUs")
+    parser.add_argument("--iterations", type=positive, default=20)
+    parser.add_argument("--hosts", type=positive, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--flags", default="", help="more Megatron flags for every run, as one string")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

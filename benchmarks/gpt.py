@@ -1,6 +1,7 @@
 """A GPT of TransformerEngine's layers as a stock user builds it, and many of them on one set of parameters."""
 
 import argparse
+import datetime
 import logging
 import os
 import warnings
@@ -10,28 +11,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.arguments import at_least, positive
+
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn-4")
+#: How tokens choose experts, for pages.
+ROUTING = "tokens choose them by a router of random weights, which nothing balances"
+#: After which a rank no longer waits for one that is stuck.
+TIMEOUT_MINUTES = 3
 
 
 def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """Flags of a model's shape; heads are 128 wide."""
     for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--experts", type=int, default=0, help="in every layer, in grouped GEMMs, in place of its MLP")
-    parser.add_argument("--top-k", type=int, default=8, help="experts that a token goes to")
-    parser.add_argument("--moe-ffn-hidden-size", type=int, default=768, help="of an expert")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default)
+    parser.add_argument(
+        "--experts", type=at_least(0), default=0, help="in every layer, in grouped GEMMs, in place of its MLP"
+    )
+    parser.add_argument("--heads", type=positive, help="of attention; by default they fill the hidden size")
+    parser.add_argument("--top-k", type=positive, default=8, help="experts that a token goes to")
+    parser.add_argument("--moe-ffn-hidden-size", type=positive, default=768, help="of an expert")
     parser.add_argument("--tied", action="store_true", help="one weight for the embedding and the output layer")
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
 
 
-def initialize() -> None:
-    """A world of one process, as Megatron wants it, without its warnings."""
+def initialize(expert_parallel: int = 1) -> None:
+    """A world of one process, as Megatron wants it, without its warnings.
+
+    Args:
+        expert_parallel: processes under torchrun that divide the experts, if there are more than one.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from megatron.core import parallel_state
 
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    if expert_parallel > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl", timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
+    else:
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel, distributed_timeout_minutes=TIMEOUT_MINUTES
+    )
     torch.manual_seed(1)
 
 
@@ -55,7 +75,8 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         num_layers=args.layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.hidden_size // 128,
+        num_attention_heads=args.heads or args.hidden_size // 128,
+        kv_channels=128,
         num_query_groups=args.query_groups,
         normalization="RMSNorm",
         add_bias_linear=False,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.lm_head_candidates import (
     FUSED,
     FixedCut,
@@ -54,11 +55,11 @@ def swept(sizes: HeadSizes) -> dict[str, HeadCut]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ranks", type=positive, default=1)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--hidden-size", type=positive, default=4096)
+    parser.add_argument("--vocabulary", type=positive, default=128256)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

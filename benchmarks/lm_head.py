@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.arguments import positive
 from benchmarks.lm_head_candidates import (
     FUSED,
     LIMIT,
@@ -149,12 +150,12 @@ def gemm_time(result: Measurement) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--hidden-size", type=positive, default=4096)
+    parser.add_argument("--vocabulary", type=positive, default=128256)
     bounds = sorted({160, 272, 320, 650, 1024, DEFAULT_HEAD_MEMORY_MIB})
-    parser.add_argument("--memory-mib", type=int, nargs="+", default=bounds)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory-mib", type=positive, nargs="+", default=bounds)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -1,47 +1,37 @@
 """How long a context trains on one GPU, and how fast: every recompute setting of Megatron's, and tiled models.
 
     python -m benchmarks.longest_context [--layers 28 --hidden-size 3072 ... --tied] [--attention flash] [--name NAME]
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.longest_context --experts 128 --expert-parallel 2 ...
 
 One process, one set of parameters: bf16 weights, float32 gradients (``main_grad``), Megatron's optimizer with float32
 weights and moments, all on this GPU. A step is forward, backward and optimizer, one sequence a step. First the longest
-sequence that fits is sought for each setting, in steps of 1024 tokens. Then, at the longest one of each stock setting,
-its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as far.
+sequence that fits, up to ``--sequence``, is sought for each setting, in steps of 1024 tokens. Then, at the longest one
+of each stock setting, its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as
+far. What was found so far is written after each of them.
+
+Under torchrun experts are divided among the ranks (``--expert-parallel``), all else is data parallel: each rank has a
+sequence of its own, all of the same length. A length fits where no rank allocates more than 98% of its memory. A rank
+that runs out of it all the same ends the run.
 """
 
 import argparse
 import gc
 import json
-import random
 import statistics
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpt
+from benchmarks import gpt, ranks
+from benchmarks.arguments import above_zero, positive
+from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting
 from benchmarks.record import RESULTS, Origin, machine
 
-STEP = 1024
 GIB = 2**30
-#: A tiled setting is an answer to a stock one where it goes this much farther.
-FARTHER = 1.5
-
-
-@dataclass
-class Setting:
-    """A model, and what was found of it: tokens that fit, peak GiB by tokens, seconds of a step by tokens."""
-
-    name: str
-    model: Any
-    tiled: bool
-    longest: int = 0
-    peaks: dict[int, float] = field(default_factory=dict)
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-
-    def tokens_per_second(self, tokens: int) -> float:
-        return tokens / statistics.median(self.seconds[tokens])
 
 
 def settings(experts: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
@@ -95,29 +85,37 @@ class Trainer:
 
         self._args = args
         self.found: list[Setting] = []
+        parallel = {"expert_model_parallel_size": args.expert_parallel} if args.expert_parallel > 1 else {}
         for name, changes, tiling in settings(bool(args.experts)):
             if args.settings and name not in args.settings:
                 continue
-            model = gpt.build(args, changes)
+            model = gpt.build(args, changes | parallel)
             if not self.found:
                 parameters = dict(model.named_parameters())
             else:
                 gpt.share(model, parameters)
             if tiling is not None:
-                print(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}", flush=True)
+                ranks.say(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}")
             self.found.append(Setting(name, model, tiling is not None))
             gc.collect()  # the parameters that it was built with
             torch.cuda.empty_cache()
         first = self.found[0].model
         self._ddp = gpt.with_main_grad(first)
+        if ranks.count() > 1:
+            self._ddp.broadcast_params()
+            torch.cuda.manual_seed(1 + torch.distributed.get_rank())  # of the tokens
         options = OptimizerConfig(optimizer="adam", lr=1e-5, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0)
         self._optimizer = get_megatron_optimizer(options, [self._ddp])
         self.step(self.found[0], STEP)  # makes the moments
-        self.held = torch.cuda.memory_allocated()
-        print(f"held between steps: {self.held / GIB:.1f} GiB", flush=True)
+        self.held = ranks.largest(torch.cuda.memory_allocated())[0]
+        ranks.say(f"held between steps: {self.held / GIB:.1f} GiB")
 
     def step(self, setting: Setting, tokens: int) -> float | None:
-        """Seconds of one step, or ``None`` where the memory does not suffice."""
+        """Seconds of one step, or ``None`` where the memory does not suffice.
+
+        Raises:
+            RuntimeError: it does not on this rank, and others wait for it.
+        """
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         fits = False
         torch.cuda.reset_peak_memory_stats()
@@ -125,6 +123,7 @@ class Trainer:
         try:
             self._ddp.zero_grad_buffer()
             self._optimizer.zero_grad()
+            ranks.largest(0)  # all begin together
             torch.cuda.synchronize()
             start.record()
             setting.model(**inputs).mean().backward()
@@ -133,87 +132,32 @@ class Trainer:
             stop.record()
             torch.cuda.synchronize()
             fits = True
-        except torch.OutOfMemoryError:
-            pass
+        except torch.OutOfMemoryError as error:
+            if ranks.count() > 1:
+                raise RuntimeError(f"{setting.name}: out of memory at {tokens} tokens") from error
         rotary: Any = type(setting.model.rotary_pos_emb).forward
         rotary.cache_clear()  # keeps a table for every length
+        if fits:
+            peak, seconds = torch.cuda.max_memory_allocated() / GIB, start.elapsed_time(stop) / 1000
+            if ranks.count() > 1:
+                peak, seconds, beyond = ranks.largest(peak, seconds, peak - self._own_limit())
+                fits = beyond <= 0
         if not fits:
             gc.collect()
             torch.cuda.empty_cache()
             return None
-        setting.peaks[tokens] = torch.cuda.max_memory_allocated() / GIB
-        return start.elapsed_time(stop) / 1000
+        setting.peaks[tokens] = peak
+        return seconds
 
-    def find_longest(self, setting: Setting) -> None:
-        """Peaks grow with a straight line of tokens: walk to where it meets the limit.
+    def limit(self) -> float:
+        """GiB that every rank can allocate."""
+        return -ranks.largest(-self._own_limit())[0]
 
-        Running out of memory is avoided, since what a failed step leaves behind falsifies the next one.
-
-        Raises:
-            RuntimeError: not even 4096 tokens fit.
-        """
-        limit = self._limit()
-        lengths = [length for length in (2 * STEP, 4 * STEP) if self.step(setting, length) is not None]
-        if len(lengths) < 2:
-            raise RuntimeError(f"{setting.name}: {4 * STEP} tokens do not fit; take a smaller model")
-        share = 0.8  # of the way to go: the first line is drawn from afar
-        while True:
-            *_, before, last = lengths
-            slope = (setting.peaks[last] - setting.peaks[before]) / (last - before)
-            guess = last + int(share * (limit - setting.peaks[last]) / slope / STEP) * STEP
-            if guess <= last:
-                break
-            if self.step(setting, guess) is None:
-                limit -= 0.01 * limit  # memory lies in pieces
-                self.step(setting, STEP)  # takes the place of what the failed step has left
-            else:
-                lengths.append(guess)
-                share = 1.0
-        setting.longest = last
-        self.step(setting, STEP)  # dispatchers of experts hold on to tensors of the last tokens
-        print(f"{setting.name}: {last} tokens, {setting.peaks[last]:.1f} GiB", flush=True)
-
-    def _limit(self) -> float:
+    def _own_limit(self) -> float:
         """GiB that this process can allocate."""
         free, total = torch.cuda.mem_get_info()
         allowed = (self._args.gpu_memory_gib or total / GIB) * GIB
         return min(allowed, free + torch.cuda.memory_reserved()) / GIB
-
-    def compare(self, tokens: int, rivals: list[Setting], repeats: int) -> None:
-        """Seconds of steps of ``tokens`` tokens, interleaved in random order, after a warm-up."""
-        for setting in rivals:
-            self.step(setting, tokens)
-            self.step(setting, STEP)
-        order = list(rivals)
-        for _ in range(repeats):
-            random.shuffle(order)
-            for setting in order:
-                seconds = self.step(setting, tokens)
-                if seconds is not None:
-                    setting.seconds.setdefault(tokens, []).append(seconds)
-                self.step(setting, STEP)
-
-
-def measure(trainer: Trainer, repeats: int) -> None:
-    for setting in trainer.found:
-        trainer.find_longest(setting)
-    # The search has seen many sizes: compiled functions of one size each, as a run has them, from here on.
-    torch._dynamo.reset()
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 1000
-    for stock in trainer.found:
-        if not stock.tiled:
-            answers = [s for s in trainer.found if s.tiled and s.longest >= FARTHER * stock.longest]
-            trainer.compare(stock.longest, [stock, *answers], 2)  # which of them is worth the repeats
-            answers.sort(key=lambda answer: answer.tokens_per_second(stock.longest), reverse=True)
-            for setting in [stock, *answers]:
-                setting.seconds[stock.longest] = []
-            trainer.compare(stock.longest, [stock, *answers[:2]], repeats)
-            for setting in answers[2:]:
-                del setting.seconds[stock.longest]
-    for setting in trainer.found:
-        if setting.longest not in setting.seconds:
-            trainer.compare(setting.longest, [setting], 2)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -222,17 +166,21 @@ def markdown(record: dict[str, Any]) -> str:
         name: {int(tokens): statistics.median(seconds) for tokens, seconds in row["seconds"].items() if seconds}
         for name, row in rows.items()
     }
+
+    def or_more(longest: int) -> str:
+        return " or more" * (longest + STEP > record["most"])
+
     lines = [
-        *Origin(**record["origin"]).head("The longest context that trains on one GPU", record["model"]),
+        *Origin(**record["origin"]).head(f"The longest context that trains on {gpus_of(record)}", record["model"]),
         f"Held between steps: {record['held']:.1f} GiB (bf16 weights, float32 gradients, weights and moments). "
-        f"Lengths in steps of {STEP} tokens; the allocator's segments are expandable.", "",
+        f"Lengths in steps of {STEP} tokens; the allocator's segments are expandable.", "", *remarks(record),
         "| | longest | peak, GiB | tokens/s there |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, row in rows.items():
         longest = row["longest"]
         peak = row["peaks"][str(longest)]
         speed = f"{longest / median[name][longest]:.0f}" if longest in median[name] else "not measured"
-        lines.append(f"| {name} | {longest} | {peak:.1f} | {speed} |")
+        lines.append(f"| {name} | {longest}{or_more(longest)} | {peak:.1f} | {speed} |")
     lines += [
         "", "At the longest context of each stock setting: the fastest of the tiled ones that go "
         f"{FARTHER} times as far (medians of {record['repeats']} interleaved steps).", "",
@@ -252,11 +200,37 @@ def markdown(record: dict[str, Any]) -> str:
         for seconds, other in answers:
             farther = rows[other]["longest"] / tokens
             lines.append(
-                f"| {name} | {tokens} | {speed:.0f} | {other} | {farther:.2f} | {tokens / seconds / speed:.3f} |"
+                f"| {name} | {tokens} | {speed:.0f} | {other} | {farther:.2f}{or_more(rows[other]['longest'])} | "
+                f"{tokens / seconds / speed:.3f} |"
             )
         if not answers:
             lines.append(f"| {name} | {tokens} | {speed:.0f} | none goes that far | | |")
     return "\n".join(lines) + "\n"
+
+
+def gpus_of(record: dict[str, Any]) -> str:
+    return "one GPU" if record["gpus"] == 1 else f"{record['gpus']} GPUs"
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What is to be known of a run, in paragraphs."""
+    found = []
+    if "moe_router" in record:
+        found.append(f"Experts: {record['moe_router']}.")
+    if record["gpus"] > 1:
+        found.append(
+            f"Experts are divided among {gpus_of(record)} (alltoall dispatcher), all else is data parallel: each has a "
+            "sequence of its own of the given length. Tokens/s are of one GPU, by the slowest; memory is that of "
+            f"the fullest. A length fits where no GPU allocates more than {MOST:.0%} of {record['limit']:.1f} GiB."
+        )
+    if record["not_reached"]:
+        found.append(f"Not searched: {'; '.join(record['not_reached'])}.")
+    if record["cut"]:
+        found.append(
+            f"After {record['time_limit']:.0f} seconds nothing more was begun: some medians are of fewer steps than "
+            f"{record['repeats']}."
+        )
+    return [line for paragraph in found for line in (paragraph, "")]
 
 
 def picture(record: dict[str, Any], path: Path) -> None:
@@ -277,39 +251,99 @@ def picture(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def main() -> None:
+def record_of(args: argparse.Namespace, origin: Origin, trainer: Trainer, cut: bool) -> dict[str, Any]:
+    """What was found so far, for JSON. A collective."""
+    tied = ", tied" if args.tied else ""
+    ffn = f"ffn={args.ffn_hidden_size}"
+    if args.experts:
+        ffn = f"{args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}"
+    heads = f", {args.heads} heads" if args.heads else ""
+    searched = [setting for setting in trainer.found if setting.longest]
+    record = {
+        "origin": asdict(origin),
+        "model": f"{args.layers} layers, h={args.hidden_size}{heads}, {ffn}, "
+        f"{args.query_groups} groups, {args.vocabulary} words{tied}; attention: {args.attention}",
+        "gpus": ranks.count(),
+        "held": trainer.held / GIB,
+        "limit": trainer.limit(),
+        "repeats": args.repeats,
+        "most": args.sequence,
+        "time_limit": args.time_limit,
+        "cut": cut,
+        "not_reached": [setting.name for setting in trainer.found if not setting.longest],
+        "settings": [{k: v for k, v in vars(setting).items() if k != "model"} for setting in searched],
+    }
+    return record | ({"moe_router": gpt.ROUTING} if args.experts else {})
+
+
+def write(record: dict[str, Any], path: Path) -> str:
+    """Write a record and its page, each at once; returns the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = markdown(json.loads(json.dumps(record)))
+    for file, text in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), page)):
+        whole = file.with_name(f"{file.name}.new")
+        whole.write_text(text)
+        whole.replace(file)
+    return page
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2**20, repeats=10)
-    parser.add_argument("--gpu-memory-gib", type=float, help="as on a smaller GPU")
+    parser.add_argument("--expert-parallel", type=positive, default=1, help="GPUs, each with its part of the experts")
+    parser.add_argument("--gpu-memory-gib", type=above_zero, help="as on a smaller GPU")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="some of the settings, by name; by default all")
+    parser.add_argument("--time-limit", type=above_zero, metavar="SECONDS", help="no search, no timing starts later")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="longest-context")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
+    size, processes = args.expert_parallel, ranks.count()
+    if size != processes:
+        parser.error(
+            f"--expert-parallel {size}: there are {processes} processes; torchrun --nproc-per-node {size} starts {size}"
+        )
+    if size > 1 and (not args.experts or args.experts % size):
+        parser.error(f"--expert-parallel {size}: --experts {args.experts} must be a multiple of it")
+    if args.sequence < 4 * STEP:
+        parser.error(f"--sequence {args.sequence}: the search begins with {4 * STEP}")
+    known = [name for name, *_ in settings(bool(args.experts))]
+    for name in args.settings or []:
+        if name not in known:
+            parser.error(f"--settings: there is no {name!r}; of this model there are {', '.join(map(repr, known))}")
+    return args
+
+
+def main() -> None:
+    begin = time.monotonic()
+    args = arguments()
+    with ranks.ending_together():
+        run(args, begin)
+
+
+def run(args: argparse.Namespace, begin: float) -> None:
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    gpt.initialize()
-    if args.gpu_memory_gib:
+    gpt.initialize(args.expert_parallel)
+    if args.gpu_memory_gib and ranks.count() == 1:  # several ranks look at their peaks instead of failing
         torch.cuda.set_per_process_memory_fraction(
             args.gpu_memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         )
     trainer = Trainer(args)
-    measure(trainer, args.repeats)
-    tied = ", tied" if args.tied else ""
-    experts = f", {args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}" if args.experts else ""
-    record = {
-        "origin": asdict(Origin.now(gpt.PACKAGES, machine())),
-        "model": f"{args.layers} layers, h={args.hidden_size}, ffn={args.ffn_hidden_size}, {args.query_groups} groups, "
-        f"{args.vocabulary} words{tied}{experts}; attention: {args.attention}",
-        "held": trainer.held / GIB,
-        "repeats": args.repeats,
-        "settings": [{k: v for k, v in vars(setting).items() if k != "model"} for setting in trainer.found],
-    }
-    path = args.results / f"{record['origin']['date']}-{args.name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    page = markdown(json.loads(path.read_text()))
-    path.with_suffix(".md").write_text(page)
-    print(page, flush=True)
-    picture(record, path.with_suffix(".png"))
+    origin = Origin.now(gpt.PACKAGES, machine(several=ranks.count() > 1))
+    path = args.results / f"{origin.date}-{args.name}.json"
+    search: Search
+
+    def save() -> None:
+        record = record_of(args, origin, trainer, search.cut)
+        if ranks.is_first():
+            write(record, path)
+
+    search = Search(trainer, args.repeats, save, args.sequence, args.time_limit, begin)
+    search.run()
+    record = record_of(args, origin, trainer, search.cut)
+    if ranks.is_first():
+        print(write(record, path), flush=True)
+        picture(json.loads(path.read_text()), path.with_suffix(".png"))
     torch.distributed.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpt, whole_model
+from benchmarks.arguments import at_least
 from benchmarks.record import RESULTS
 
 LINEARS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -39,7 +40,8 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
-    gpt.add_shape(parser, **shape, sequence=2048, batch=4, rank=16, repeats=10)
+    gpt.add_shape(parser, **shape, sequence=2048, batch=4, rank=16)
+    parser.add_argument("--repeats", type=at_least(2), default=10)
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="lora")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpt, lora
+from benchmarks.arguments import above_zero
 from benchmarks.loss_parity import difference
 from benchmarks.record import RESULTS, Origin, machine
 
@@ -110,7 +111,7 @@ def main() -> None:
     shape = {"layers": 4, "hidden_size": 1024, "ffn_hidden_size": 2816, "query_groups": 2, "vocabulary": 8192}
     gpt.add_shape(parser, **shape, sequence=512, batch=8, rank=16, iterations=50)
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=above_zero, default=2e-3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

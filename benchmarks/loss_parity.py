@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.record import Origin, machine
 
 MODEL = """
@@ -186,10 +187,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="prefix of .bin and .idx, from examples/gpt/prepare_data.py")
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--cache", default="/tmp/loss_parity_cache", help="folder for Megatron's data set indices")
-    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--tensor-parallel", type=positive, nargs="+", default=[2, 4])
     parser.add_argument("--fp8", nargs="+", default=[], metavar="RECIPE", help="train in FP8 on one GPU instead")
-    parser.add_argument("--at-once", type=int, default=1, help="runs that share a GPU")
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--at-once", type=positive, default=1, help="runs that share a GPU")
+    parser.add_argument("--iterations", type=positive, default=100)
     parser.add_argument("--output", type=Path, required=True)
     args, args.more = parser.parse_known_args()  # more of Megatron's flags
     args.output.mkdir(parents=True, exist_ok=True)

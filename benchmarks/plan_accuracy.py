@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS
 
 MIB = 2**20
@@ -195,8 +196,10 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
     import torch
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from benchmarks import gpt, longest_context
+    from benchmarks import context_search, gpt, longest_context
 
+    if record.get("gpus", 1) > 1:
+        raise SystemExit(f"{record['origin']['command']}: only records of one GPU are compared")
     shape = {"layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2**20)
     measured = {row["name"]: row["peaks"] for row in record["settings"]}
@@ -220,13 +223,13 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
                 optimizer.step()
                 type(model.rotary_pos_emb).forward.cache_clear()
 
-            step(longest_context.STEP)
+            step(context_search.STEP)
             known = sorted(map(int, measured[name]))
             chosen = {known[round(i * (len(known) - 1) / max(1, lengths - 1))] for i in range(lengths)}
             timed = {int(tokens): 1000 * statistics.median(found) for tokens, found in times[name].items() if found}
             for tokens in sorted(chosen | timed.keys()):
                 found = measured[name][str(tokens)] - record["held"]
-                if tokens == longest_context.STEP and found < 0.01:
+                if tokens == context_search.STEP and found < 0.01:
                     continue  # of the step that made the moments, which is what is held: after its peak
                 yield (
                     f"{name}, {tokens} tokens",
@@ -310,7 +313,7 @@ def read(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", nargs="+", default=RECORDS, metavar="NAME")
-    parser.add_argument("--lengths", type=int, default=2, help="of those that a record has of a setting")
+    parser.add_argument("--lengths", type=positive, default=2, help="of those that a record has of a setting")
     args = parser.parse_args()
     planner = Planner()
     errors = []

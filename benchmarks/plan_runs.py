@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.plan.command import RESERVED
 
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
     parser.add_argument("--measure", action="store_true", help="on this machine's GPUs")
-    parser.add_argument("--gpus", type=int, default=4)
+    parser.add_argument("--gpus", type=positive, default=4)
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--name", default="plan-runs")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from benchmarks.arguments import positive
 from benchmarks.lm_head_candidates import initialize, of_ours, output_layer
 from benchmarks.mlp_candidates import Candidate
 from benchmarks.mlp_measure import MIB, measure_held, seconds, step
@@ -110,11 +111,11 @@ def errors(candidate: Candidate, hidden: Tensor, upstream: Tensor, labels: Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--packed", type=int, nargs=2, metavar=("TOKENS", "VOCABULARY"))
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--hidden-size", type=positive, default=4096)
+    parser.add_argument("--vocabulary", type=positive, default=128256)
+    parser.add_argument("--packed", type=positive, nargs=2, metavar=("TOKENS", "VOCABULARY"))
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     initialize()

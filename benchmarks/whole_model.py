@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpt
+from benchmarks.arguments import at_least, positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import MODULES
 
@@ -269,8 +270,9 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
-    gpt.add_shape(parser, **shape, sequence=2048, batch=4, repeats=20)
-    parser.add_argument("--micro-batches", type=int, default=1, help="in a row, before the host waits for the GPU")
+    gpt.add_shape(parser, **shape, sequence=2048, batch=4)
+    parser.add_argument("--repeats", type=at_least(2), default=20)
+    parser.add_argument("--micro-batches", type=positive, default=1, help="in a row, before the host waits for the GPU")
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
     parser.add_argument("--fp8", metavar="RECIPE", help="FP8 beside bf16, in place of other settings")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import above_zero, positive
 from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
@@ -297,11 +298,11 @@ def memory_table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2", "2x2"], help="tensor x data parallel")
-    parser.add_argument("--tiles", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--tiles", type=positive, nargs="+", default=[4, 8, 16])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--hosts", type=int, default=1, help="hosts that this one plays, sharing its GPUs")
+    parser.add_argument("--hosts", type=positive, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
-    parser.add_argument("--seconds", type=float, default=180, help="limit of one layout")
+    parser.add_argument("--seconds", type=above_zero, default=180, help="limit of one layout")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one-layout-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
