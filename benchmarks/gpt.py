@@ -44,6 +44,7 @@ def initialize(expert_parallel: int = 1) -> None:
     logging.disable(logging.WARNING)
     from megatron.core import parallel_state
 
+    torch.backends.cudnn.version()  # fails where another cuDNN is found first: here, not after measuring
     if expert_parallel > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl", timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))

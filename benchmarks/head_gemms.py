@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 
@@ -49,11 +50,11 @@ def milliseconds(run: Callable[[], None], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 4096])
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--narrowest", type=int, default=4096)
-    parser.add_argument("--widest", type=int, default=33792)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[8192, 4096])
+    parser.add_argument("--hidden-size", type=positive, default=4096)
+    parser.add_argument("--narrowest", type=positive, default=4096)
+    parser.add_argument("--widest", type=positive, default=33792)
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     options = {"device": "cuda", "dtype": torch.bfloat16}

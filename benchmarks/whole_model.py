@@ -93,6 +93,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
     yield "dense, recompute mlp", mlp, None
     yield TILED, {}, {}
     yield "tiled: keep 0", {}, {"mlp_keep": 0}
+    yield "tiled: factor 2, keep 0", {}, {"factor": 2, "mlp_keep": 0}
     yield "tiled: output alone", {}, {"modules": ("output",)}
     if args.more:
         yield "tiled: all modules", {}, {"modules": MODULES}
