@@ -306,7 +306,7 @@ class _Backward:
         pre = self.kept[index] if index < len(self.kept) else None
         grad = self.like.new_empty(self.dy.size()[0], tile.stop - tile.start)  # of the activation
         if self.needs_activation_grad:
-            self.loop.dgrad(columns_of(self.fc2_columns, tile), self.dy, grad)
+            self.loop.dgrad(self._fc2_columns(tile), self.dy, grad)
         if pre is None:  # after a product that a gather of the input runs under
             weight = self._fc1_rows(halves, rowwise=True)
             pre = self.loop.pre_activation(self.input, weight, self.like)
@@ -337,6 +337,13 @@ class _Backward:
     def _fc1_rows(self, halves: list[slice], rowwise: bool) -> Operand:
         return self.loop.fc1.weight.rows(self.fc1_weight, halves, rowwise=rowwise, columnwise=self.needs_dgrad)
 
+    def _fc2_columns(self, tile: slice) -> Operand:
+        """Those of one tile alone where others are recomputed; else cut from all, which takes fewer launches."""
+        copies = self.loop.fc2.weight
+        if len(self.kept) < len(self.loop.tiles) and copies.makes_columns(self.fc2_weight):
+            return copies.columns(self.fc2_weight, tile)
+        return columns_of(self.all_fc2_columns, tile)
+
     def _add_dgrad(self, weight: Operand, pre_grad: Operand) -> None:
         first = self.dgrad is None
         if self.dgrad is None:
@@ -345,7 +352,7 @@ class _Backward:
         self.loop.dgrad(weight, pre_grad, self.dgrad, accumulate=not first)
 
     @cached_property
-    def fc2_columns(self) -> Operand:
+    def all_fc2_columns(self) -> Operand:
         everything = [slice(0, self.fc2_weight.shape[0])]
         return self.loop.fc2.weight.rows(self.fc2_weight, everything, rowwise=False, columnwise=True)
 

@@ -186,6 +186,22 @@ class WeightCopies:
             operand.update_usage(rowwise_usage=True, columnwise_usage=True)
         return operand
 
+    def makes_columns(self, weight: Tensor) -> bool:
+        """Whether some of a weight's columns can be made without the others, and are not held anyway."""
+        return not self._hold and not isinstance(weight, Float8BlockwiseQTensorStorage)  # whose scales are padded
+
+    def columns(self, weight: Tensor, part: slice) -> Operand:
+        """Some columns of ``weight [o, k]``, as ``[o, n]`` with its columns, of a weight that ``makes_columns`` of."""
+        self.note(weight)
+        if isinstance(weight, QuantizedTensorStorage):
+            operand = _per_tensor(weight, data=weight._data[:, part].contiguous())
+            operand.update_usage(rowwise_usage=True, columnwise_usage=True)
+            operand.update_usage(rowwise_usage=False, columnwise_usage=True)
+            return operand
+        if self._inverse is not None:
+            return self._cast([weight[:, part]], self._inverse, rowwise=False, columnwise=True)
+        return quantized(self._quantizer, weight[:, part].contiguous(), columnwise=True)
+
     def _made(self, weight: Tensor, ranges: Sequence[slice], rowwise: bool, columnwise: bool) -> Operand:
         self.note(weight)
         if isinstance(weight, QuantizedTensorStorage):

@@ -12,7 +12,7 @@ def cast(parts: Sequence[Tensor], scale: Tensor, rows: Tensor | None, columns: T
     """Parts of a matrix, one below the other, in FP8, as its rows, its columns, or both.
 
     Args:
-        parts: ``[n_i, k]``, each contiguous.
+        parts: ``[n_i, k]``, each of dense rows, and all of one row stride.
         scale: ``[1]``, float32. What is beyond FP8 after it becomes the largest value there is.
         rows: ``[n, k]`` in FP8, contiguous, which is written.
         columns: ``[k, n]``, the same of the columns.

@@ -181,6 +181,11 @@ def check_micro_batches() -> None:
         tile, columns = copies.rows(source, halves), copies.rows(source, halves, rowwise=False, columnwise=True)
         assert torch.equal(fp8_on_cpu.rows_of(tile), expected)
         assert torch.equal(fp8_on_cpu.columns_of(columns), expected.t())
+        if copies.makes_columns(source):
+            part = slice(0, 128) if recipe == "blockwise" else slice(16, 64)
+            assert torch.equal(fp8_on_cpu.columns_of(copies.columns(source, part)), first[:, part].t())
+        else:
+            assert hold or (recipe == "blockwise" and is_quantized)
         assert torch.equal(fp8_on_cpu.rows_of(copies.rows(source, everything)), first)
         assert (columns is tile) == hold
         assert recipe != "delayed" or is_quantized or by.amax == 0

@@ -339,6 +339,8 @@ def test_rows_of_weights_are_those_of_transformer_engine(recipe: str) -> None:
         assert torch.equal(found._transpose, torch.cat([expected._transpose[:, rows] for rows in ranges], dim=1))
         assert torch.equal(columns._transpose, found._transpose) and columns._data is None
         assert torch.equal(found._scale_inv, expected._scale_inv)
+    part = slice(176, 352)
+    assert torch.equal(copies.columns(weight, part)._transpose, expected._transpose[part])
 
 
 @pytest.mark.feature("TiledMLP in FP8 under tensor and sequence parallelism")

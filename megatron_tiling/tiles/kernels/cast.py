@@ -21,7 +21,7 @@ BLOCK = 64
 
 @triton.jit
 def _cast_kernel(
-    parts, scale, into_rows, into_columns, all_rows, columns,
+    parts, stride, scale, into_rows, into_columns, all_rows, columns,
     LARGEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for index in tl.static_range(len(parts)):
@@ -31,7 +31,7 @@ def _cast_kernel(
             row = tl.program_id(0) // column_blocks * BLOCK + tl.arange(0, BLOCK)
             column = tl.program_id(0) % column_blocks * BLOCK + tl.arange(0, BLOCK)
             mask = (row < rows)[:, None] & (column < columns)[None, :]
-            x = tl.load(source + row.to(tl.int64)[:, None] * columns + column[None, :], mask, 0.0).to(tl.float32)
+            x = tl.load(source + row.to(tl.int64)[:, None] * stride + column[None, :], mask, 0.0).to(tl.float32)
             x = tl.clamp(x * tl.load(scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
             row += start
             if ROWS:
@@ -43,8 +43,14 @@ def _cast_kernel(
 
 
 def cast(parts: Sequence[Tensor], scale: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    """``scale [1]`` times contiguous parts ``[n_i, k]``, below one another: ``rows [n, k]``, ``columns [k, n]``."""
-    described, start = [], 0
+    """``scale [1]`` times parts ``[n_i, k]``, below one another: ``rows [n, k]``, ``columns [k, n]``.
+
+    Raises:
+        ValueError: parts whose rows are not dense, or lie apart by different strides.
+    """
+    described, start, stride = [], 0, parts[0].stride(0)
+    if any(part.stride() != (stride, 1) for part in parts):
+        raise ValueError("parts to be cast need dense rows, and one row stride")
     for part in parts:
         described.append((part, start, part.shape[0]))
         start += part.shape[0]
@@ -53,7 +59,7 @@ def cast(parts: Sequence[Tensor], scale: Tensor, rows: Tensor | None, columns: T
     assert out is not None
     launch(
         _cast_kernel, (blocks(most, BLOCK) * blocks(width, BLOCK), len(described)), out,
-        tuple(described), scale, rows, columns, start, width,
+        tuple(described), stride, scale, rows, columns, start, width,
         LARGEST=torch.finfo(out.dtype).max, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK=BLOCK,
         num_warps=WARPS,
     )  # fmt: skip

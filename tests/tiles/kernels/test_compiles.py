@@ -57,7 +57,13 @@ def activation_cases() -> Iterator[Case]:
 def cast_cases() -> Iterator[Case]:
     from megatron_tiling.tiles.kernels import cast
 
-    types = {"parts": (("*bf16", "i32", "i32"),) * 2, "scale": "*fp32", "all_rows": "i32", "columns": "i32"}
+    types = {
+        "parts": (("*bf16", "i32", "i32"),) * 2,
+        "scale": "*fp32",
+        "stride": "i32",
+        "all_rows": "i32",
+        "columns": "i32",
+    }
     types |= {"into_rows": "*fp8e4nv", "into_columns": "*fp8e4nv"}
     for rows, columns in ((True, False), (False, True), (True, True)):
         nothing = {name: None for name, made in (("into_rows", rows), ("into_columns", columns)) if not made}
