@@ -70,7 +70,7 @@ def _left_by_others() -> float | None:
 def _words(answer: dict[str, Any], left: float | None) -> str:
     given, best, smallest = (answer[name] for name in ("given", "best", "smallest"))
     limit = answer["limit_gib"]
-    shared = f" (other processes leave it {left:.1f})" if left is not None and left < limit else ""
+    shared = f" (the driver, NCCL and other processes leave it {left:.1f})" if left is not None and left < limit else ""
     planned_at = (
         f"The planner has this command at {given['gib']:.1f} GiB of {limit:.1f}{shared}, set by {given['phase']}"
         + answer["supposed"]
