@@ -18,7 +18,7 @@ ANSWER = {
 @pytest.mark.parametrize(
     ("free", "reserved", "words"),
     [
-        (1, 16, "18.5 GiB of 136.3 (the driver, NCCL and other processes leave it 17.0), set by MLP. What fits best, at 18.1"),
+        (1, 16, "18.5 GiB of 136.3 (the driver, NCCL and other processes leave it 17.0), set by MLP"),
         (2, 136, "18.5 GiB of 136.3, set by MLP. What fits best, at 18.1"),
     ],
 )
