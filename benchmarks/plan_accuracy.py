@@ -26,7 +26,7 @@ RECORDS = (
     "2026-11-26-whole-model-flash",
     "2026-11-27-whole-model-flash-8-layers",
     "2026-11-27-mlp-te",
-    "2026-11-27-mlp-fp8",
+    "2026-11-27-mlp-fp8-columns",
     "2026-11-27-experts",
     "2026-11-27-longest-context-3b",
     "2026-11-27-longest-context-3b-full-recompute",
@@ -163,13 +163,14 @@ def of_mlp_fp8(planner: Planner, record: list[str], lengths: int) -> Iterator[Ro
     from megatron_tiling import TilingConfig, tile
 
     tilings = {mlp_fp8.name_of(*tiling): tiling for tiling in mlp_fp8.TILED}
-    rows = [[cell.strip() for cell in line.split("|")] for line in record]
-    measured = {(row[1], row[2]): float(row[8]) for row in rows if len(row) == 12 and row[1] in mlp_fp8.RECIPES}
-    sizes = next(line for line in record if line.startswith("## h=")).replace(",", "").split()
-    shape = [int(size.partition("=")[2]) for size in sizes[1:]]
-    for (recipe, name), found in measured.items():
-        if "parameters" in name:
+    shape: list[int] = []
+    for line in record:
+        if line.startswith("## h="):
+            shape = [int(size.partition("=")[2]) for size in line.replace(",", "").split()[1:]]
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) != 12 or cells[1] not in mlp_fp8.RECIPES or "parameters" in cells[2]:
             continue
+        recipe, name, found = cells[1], cells[2], float(cells[8])
         with planner.simulation():
             mlp = mlp_fp8.mlp_of(*shape, fp8="hybrid", fp8_recipe=recipe)
             for layer in mlp.children():
@@ -189,7 +190,7 @@ def of_mlp_fp8(planner: Planner, record: list[str], lengths: int) -> Iterator[Ro
 
             step()
             run.forget()
-            yield f"{recipe}: {name}", planner.peak(step), found, None
+            yield f"h={shape[0]}, {recipe}: {name}", planner.peak(step), found, None
 
 
 def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:

@@ -193,14 +193,13 @@ class WeightCopies:
     def columns(self, weight: Tensor, part: slice) -> Operand:
         """Some columns of ``weight [o, k]``, as ``[o, n]`` with its columns, of a weight that ``makes_columns`` of."""
         self.note(weight)
-        if isinstance(weight, QuantizedTensorStorage):
-            operand = _per_tensor(weight, data=weight._data[:, part].contiguous())
-            operand.update_usage(rowwise_usage=True, columnwise_usage=True)
-            operand.update_usage(rowwise_usage=False, columnwise_usage=True)
-            return operand
         if self._inverse is not None:
             return self._cast([weight[:, part]], self._inverse, rowwise=False, columnwise=True)
-        return quantized(self._quantizer, weight[:, part].contiguous(), columnwise=True)
+        if isinstance(weight, QuantizedTensorStorage):
+            operand = _per_tensor(weight, data=weight._data[:, part].contiguous())
+        else:
+            operand = quantized(self._quantizer, weight[:, part].contiguous(), rowwise=True)
+        return _with_columns(operand, rowwise=False)
 
     def _made(self, weight: Tensor, ranges: Sequence[slice], rowwise: bool, columnwise: bool) -> Operand:
         self.note(weight)
@@ -210,11 +209,7 @@ class WeightCopies:
             return self._cast([weight[rows] for rows in ranges], self._inverse, rowwise, columnwise)
         else:
             operand = self._in_blocks(weight, ranges)
-        if columnwise:
-            operand.update_usage(rowwise_usage=True, columnwise_usage=True)
-            if not rowwise:
-                operand.update_usage(rowwise_usage=False, columnwise_usage=True)
-        return operand
+        return _with_columns(operand, rowwise) if columnwise else operand
 
     def note(self, weight: Tensor) -> None:
         """What the first call of a step does, for a weight that may not be used in it."""
@@ -247,6 +242,14 @@ class WeightCopies:
             tex.quantize(weight[rows], quantizer, rows_of(operand, slice(start, start + size)), None)
             start += size
         return operand
+
+
+def _with_columns(operand: Operand, rowwise: bool) -> Operand:
+    """An operand that has its rows, with its columns, made from them; without its rows unless ``rowwise``."""
+    operand.update_usage(rowwise_usage=True, columnwise_usage=True)
+    if not rowwise:
+        operand.update_usage(rowwise_usage=False, columnwise_usage=True)
+    return operand
 
 
 def _same_for_parts(quantizer: Quantizer, weight: Tensor) -> Quantizer:

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_tiling.tiles.device import blocks, launch, next_power_of_2
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
 
-STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 8
-GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 4
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 
 
 def update_statistics(
@@ -33,7 +33,7 @@ def update_statistics(
         _update_statistics, (tokens,), products,
         products, products.stride(0), width, first_column, columns.contiguous(), *_factors(scale), *written,
         CHOSEN=chosen, CHOSEN_BLOCK=next_power_of_2(max(chosen, 1)), CAPPED=scale.softcap is not None,
-        BLOCKS=blocks(width, block), BLOCK=block, num_warps=STATISTICS_WARPS,
+        BLOCKS=width // block, REST=width % block > 0, BLOCK=block, num_warps=STATISTICS_WARPS,
     )  # fmt: skip
 
 
@@ -83,37 +83,59 @@ def _logit(product, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _take_block(
+    row_ptr, start, width, first_column, inner, outer, largest, sum_exp, weighted, argmax,
+    WEIGHTED: tl.constexpr, ARGMAX: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token's statistics with a block of its row; masks cost time, so that only what ends a row has them."""
+    column = start + tl.arange(0, BLOCK)
+    if MASKED:
+        inside = column < width
+        logit = _logit(tl.load(row_ptr + column, mask=inside, other=0.0), inner, outer, CAPPED)
+        logit = tl.where(inside, logit, float("-inf"))
+    else:
+        logit = _logit(tl.load(row_ptr + column), inner, outer, CAPPED)
+    block_largest = tl.max(logit, axis=0)
+    if ARGMAX:
+        first = tl.min(tl.where(logit == block_largest, column, width), axis=0)
+        argmax = tl.where(block_largest > largest, (first_column + first).to(tl.int64), argmax)
+    new_largest = tl.maximum(largest, block_largest)
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
+    shifted = logit - shift
+    exp = tl.exp(shifted)
+    decay = tl.exp(largest - shift)
+    if WEIGHTED:
+        before = tl.where(sum_exp > 0, weighted + sum_exp * (largest - shift), 0.0)
+        weighted = before * decay + tl.sum(exp * tl.maximum(shifted, -200.0), axis=0)  # of -inf, exp is 0 too
+    return new_largest, sum_exp * decay + tl.sum(exp, axis=0), weighted, argmax
+
+
+@triton.jit
 def _update_statistics(
     products_ptr, row_stride, width, first_column, columns_ptr, inner, outer,
     largest_ptr, sum_exp_ptr, column_logits_ptr, weighted_ptr, argmax_ptr,
-    CHOSEN: tl.constexpr, CHOSEN_BLOCK: tl.constexpr, CAPPED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr, CHOSEN_BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCKS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row_ptr = products_ptr + token * row_stride
     largest = tl.load(largest_ptr + token)
     sum_exp = tl.load(sum_exp_ptr + token)
+    weighted, argmax = 0.0, tl.zeros([], tl.int64)
     if weighted_ptr is not None:
         weighted = tl.load(weighted_ptr + token)
     if argmax_ptr is not None:
         argmax = tl.load(argmax_ptr + token)
     for index in range(BLOCKS):  # of a known number: Triton's interpreter takes no other since numpy 2.5
-        column = index * BLOCK + tl.arange(0, BLOCK)
-        inside = column < width
-        logit = _logit(tl.load(row_ptr + column, mask=inside, other=0.0), inner, outer, CAPPED)
-        logit = tl.where(inside, logit, float("-inf"))
-        block_largest = tl.max(logit, axis=0)
-        if argmax_ptr is not None:
-            first = tl.min(tl.where(logit == block_largest, column, width), axis=0)
-            argmax = tl.where(block_largest > largest, (first_column + first).to(tl.int64), argmax)
-        new_largest = tl.maximum(largest, block_largest)
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing but -inf so far: -inf less 0
-        exp = tl.exp(logit - shift)
-        decay = tl.exp(largest - shift)
-        if weighted_ptr is not None:
-            before = tl.where(sum_exp > 0, weighted + sum_exp * (largest - shift), 0.0)
-            weighted = before * decay + tl.sum(tl.where(exp > 0, exp * (logit - shift), 0.0), axis=0)
-        sum_exp = sum_exp * decay + tl.sum(exp, axis=0)
-        largest = new_largest
+        largest, sum_exp, weighted, argmax = _take_block(
+            row_ptr, index * BLOCK, width, first_column, inner, outer, largest, sum_exp, weighted, argmax,
+            weighted_ptr is not None, argmax_ptr is not None, CAPPED, False, BLOCK,
+        )  # fmt: skip
+    if REST:
+        largest, sum_exp, weighted, argmax = _take_block(
+            row_ptr, BLOCKS * BLOCK, width, first_column, inner, outer, largest, sum_exp, weighted, argmax,
+            weighted_ptr is not None, argmax_ptr is not None, CAPPED, True, BLOCK,
+        )  # fmt: skip
     tl.store(largest_ptr + token, largest)
     tl.store(sum_exp_ptr + token, sum_exp)
     if weighted_ptr is not None:
