@@ -13,7 +13,17 @@ import warnings
 from typing import Any
 
 from megatron_tiling.plan.automatic import automatic_flags
-from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, command_parser, undominated
+from megatron_tiling.plan.command import (
+    ADVICE,
+    GIB,
+    GPU_MEMORY_GIB,
+    TILED,
+    Command,
+    Plan,
+    Setting,
+    command_parser,
+    undominated,
+)
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.trainer.planned import ANSWER
@@ -77,7 +87,8 @@ def main() -> None:
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
-    limit = (options.gpu_memory_gib - options.outside_gib) * GIB
+    memory = GPU_MEMORY_GIB if options.gpu_memory_gib is None else options.gpu_memory_gib
+    limit = (memory - options.outside_gib) * GIB
     if command.automatic:
         answer = automatic(command, tracker, limit)
     else:

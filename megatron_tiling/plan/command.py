@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tiling.arguments import add_tiling_args
-from megatron_tiling.plan import routing
+from megatron_tiling.plan import measure, routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import CLOCK, GPUS
+from megatron_tiling.plan.columns import columns
 from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.picture import draw, reason_not_to_draw
 from megatron_tiling.plan.processes import in_processes
@@ -29,7 +30,7 @@ from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
 USAGE = (
-    "python -m megatron_tiling plan [--gpu H100|H200] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
+    "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
     "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
 )
 TILED = "--use-tiled-linear"
@@ -57,6 +58,8 @@ RESERVED = 1.045
 TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
+#: By default.
+GPU_MEMORY_GIB = 80.0
 ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
 
 
@@ -104,6 +107,7 @@ class Command:
         sizes.add_argument("--attention-backend", default="auto")
         found = sizes.parse_known_args(arguments)[0]
         on_transformer_engine = found.transformer_impl == "transformer_engine"
+        self.attention = found.attention_backend if on_transformer_engine else "none"
         self.with_transformer_engine = on_transformer_engine or TRANSFORMER_ENGINE_IS_HERE
         if names.isdisjoint(RECOMPUTE_FLAGS):
             # Kernels of TransformerEngine keep no scores, but for those of its "unfused" backend.
@@ -218,10 +222,7 @@ def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
     rows.append(["torch reserves, about", *(f"{RESERVED * one.run.peak / MIB:.0f}" for one in plans)])
     rows.append(["set by", *(one.run.phase for one in plans)])
     rows.append(["pipeline stage", *(str(one.stage) for one in plans)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+    return columns(rows)
 
 
 def undominated(plans: Sequence[Plan]) -> list[Plan]:
@@ -255,8 +256,11 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
 def command_parser() -> argparse.ArgumentParser:
     """Of the planner's own flags, which stand before the script."""
     parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="its rates give the times (default: H100)")
-    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
+    parser.add_argument(
+        "--gpu-memory-gib",
+        type=float,
+        help=f"of one GPU (default: {GPU_MEMORY_GIB:g}; with --measure, of the GPUs that are here)",
+    )
     parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
     parser.add_argument(
         "--outside-gib",
@@ -271,43 +275,71 @@ def command_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
     )
-    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
-    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
 
 
-def main() -> None:
-    """Run the command that ``sys.argv`` holds.
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    """Of the user's command.
 
     Raises:
-        SystemExit: the script, or Megatron, does not take its arguments, with what it said.
+        SystemExit: they do not go together, or there is no such script.
     """
     parser = command_parser()
-    options = parser.parse_args(sys.argv[2:])
+    parser.add_argument("--gpu", choices=GPUS, help="its rates give the times (default: H100)")
+    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
+    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
+    parser.add_argument(
+        "--measure", action="store_true", help="also run three steps here, dense and tiled, and time the GPU"
+    )
+    options = parser.parse_args(argv)
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
-    if options.gpu_memory_gib <= options.outside_gib:
+    if options.gpu_memory_gib is None and not options.measure:
+        options.gpu_memory_gib = GPU_MEMORY_GIB
+    if options.gpu_memory_gib is not None and options.gpu_memory_gib <= options.outside_gib:
         parser.error(
             f"--gpu-memory-gib {options.gpu_memory_gib:g}: must be more than --outside-gib {options.outside_gib:g}"
         )
     if options.picture and options.longest:
         parser.error("--picture draws one length: leave out --longest")
+    if options.measure and options.longest:
+        parser.error("--measure runs one length: leave out --longest")
+    if options.measure and options.gpu:
+        parser.error(f"--gpu {options.gpu}: --measure times the GPU that is here; leave out one of them")
     if options.picture and (reason := reason_not_to_draw(options.picture)):
         parser.error(reason)
+    if options.longest and automatic_flags(options.arguments):
+        parser.error("--longest: give numbers in the place of auto, which chooses for one length")
+    return options
+
+
+def main(environment: Mapping[str, str] | None = None) -> None:
+    """Run the command that ``sys.argv`` holds.
+
+    Args:
+        environment: in which measured runs see GPUs; by default this process's.
+
+    Raises:
+        SystemExit: the script, or Megatron, does not take its arguments, with what it said.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    options = _options(sys.argv[2:])
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    CLOCK.gpu = GPUS[options.gpu]
+    CLOCK.gpu = GPUS[options.gpu or "H100"]
+    if options.measure:
+        here = measure.machine(command.gpus, environment)
+        options.gpu_memory_gib = options.gpu_memory_gib or here.gib
+        CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
     limit = options.gpu_memory_gib - options.outside_gib
-    left = f"{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;"
+    left = f"{options.gpu_memory_gib:.4g} GiB less {options.outside_gib:g} that torch does not count;"
     if command.automatic:
-        if options.longest:
-            parser.error("--longest: give numbers in the place of auto, which chooses for one length")
         command.choose(tracker, limit * GIB)
     if options.longest:
         print(left, f"the longest sequence that fits, in steps of {command.multiple} tokens:")
@@ -315,23 +347,48 @@ def main() -> None:
             name = setting.flags or "dense"
             print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
         return
-    found: list[Plan] = []
-    first = command.plan([command.dense, command.tiled], tracker, draw=options.picture is not None)
-    for name, one in zip(("dense", "tiled"), first, strict=True):
-        if isinstance(one, str):
-            raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {name}")
-        found.append(one)
-    names = "dense", f"tiled ({command.tiled.flags})"
-    print(table(found, names), flush=True)
+    plans = _dense_and_tiled(command, tracker, options.picture is not None)
+    print(table(list(plans.values()), list(plans)), flush=True)
+    found: dict[str, measure.Measured | measure.Failed] = {}
+    if options.measure:
+        print()
+        settings = {name: one.arguments for name, one in zip(plans, (command.dense, command.tiled), strict=True)}
+        found = measure.runs(command.script, settings, command.gpus, environment, options.picture is not None)
+        expected = {name: (one.run, int(RESERVED * one.run.peak), one.seconds) for name, one in plans.items()}
+        print(measure.comparison(expected, found), flush=True)
     if options.picture:
-        draw(options.picture, dict(zip(names, (one.run for one in found), strict=True)), limit * GIB)
-    dense = found[0]
-    failed: list[str] = []
+        measured = {name: one for name, one in found.items() if isinstance(one, measure.Measured)}
+        draw(options.picture, {name: one.run for name, one in plans.items()}, limit * GIB, measured)
+    print(f"\n{left}", end=" ")
+    print("\n".join(_compared(command, tracker, list(plans.values()), limit * GIB)))
+    if failed := [name for name, one in found.items() if isinstance(one, measure.Failed) and not one.phase]:
+        raise SystemExit(f"megatron_tiling plan: the measured run failed, see above: {', '.join(failed)}")
+
+
+def _dense_and_tiled(command: Command, tracker: Tracker, draw: bool) -> dict[str, Plan]:
+    """Plans of the command's own settings by their names.
+
+    Raises:
+        SystemExit: one of them does not run.
+    """
+    plans: dict[str, Plan] = {}
+    names = {"dense": "dense", "tiled": f"tiled ({command.tiled.flags})"}
+    for (kind, name), one in zip(
+        names.items(), command.plan([command.dense, command.tiled], tracker, draw), strict=True
+    ):
+        if isinstance(one, str):
+            raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {kind}")
+        plans[name] = one
+    return plans
+
+
+def _compared(command: Command, tracker: Tracker, plans: Sequence[Plan], limit: float) -> list[str]:
+    """The list of settings that fit, the command's own ``plans``, dense first, among them."""
+    found, failed = list(plans), []
     others = list(command.others())
     for setting, one in zip(others, command.plan(others, tracker), strict=True):
         if isinstance(one, Plan):
             found.append(one)
         else:
             failed.append(f"  not among them, it does not run: {setting.flags}: {one.splitlines()[-1]}")
-    print(f"\n{left}", end=" ")
-    print("\n".join([*ranking(found, dense, limit * GIB), *failed]))
+    return [*ranking(found, plans[0], limit), *failed]
