@@ -32,9 +32,8 @@ RATES_TIME_OUT = 300
 #: Of a run that fails: the end of what it printed before torchrun said so.
 TAIL_LINES = 25
 _ROWS = (
-    "peak", "the plan against that", "set by", "in the plan", "torch reserves", "the plan against that",
-    "beside that: driver, NCCL, other processes", "fullest rank", "milliseconds of a step",
-    "in the plan, kernels alone",
+    "peak", "  planned", "set by", "  planned", "torch reserves", "  planned, about",
+    "beside torch: driver, NCCL, other processes", "fullest rank", "milliseconds of a step", "  planned, kernels alone",
 )  # fmt: skip
 _TORCHRUN_SAYS = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic/.*(?:closing signal|failed \(exitcode)", re.M)
 _GPUS = """
@@ -187,13 +186,15 @@ def comparison(planned: Mapping[str, tuple[Run, int, float]], found: Mapping[str
 
 def _cells(planned: tuple[Run, int, float], found: Measured | Failed) -> list[str]:
     run, reserved, seconds = planned
+    expected = f"{run.peak / MIB:.0f}", f"{reserved / MIB:.0f}", f"{1000 * seconds:.1f}"
     if isinstance(found, Failed):
-        failed = ["out of memory" if found.phase else "failed", f"({run.peak / MIB:.0f})", found.phase or "-"]
-        return [*failed, run.phase, "-", f"({reserved / MIB:.0f})", "-", "-", "-", f"{1000 * seconds:.1f}"]
+        how = "out of memory" if found.phase else "failed"
+        return [how, expected[0], found.phase or "-", run.phase, "-", expected[1], "-", "-", "-", expected[2]]
     return [
-        f"{found.peak / MIB:.0f}", f"{run.peak / found.peak - 1:+.2%}", found.phase, run.phase,
-        f"{found.reserved / MIB:.0f}", f"{reserved / found.reserved - 1:+.1%}", f"{found.outside / MIB:.0f}",
-        str(found.rank), f"{1000 * found.seconds:.1f}", f"{1000 * seconds:.1f} ({seconds / found.seconds - 1:+.1%})",
+        f"{found.peak / MIB:.0f}", f"{expected[0]} ({run.peak / found.peak - 1:+.2%})", found.phase, run.phase,
+        f"{found.reserved / MIB:.0f}", f"{expected[1]} ({reserved / found.reserved - 1:+.1%})",
+        f"{found.outside / MIB:.0f}", str(found.rank),
+        f"{1000 * found.seconds:.1f}", f"{expected[2]} ({seconds / found.seconds - 1:+.1%})",
     ]  # fmt: skip
 
 

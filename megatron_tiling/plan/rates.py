@@ -49,6 +49,13 @@ def seconds(run: Callable[[], object], times: int = 0) -> float:
     return max(start.elapsed_time(stop) / 1000 / times, 1e-9)
 
 
+def warm_up() -> None:
+    """Products for ``WARM_UP``."""
+    left, right = (torch.randn(2 * HIDDEN, 2 * HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    once = seconds(lambda: left @ right, times=5)
+    seconds(lambda: left @ right, times=min(math.ceil(WARM_UP / once), 5000))
+
+
 def product_seconds(shape: Shape) -> float:
     """Of a product in bf16 of values as in training: those of zeros take less power."""
     rows, inner, columns = shape
@@ -71,11 +78,7 @@ def bandwidth() -> float:
 
 
 def fitted(times: Mapping[Shape, float], processors: int, bandwidth: float) -> tuple[float, float, float]:
-    """FLOP/s of products and the share of their traffic that shows, by least squares; and the largest error.
-
-    Raises:
-        ValueError: no rate above 0 fits.
-    """
+    """FLOP/s of products and the share of their traffic that shows, by least squares; and the largest error."""
     best = math.inf, 0.0, 0.0, 0.0
     for share in (step / 50 for step in range(51)):
         work = {
@@ -87,8 +90,6 @@ def fitted(times: Mapping[Shape, float], processors: int, bandwidth: float) -> t
         errors = [work[shape] / rate - rest[shape] for shape in times]
         if rate > 0:
             best = min(best, (sum(error**2 for error in errors), rate, share, max(map(abs, errors))))
-    if best[0] == math.inf:
-        raise ValueError(f"no rate of products fits {times}")
     return best[1:]
 
 
@@ -137,9 +138,7 @@ def timed(backend: str, world: int) -> dict[str, Any]:
     """The record."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     kept: list[str] = []
-    heat = product_seconds(PRODUCTS[0])
-    left, right = (torch.randn(2 * HIDDEN, 2 * HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds(lambda: left @ right, times=min(math.ceil(WARM_UP / heat), 2000))
+    warm_up()
     found: dict[str, Any] = {"processors": properties.multi_processor_count, "bandwidth": bandwidth()}
     times = {shape: product_seconds(shape) for shape in PRODUCTS}
     found["products"], found["product_traffic"], error = fitted(times, found["processors"], found["bandwidth"])

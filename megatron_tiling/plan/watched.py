@@ -125,7 +125,7 @@ class History:
         trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
         torch.cuda.memory._record_memory_history(None)
         begin, first = self._marks[0]
-        moments = [(begin, self._held), *allocated(trace, self._held, begin)]
+        moments = [(begin, self._held), *allocated(trace, self._held)]
         hosts = [host for host, _ in self._marks]
         seconds = [first.elapsed_time(event) / 1000 for _, event in self._marks]
         times = numpy.interp([time for time, _ in moments], hosts, seconds).tolist()
@@ -133,11 +133,10 @@ class History:
         return [*thinned(list(zip(times, sizes, strict=True)), bytes_of=int), (seconds[-1], sizes[-1])]
 
 
-def allocated(trace: Iterable[Mapping[str, Any]], held: int, begin: int) -> Iterator[tuple[int, int]]:
-    """Of the allocator's events since ``begin``: their microseconds, and bytes after each, of ``held`` at first."""
+def allocated(trace: Iterable[Mapping[str, Any]], held: int) -> Iterator[tuple[int, int]]:
+    """Of the allocator's events: their microseconds, and bytes after each, of ``held`` at first."""
     for event in trace:
-        sign = {"alloc": 1, "free_requested": -1}.get(event["action"], 0)
-        if sign and event["time_us"] >= begin:
+        if sign := {"alloc": 1, "free_requested": -1}.get(event["action"], 0):
             held += sign * -(-event["size"] // BLOCK) * BLOCK
             yield event["time_us"], held
 
