@@ -23,16 +23,13 @@ from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import CLOCK, GPUS
 from megatron_tiling.plan.columns import columns
 from megatron_tiling.plan.longest import longest, search
-from megatron_tiling.plan.picture import draw, reason_not_to_draw
+from megatron_tiling.plan.options import parse
+from megatron_tiling.plan.picture import draw
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
-USAGE = (
-    "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
-    "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
-)
 TILED = "--use-tiled-linear"
 KEEP_NONE = f"{TILED} --tiled-mlp-keep 0"
 SMALLEST = f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272"
@@ -48,9 +45,6 @@ UNEVEN = {
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
 }
-#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
-#: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
-OUTSIDE_GIB = 3.5
 #: What torch reserves, by the peak of what is allocated: near the middle of 30 training runs, of 1.007 to 1.1
 #: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
 RESERVED = 1.045
@@ -58,8 +52,6 @@ RESERVED = 1.045
 TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
-#: By default.
-GPU_MEMORY_GIB = 80.0
 ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
 
 
@@ -253,68 +245,6 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
     return [head, *rows]
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """Of the planner's own flags, which stand before the script."""
-    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
-    parser.add_argument(
-        "--gpu-memory-gib",
-        type=float,
-        help=f"of one GPU (default: {GPU_MEMORY_GIB:g}; with --measure, of the GPUs that are here)",
-    )
-    parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
-    parser.add_argument(
-        "--outside-gib",
-        type=float,
-        default=OUTSIDE_GIB,
-        help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
-        f"(default: {OUTSIDE_GIB:g})",
-    )
-    parser.add_argument(
-        routing.FLAG,
-        type=float,
-        default=1.0,
-        help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
-    )
-    parser.add_argument("script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    """Of the user's command.
-
-    Raises:
-        SystemExit: they do not go together, or there is no such script.
-    """
-    parser = command_parser()
-    parser.add_argument("--gpu", choices=GPUS, help="its rates give the times (default: H100)")
-    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
-    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
-    parser.add_argument(
-        "--measure", action="store_true", help="also run three steps here, dense and tiled, and time the GPU"
-    )
-    options = parser.parse_args(argv)
-    if not os.path.isfile(options.script):
-        parser.error(f"there is no script {options.script}")
-    if options.gpu_memory_gib is None and not options.measure:
-        options.gpu_memory_gib = GPU_MEMORY_GIB
-    if options.gpu_memory_gib is not None and options.gpu_memory_gib <= options.outside_gib:
-        parser.error(
-            f"--gpu-memory-gib {options.gpu_memory_gib:g}: must be more than --outside-gib {options.outside_gib:g}"
-        )
-    if options.picture and options.longest:
-        parser.error("--picture draws one length: leave out --longest")
-    if options.measure and options.longest:
-        parser.error("--measure runs one length: leave out --longest")
-    if options.measure and options.gpu:
-        parser.error(f"--gpu {options.gpu}: --measure times the GPU that is here; leave out one of them")
-    if options.picture and (reason := reason_not_to_draw(options.picture)):
-        parser.error(reason)
-    if options.longest and automatic_flags(options.arguments):
-        parser.error("--longest: give numbers in the place of auto, which chooses for one length")
-    return options
-
-
 def main(environment: Mapping[str, str] | None = None) -> None:
     """Run the command that ``sys.argv`` holds.
 
@@ -325,7 +255,7 @@ def main(environment: Mapping[str, str] | None = None) -> None:
         SystemExit: the script, or Megatron, does not take its arguments, with what it said.
     """
     environment = dict(os.environ if environment is None else environment)
-    options = _options(sys.argv[2:])
+    options = parse(sys.argv[2:])
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     CLOCK.gpu = GPUS[options.gpu or "H100"]

@@ -133,9 +133,9 @@ def records(
         printed = tail(log)
         if phases := [each[OUT_OF_MEMORY] for each in found if OUT_OF_MEMORY in each]:
             return Failed(phases[0], printed)
-        if code and "CUDA out of memory" in log.read_text(errors="replace"):
+        if len(found) < gpus and "CUDA out of memory" in log.read_text(errors="replace"):
             return Failed("a part of the run that is not watched", printed)
-        if code or len(found) < gpus:
+        if len(found) < gpus:  # else all is measured, however it ended
             return Failed("", printed or f"it ended with {code}, and without its third step")
         return found
 
