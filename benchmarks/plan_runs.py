@@ -12,11 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +23,7 @@ import torch
 from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.plan.command import RESERVED
+from megatron_tiling.plan.measure import Failed, records
 
 MIB = 2**20
 LLAMA = """
@@ -130,21 +127,11 @@ CASES = (
 )  # fmt: skip
 
 
-def measured(case: Case, gpus: list[str], script: Path, folder: Path) -> dict[str, Any]:
+def measured(case: Case, gpus: list[str], script: Path) -> dict[str, Any]:
     """What each rank recorded, or the end of what was printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(case.gpus), "--master-port", str(port)]
-    record = folder / case.name.replace(" ", "-")
-    command = [sys.executable, *launcher, "-m", "benchmarks.watched_run", str(record), str(script), *case.arguments()]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = dataclasses.asdict(case)
-    files = [Path(f"{record}.{rank}.json") for rank in range(case.gpus)]
-    if ended.returncode or not all(file.exists() for file in files):
-        return found | {"error": ended.stdout[-3000:]}
-    return found | {"ranks": [json.loads(file.read_text()) for file in files]}
+    found = records(str(script), case.arguments(), case.gpus, environment)
+    return dataclasses.asdict(case) | ({"error": found.tail} if isinstance(found, Failed) else {"ranks": found})
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -154,25 +141,24 @@ def measure(args: argparse.Namespace) -> None:
     origin = Origin.now(packages, machine(several=True))
     record: dict[str, Any] = {"origin": dataclasses.asdict(origin), "runs": []}
     path = args.results / f"{origin.date}-{args.name}.json"
-    with tempfile.TemporaryDirectory() as folder:
-        for size in sorted({case.gpus for case in chosen}):
-            groups: SimpleQueue[list[str]] = SimpleQueue()
-            lanes = [visible[i : i + size] for i in range(0, args.gpus - size + 1, size)] * 2
-            for group in lanes:
+    for size in sorted({case.gpus for case in chosen}):
+        groups: SimpleQueue[list[str]] = SimpleQueue()
+        lanes = [visible[i : i + size] for i in range(0, args.gpus - size + 1, size)] * 2
+        for group in lanes:
+            groups.put(group)
+
+        def one(case: Case, groups: SimpleQueue[list[str]] = groups) -> dict[str, Any]:
+            group = groups.get()
+            try:
+                return measured(case, group, args.script)
+            finally:
                 groups.put(group)
 
-            def one(case: Case, groups: SimpleQueue[list[str]] = groups) -> dict[str, Any]:
-                group = groups.get()
-                try:
-                    return measured(case, group, args.script, Path(folder))
-                finally:
-                    groups.put(group)
-
-            with ThreadPoolExecutor(len(lanes)) as pool:
-                for run in pool.map(one, [case for case in chosen if case.gpus == size]):
-                    record["runs"].append(run)
-                    path.write_text(json.dumps(record, indent=1) + "\n")  # what is measured stays, whatever comes
-                    print(run["name"], run.get("error", run.get("ranks")), flush=True)
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            for run in pool.map(one, [case for case in chosen if case.gpus == size]):
+                record["runs"].append(run)
+                path.write_text(json.dumps(record, indent=1) + "\n")  # what is measured stays, whatever comes
+                print(run["name"], run.get("error", run.get("ranks")), flush=True)
 
 
 def planned(case: Case, script: Path) -> tuple[int, str]:

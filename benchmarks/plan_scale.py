@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.plan_runs import KEEP_0, TILED, TRAINING, ZERO1
 from benchmarks.record import RESULTS, Origin
-from megatron_tiling.plan.command import GIB, OUTSIDE_GIB, Command, Plan
+from megatron_tiling.plan.command import GIB, Command, Plan
+from megatron_tiling.plan.options import OUTSIDE_GIB
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import prepare
 

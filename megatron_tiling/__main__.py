@@ -9,10 +9,9 @@ python -m megatron_tiling plan pretrain_gpt.py --use-tiled-linear ARGS
 
 import argparse
 import os
-import runpy
 import sys
-from typing import NoReturn
 
+from megatron_tiling import runner
 from megatron_tiling.arguments import add_tiling_args
 
 USAGE = "python -m megatron_tiling [plan] SCRIPT [ARGS of the script, and those below]"
@@ -26,58 +25,16 @@ def main() -> None:
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
     script = sys.argv[1]
     if script == "plan":
+        environment = dict(os.environ)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
         from megatron_tiling.plan.command import main as plan
 
-        return plan()
+        return plan(environment)
     if not os.path.isfile(script):
         parser.error(f"there is no script {script}")
     sys.argv = sys.argv[1:]
-    # As for `python SCRIPT`, and before Megatron is imported: a script in a Megatron-LM tree uses that tree.
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-
-    import torch
-
-    if not torch.cuda.is_available():
-        from megatron_tiling import cpu
-        from megatron_tiling.log import log_on_rank_0
-
-        log_on_rank_0("no GPU here; Megatron runs on the CPU over gloo, for trying things out")
-        cpu.install()
-        sys.argv = cpu.with_default_args(sys.argv)
-
-    from megatron_tiling.trainer.install import install
-
-    install()
-    run(script)
-
-
-def run(script: str) -> None:
-    """Run a script as ``__main__``. One that fails ends this process, its traceback printed."""
-    import torch
-
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except BaseException as error:
-        failed = not isinstance(error, SystemExit) or error.code not in (None, 0)
-        if failed and torch.distributed.is_initialized():
-            _leave(error)
-        raise
-    finally:  # scripts leave this to process exit, where gloo's threads now and then abort
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _leave(error: BaseException) -> NoReturn:
-    """Say what failed and end: process groups, on Python's way out, would wait for peers that wait for this rank."""
-    code = error.code if isinstance(error, SystemExit) else 1
-    if not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-    elif not isinstance(code, int):
-        print(code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    runner.prepare(script)
+    runner.run(script)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiling.plan.command import command_parser
+from megatron_tiling.plan.options import command_parser
 from tests.support.launch import EXAMPLES, ROOT, search_path
 
 RESULTS = ROOT / "benchmarks" / "results"

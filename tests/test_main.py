@@ -90,7 +90,7 @@ def test_a_rank_that_fails_says_so_and_leaves_without_its_peers(tmp_path: Path, 
     start = f"import torch\ntorch.distributed.init_process_group({group}, rank=%d)\n"
     peer = subprocess.Popen([sys.executable, "-c", start % 0 + "input()"], stdin=subprocess.PIPE)
     try:
-        done = python(start % 1 + f"from megatron_tiling.__main__ import run\nrun('{tmp_path}/script.py')")
+        done = python(start % 1 + f"from megatron_tiling.runner import run\nrun('{tmp_path}/script.py')")
         assert peer.poll() is None, "it was waited for"
         assert done.returncode == 1 and "KeyError" in done.stderr and "of this rank" in done.stderr
         assert ("Traceback" in done.stderr) == ("SystemExit" not in failure)

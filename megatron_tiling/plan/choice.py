@@ -13,7 +13,8 @@ import warnings
 from typing import Any
 
 from megatron_tiling.plan.automatic import automatic_flags
-from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, command_parser, undominated
+from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, undominated
+from megatron_tiling.plan.options import GPU_MEMORY_GIB, shared_parser
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.trainer.planned import ANSWER
@@ -71,13 +72,14 @@ def main() -> None:
     Raises:
         SystemExit: there is none; the last line of what it says is why.
     """
-    parser = command_parser()
+    parser = shared_parser()
     parser.add_argument("--below", type=float, default=1.0, help="of the peak of the command as given, what may be had")
     options = parser.parse_args()
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
-    limit = (options.gpu_memory_gib - options.outside_gib) * GIB
+    memory = GPU_MEMORY_GIB if options.gpu_memory_gib is None else options.gpu_memory_gib
+    limit = (memory - options.outside_gib) * GIB
     if command.automatic:
         answer = automatic(command, tracker, limit)
     else:

@@ -53,7 +53,12 @@ H100 = Gpu(132, 820e12, 0.45, 2.75e12, 860e12, 690e12, 300e9)
 H200 = Gpu(132, 700e12, 0.45, 3.9e12, 860e12, 690e12, 300e9)
 GPUS = {"H100": H100, "H200": H200}
 #: Keys that a query sees where attention has half of its rate.
-_FEW_KEYS = 730
+FEW_KEYS = 730
+
+
+def shipped_rates(name: str) -> Gpu:
+    """Of the kind whose name is in a device's; else the H100's."""
+    return next((gpu for kind, gpu in GPUS.items() if kind in name), H100)
 
 
 class Clock:
@@ -99,7 +104,7 @@ class Clock:
         flops = 2.0 * products * query.numel() * keys
         self.flops += flops
         rate = self.gpu.attention if products == 2 else self.gpu.attention_backward
-        self.seconds += flops * (1 + _FEW_KEYS / keys) / rate
+        self.seconds += flops * (1 + FEW_KEYS / keys) / rate
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         operands = [argument for argument in args if isinstance(argument, Tensor)]
@@ -107,14 +112,19 @@ class Clock:
         self.flops += flops
         rows, columns = result.shape[-2:]
         batch = result.numel() // max(rows * columns, 1)
-        waves = min(
-            math.ceil(batch * math.ceil(rows / height) * math.ceil(columns / width) / self.gpu.processors)
-            * height * width for height, width in _GEMM_TILES
-        )  # fmt: skip
-        share = result.numel() / max(waves * self.gpu.processors, 1)  # of the processors' time that is of use
+        share = useful_share(rows, columns, batch, self.gpu.processors)
         if flops:
             traffic = _bytes((operands, result)) / self.gpu.bandwidth
             self.seconds += max(flops / (share * self.gpu.products) + self.gpu.product_traffic * traffic, traffic)
+
+
+def useful_share(rows: int, columns: int, batch: int, processors: int) -> float:
+    """Of processors' time in products of so many results: what tiles past the edges and the last wave leave."""
+    waves = min(
+        math.ceil(batch * math.ceil(rows / height) * math.ceil(columns / width) / processors) * height * width
+        for height, width in _GEMM_TILES
+    )
+    return batch * rows * columns / max(waves * processors, 1)
 
 
 def _ranks(argument: Any) -> int:

@@ -18,20 +18,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tiling.arguments import add_tiling_args
-from megatron_tiling.plan import routing
+from megatron_tiling.plan import measure, routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import CLOCK, GPUS
+from megatron_tiling.plan.columns import columns
 from megatron_tiling.plan.longest import longest, search
-from megatron_tiling.plan.picture import draw, reason_not_to_draw
+from megatron_tiling.plan.options import parse
+from megatron_tiling.plan.picture import draw
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
 GIB, MIB = 2**30, 2**20
-USAGE = (
-    "python -m megatron_tiling plan [--gpu H100|H200] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
-    "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
-)
 TILED = "--use-tiled-linear"
 KEEP_NONE = f"{TILED} --tiled-mlp-keep 0"
 SMALLEST = f"{TILED} --tile-factor 8 --tiled-mlp-keep 0 --tiled-head-memory-mib 272"
@@ -47,9 +45,6 @@ UNEVEN = {
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
 }
-#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
-#: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
-OUTSIDE_GIB = 3.5
 #: What torch reserves, by the peak of what is allocated: near the middle of 30 training runs, of 1.007 to 1.1
 #: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
 RESERVED = 1.045
@@ -104,6 +99,7 @@ class Command:
         sizes.add_argument("--attention-backend", default="auto")
         found = sizes.parse_known_args(arguments)[0]
         on_transformer_engine = found.transformer_impl == "transformer_engine"
+        self.attention = found.attention_backend if on_transformer_engine else "none"
         self.with_transformer_engine = on_transformer_engine or TRANSFORMER_ENGINE_IS_HERE
         if names.isdisjoint(RECOMPUTE_FLAGS):
             # Kernels of TransformerEngine keep no scores, but for those of its "unfused" backend.
@@ -218,10 +214,7 @@ def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
     rows.append(["torch reserves, about", *(f"{RESERVED * one.run.peak / MIB:.0f}" for one in plans)])
     rows.append(["set by", *(one.run.phase for one in plans)])
     rows.append(["pipeline stage", *(str(one.stage) for one in plans)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+    return columns(rows)
 
 
 def undominated(plans: Sequence[Plan]) -> list[Plan]:
@@ -252,62 +245,31 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
     return [head, *rows]
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """Of the planner's own flags, which stand before the script."""
-    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="its rates give the times (default: H100)")
-    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of one GPU (default: 80)")
-    parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
-    parser.add_argument(
-        "--outside-gib",
-        type=float,
-        default=OUTSIDE_GIB,
-        help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
-        f"(default: {OUTSIDE_GIB:g})",
-    )
-    parser.add_argument(
-        routing.FLAG,
-        type=float,
-        default=1.0,
-        help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
-    )
-    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
-    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
-    parser.add_argument("script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
-
-
-def main() -> None:
+def main(environment: Mapping[str, str] | None = None) -> None:
     """Run the command that ``sys.argv`` holds.
+
+    Args:
+        environment: in which measured runs see GPUs; by default this process's.
 
     Raises:
         SystemExit: the script, or Megatron, does not take its arguments, with what it said.
     """
-    parser = command_parser()
-    options = parser.parse_args(sys.argv[2:])
-    if not os.path.isfile(options.script):
-        parser.error(f"there is no script {options.script}")
-    if options.gpu_memory_gib <= options.outside_gib:
-        parser.error(
-            f"--gpu-memory-gib {options.gpu_memory_gib:g}: must be more than --outside-gib {options.outside_gib:g}"
-        )
-    if options.picture and options.longest:
-        parser.error("--picture draws one length: leave out --longest")
-    if options.picture and (reason := reason_not_to_draw(options.picture)):
-        parser.error(reason)
+    environment = dict(os.environ if environment is None else environment)
+    options = parse(sys.argv[2:])
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    CLOCK.gpu = GPUS[options.gpu]
+    CLOCK.gpu = GPUS[options.gpu or "H100"]
+    if options.measure:
+        here = measure.machine(command.gpus, environment)
+        options.gpu_memory_gib = options.gpu_memory_gib or here.gib
+        CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
     limit = options.gpu_memory_gib - options.outside_gib
-    left = f"{options.gpu_memory_gib:g} GiB less {options.outside_gib:g} that torch does not count;"
+    left = f"{options.gpu_memory_gib:.4g} GiB less {options.outside_gib:g} that torch does not count;"
     if command.automatic:
-        if options.longest:
-            parser.error("--longest: give numbers in the place of auto, which chooses for one length")
         command.choose(tracker, limit * GIB)
     if options.longest:
         print(left, f"the longest sequence that fits, in steps of {command.multiple} tokens:")
@@ -315,23 +277,48 @@ def main() -> None:
             name = setting.flags or "dense"
             print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
         return
-    found: list[Plan] = []
-    first = command.plan([command.dense, command.tiled], tracker, draw=options.picture is not None)
-    for name, one in zip(("dense", "tiled"), first, strict=True):
-        if isinstance(one, str):
-            raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {name}")
-        found.append(one)
-    names = "dense", f"tiled ({command.tiled.flags})"
-    print(table(found, names), flush=True)
+    plans = _dense_and_tiled(command, tracker, options.picture is not None)
+    print(table(list(plans.values()), list(plans)), flush=True)
+    found: dict[str, measure.Measured | measure.Failed] = {}
+    if options.measure:
+        print()
+        settings = {name: one.arguments for name, one in zip(plans, (command.dense, command.tiled), strict=True)}
+        found = measure.runs(command.script, settings, command.gpus, environment, options.picture is not None)
+        expected = {name: (one.run, int(RESERVED * one.run.peak), one.seconds) for name, one in plans.items()}
+        print(measure.comparison(expected, found), flush=True)
     if options.picture:
-        draw(options.picture, dict(zip(names, (one.run for one in found), strict=True)), limit * GIB)
-    dense = found[0]
-    failed: list[str] = []
+        measured = {name: one for name, one in found.items() if isinstance(one, measure.Measured)}
+        draw(options.picture, {name: one.run for name, one in plans.items()}, limit * GIB, measured)
+    print(f"\n{left}", end=" ")
+    print("\n".join(_compared(command, tracker, list(plans.values()), limit * GIB)))
+    if failed := [name for name, one in found.items() if isinstance(one, measure.Failed) and not one.phase]:
+        raise SystemExit(f"megatron_tiling plan: the measured run failed, see above: {', '.join(failed)}")
+
+
+def _dense_and_tiled(command: Command, tracker: Tracker, draw: bool) -> dict[str, Plan]:
+    """Plans of the command's own settings by their names.
+
+    Raises:
+        SystemExit: one of them does not run.
+    """
+    plans: dict[str, Plan] = {}
+    names = {"dense": "dense", "tiled": f"tiled ({command.tiled.flags})"}
+    for (kind, name), one in zip(
+        names.items(), command.plan([command.dense, command.tiled], tracker, draw), strict=True
+    ):
+        if isinstance(one, str):
+            raise SystemExit(f"{one}\nmegatron_tiling plan: so ends the plan of the command, {kind}")
+        plans[name] = one
+    return plans
+
+
+def _compared(command: Command, tracker: Tracker, plans: Sequence[Plan], limit: float) -> list[str]:
+    """The list of settings that fit, the command's own ``plans``, dense first, among them."""
+    found, failed = list(plans), []
     others = list(command.others())
     for setting, one in zip(others, command.plan(others, tracker), strict=True):
         if isinstance(one, Plan):
             found.append(one)
         else:
             failed.append(f"  not among them, it does not run: {setting.flags}: {one.splitlines()[-1]}")
-    print(f"\n{left}", end=" ")
-    print("\n".join([*ranking(found, dense, limit * GIB), *failed]))
+    return [*ranking(found, plans[0], limit), *failed]

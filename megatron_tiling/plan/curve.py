@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tiling.plan.clock import Clock
@@ -45,18 +45,21 @@ class Moments:
         waiting = [one for one in self._tracker.allocations if one.died is None or one.died > begin][::-1]
         live: list[Allocation] = []
         points = []
-        for seconds, moment in self._thinned():
+        for seconds, moment in thinned(self._moments, bytes_of=lambda moment: moment.bytes):
             while waiting and waiting[-1].born <= moment.time:
                 live.append(waiting.pop())
             live = [one for one in live if one.lives(moment.time)]
             points.append(Point(seconds, self._tracker.parts(moment, live) | dict(always)))
         return tuple(points)
 
-    def _thinned(self) -> Iterator[tuple[float, Peak]]:
-        span = self._moments[-1][0] / SPANS
-        spans: dict[int, list[tuple[float, Peak]]] = {}
-        for one in self._moments:
-            spans.setdefault(int(one[0] / span) if span else 0, []).append(one)
-        for moments in spans.values():
-            kept = max(moments, key=lambda one: one[1].bytes), min(moments, key=lambda one: one[1].bytes)
-            yield from sorted(set(kept), key=lambda one: one[1].time)
+
+def thinned[M](moments: Sequence[tuple[float, M]], bytes_of: Callable[[M], int]) -> Iterator[tuple[float, M]]:
+    """Of moments and their seconds since the first: those with the most and with the fewest bytes, of each span."""
+    begin = moments[0][0]
+    span = (moments[-1][0] - begin) / SPANS
+    spans: dict[int, list[int]] = {}
+    for index, (seconds, _) in enumerate(moments):
+        spans.setdefault(int((seconds - begin) / span) if span else 0, []).append(index)
+    for indices in spans.values():
+        most, fewest = (pick(indices, key=lambda index: bytes_of(moments[index][1])) for pick in (max, min))
+        yield from (moments[index] for index in sorted({most, fewest}))

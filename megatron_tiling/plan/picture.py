@@ -1,11 +1,16 @@
-"""``--picture FILE``: memory over one step, stacked by part; dense above tiled, on one scale."""
+"""``--picture FILE``: memory over one step, stacked by part; dense above tiled, on one scale.
+
+With ``--measure`` what was allocated is a line over it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from megatron_tiling.plan.measure import Measured
 from megatron_tiling.plan.run import Run
 
 GIB = 2**30
@@ -28,8 +33,8 @@ def reason_not_to_draw(file: str) -> str:
     return ""
 
 
-def draw(file: str, runs: Mapping[str, Run], limit: float) -> None:
-    """The curves of runs by their names, and a line at ``limit`` bytes."""
+def draw(file: str, runs: Mapping[str, Run], limit: float, found: Mapping[str, Measured] | None = None) -> None:
+    """The curves of runs by their names, a line at ``limit`` bytes, and what was measured of some of the runs."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -57,9 +62,20 @@ def draw(file: str, runs: Mapping[str, Run], limit: float) -> None:
         at = max(run.curve, key=lambda point: point.bytes)
         axis.plot(1e3 * at.seconds, at.bytes / GIB, "k.")
         axis.axhline(limit / GIB, color="black", linestyle="dashed", linewidth=1)
-        axis.set_title(f"{name}: {at.bytes / GIB:.1f} GiB, set by {run.phase}", loc="left")
+        title = f"{name}: {at.bytes / GIB:.1f} GiB, set by {run.phase}"
+        if found and (measured := found.get(name)):
+            title += f". Line: measured, {measured.peak / GIB:.1f} GiB, set by {measured.phase}"
+            _draw_history(axis, measured, seconds[-1])
+        axis.set_title(title, loc="left", fontsize="medium")
         axis.set_ylabel("GiB")
-    axes[-1].set_xlabel("milliseconds of the kernels, estimated, of the micro-batches that were looked at")
+    stretched = "; measured steps are stretched to the same length" * bool(found)
+    axes[-1].set_xlabel(f"milliseconds of the kernels, estimated, of the micro-batches that were looked at{stretched}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
+
+
+def _draw_history(axis: Any, measured: Measured, end: float) -> None:
+    last = measured.history[-1][0] or 1.0
+    times = [end * seconds / last for seconds, _ in measured.history]
+    axis.step(times, [size / GIB for _, size in measured.history], where="post", color="black", linewidth=0.8)

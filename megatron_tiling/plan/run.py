@@ -16,7 +16,7 @@ import os
 import runpy
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from megatron_tiling.plan import gpu, routing
+from megatron_tiling.plan import gpu, look, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.curve import Moments, Point
 from megatron_tiling.plan.tracker import Tracker
@@ -152,7 +152,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
     @functools.wraps(stock_validate)
     def validate(args: Namespace, *more: Any, **options: Any) -> Any:
         _refuse(args)  # before Megatron refuses what the planner's TransformerEngine lacks, with other advice
-        vars(args).update(dict.fromkeys(_WRITES & vars(args).keys()))
+        look.leave_out_writing(args)
         return stock_validate(args, *more, **options)
 
     @functools.wraps(stock_pretrain)
@@ -226,17 +226,17 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         CLOCK.flops += backward_passes[-1][1]
         return tree_map_only(Tensor, torch.empty_like, input_tensor)
 
-    def data_iterators(*unused: Any, **also_unused: Any) -> tuple[Any, None, None]:
-        args = get_args()
-        args.do_train, args.do_valid, args.do_test = True, False, False
-        return _data_iterator(tracker), None, None
+    def batch(shapes: look.Shapes) -> dict[str, Tensor]:
+        made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        tracker.keep_on_host(made.values())
+        return made
 
     from megatron.training import get_args
 
     replaced = {
         stock_validate: validate,
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
-        training.build_train_valid_test_data_iterators: data_iterators,
+        training.build_train_valid_test_data_iterators: look.data_iterators(batch),
     }  # fmt: skip
     replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
     training.get_num_microbatches = number_of_microbatches
@@ -274,29 +274,6 @@ def mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:
         tracker.mark("weights", chunk.parameters())
 
 
-def _data_iterator(tracker: Tracker) -> Any:
-    """As Megatron's, which asks for one for each chunk of the model: there is none where no data is read."""
-    from megatron.core import mpu
-    from megatron.core.rerun_state_machine import RerunDataIterator
-    from megatron.training import get_args
-
-    if mpu.get_tensor_model_parallel_rank() != 0:
-        return None
-    return RerunDataIterator(_batches(tracker, get_args()))
-
-
-def _batches(tracker: Tracker, args: Namespace) -> Iterator[dict[str, Tensor]]:
-    shape = args.micro_batch_size, args.seq_length
-    while True:
-        batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels", "position_ids")}
-        batch["loss_mask"] = torch.zeros(shape)
-        if getattr(args, "create_attention_mask_in_dataloader", False):
-            mask = args.micro_batch_size, 1, args.seq_length, args.seq_length
-            batch["attention_mask"] = torch.zeros(mask, dtype=torch.bool)
-        tracker.keep_on_host(batch.values())
-        yield batch
-
-
 #: What scripts that train import, once for all runs.
 _IMPORTED = (
     "megatron.training.training",
@@ -304,8 +281,6 @@ _IMPORTED = (
     "megatron.core.models.mimo",
     "megatron.core.tokenizers.text.models",
 )
-#: Arguments by which a run that only looks would write to disks or send to services.
-_WRITES = {"tensorboard_dir", "wandb_project", "enable_one_logger", "log_progress", "ckpt_convert_format"}
 #: Arguments of what cannot be planned yet, and what they are called.
 _REFUSED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",

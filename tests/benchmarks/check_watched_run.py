@@ -5,10 +5,10 @@ python -m tests.benchmarks.check_watched_run
 
 import torch
 
-from benchmarks.watched_run import Watch
 from megatron_tiling import cpu
 from megatron_tiling.plan import gpu, run
 from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.plan.watched import Watch
 from tests.plan.check_fake import BATCH, MODELS, SEQUENCE, build
 
 

@@ -74,10 +74,10 @@ CODE = """
 import json
 from megatron_tiling.plan import command
 stock = command.draw
-def draw(file, runs, limit):
+def draw(file, runs, limit, measured):
     for run in runs.values():
         print("DRAWN", json.dumps(max(run.curve, key=lambda point: point.bytes).parts), run.phase)
-    stock(file, runs, limit)
+    stock(file, runs, limit, measured)
 command.draw = draw
 command.Command.others = lambda self: []
 command.main()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_tiling.plan.automatic import automatic_flags
-from megatron_tiling.plan.command import OUTSIDE_GIB
+from megatron_tiling.plan.options import OUTSIDE_GIB
 from megatron_tiling.trainer.phases import phase_of
 from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
 from tests.support.training import COMMON, LLAMA, losses

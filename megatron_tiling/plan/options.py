@@ -1,0 +1,88 @@
+"""The planner's own flags, which stand before the script."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from megatron_tiling.plan import routing
+from megatron_tiling.plan.automatic import automatic_flags
+from megatron_tiling.plan.clock import GPUS
+from megatron_tiling.plan.picture import reason_not_to_draw
+
+USAGE = (
+    "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
+    "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
+)
+#: By default.
+GPU_MEMORY_GIB = 80.0
+#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
+#: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
+OUTSIDE_GIB = 3.5
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    """Of flags that say what a run has to fit into, which stand before the script."""
+    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
+    parser.add_argument(
+        "--gpu-memory-gib",
+        type=float,
+        help=f"of one GPU (default: {GPU_MEMORY_GIB:g}; with --measure, of the GPUs that are here)",
+    )
+    parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
+    parser.add_argument(
+        "--outside-gib",
+        type=float,
+        default=OUTSIDE_GIB,
+        help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
+        f"(default: {OUTSIDE_GIB:g})",
+    )
+    parser.add_argument(
+        routing.FLAG,
+        type=float,
+        default=1.0,
+        help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
+    )
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Of the user's command: those, and what else it does."""
+    parser = shared_parser()
+    parser.add_argument("--gpu", choices=GPUS, help="its rates give the times (default: H100)")
+    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
+    parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
+    parser.add_argument(
+        "--measure", action="store_true", help="also run three steps here, dense and tiled, and time the GPU"
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Of the user's command.
+
+    Raises:
+        SystemExit: they do not go together, or there is no such script.
+    """
+    parser = command_parser()
+    options = parser.parse_args(argv)
+    if not os.path.isfile(options.script):
+        parser.error(f"there is no script {options.script}")
+    if options.gpu_memory_gib is None and not options.measure:
+        options.gpu_memory_gib = GPU_MEMORY_GIB
+    if options.gpu_memory_gib is not None and options.gpu_memory_gib <= options.outside_gib:
+        parser.error(
+            f"--gpu-memory-gib {options.gpu_memory_gib:g}: must be more than --outside-gib {options.outside_gib:g}"
+        )
+    if options.picture and options.longest:
+        parser.error("--picture draws one length: leave out --longest")
+    if options.measure and options.longest:
+        parser.error("--measure runs one length: leave out --longest")
+    if options.measure and options.gpu:
+        parser.error(f"--gpu {options.gpu}: --measure times the GPU that is here; leave out one of them")
+    if options.picture and (reason := reason_not_to_draw(options.picture)):
+        parser.error(reason)
+    if options.longest and automatic_flags(options.arguments):
+        parser.error("--longest: give numbers in the place of auto, which chooses for one length")
+    return options
