@@ -2,30 +2,13 @@
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from benchmarks.plan_runs import CASES, Case, page
-from tests.plan.check_fake import MODELS
-from tests.support.launch import ENVIRONMENT, ROOT, search_path
 
 ORIGIN = {"date": "2000-01-01", "command": "command", "machine": "GPU", "versions": {"torch": "2"}}
-
-
-def test_phases_as_the_planners_tracker_finds_them() -> None:
-    """On real tensors, in models of which it is the loss, an MLP, and a layer that is made again."""
-    command = [sys.executable, "-m", "tests.benchmarks.check_watched_run"]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": search_path()}
-    output = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^(.*): (\d+) (.*) / (.*)$", output, re.M)
-    assert len(found) == len(MODELS) and len({watched for *_, watched, _ in found}) > 2, output
-    for name, bytes_, watched, tracked in found:
-        assert (bytes_, watched) == ("0", tracked), name
 
 
 def test_names_are_not_given_twice() -> None:

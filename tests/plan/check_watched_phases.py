@@ -1,6 +1,6 @@
-"""The phase of a peak, as benchmarks.watched_run and as the planner's tracker find it: a line for each of some models.
+"""The phase of a peak, as plan/watched.py and as the planner's tracker find it: a line for each of some models.
 
-python -m tests.benchmarks.check_watched_run
+python -m tests.plan.check_watched_phases
 """
 
 import torch
