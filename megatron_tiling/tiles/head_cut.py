@@ -131,7 +131,10 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         cuts.append((cut._replace(kept=kept), max(beside + tile, at_end)))
     fitting = [(_time(cut, sizes), index) for index, (cut, memory) in enumerate(cuts) if memory <= bound]
     least = min(fitting or [(memory, index) for index, (_, memory) in enumerate(cuts)])
-    return cuts[least[1]][0]
+    cut = cuts[least[1]][0]
+    if tiles.vocabulary_tiles is None and len(cut.tokens) == 1 and sizes.dgrad and sizes.wgrad:
+        cut = cut._replace(columns=_evened(cut.columns, cut.kept))
+    return cut
 
 
 def _kept(tiles: HeadTiles, cut: HeadCut, room: int, tile_bytes: int) -> int:
@@ -186,6 +189,19 @@ def _ranges(size: int, longest: int) -> list[slice]:
     """Ranges of this length, what is left over first: the last, which stays, is a whole one."""
     stops = list(range(size, 0, -longest))[::-1] or [0]
     return _slices([0, *stops])
+
+
+def _evened(parts: list[slice], kept: int) -> list[slice]:
+    """Those that are made again become alike, where the first was a rest.
+
+    The backward pass ends with it, and a narrow one's wgrad hides little of the reduction of the input gradient.
+    """
+    remade = len(parts) - kept
+    if remade < 2:
+        return parts
+    stop = parts[remade - 1].stop
+    step = min(_aligned(ceil(stop / remade)), parts[remade - 1].stop - parts[remade - 1].start)
+    return [*_ranges(stop, step), *parts[remade:]]
 
 
 def _even_ranges(size: int, parts: int) -> list[slice]:

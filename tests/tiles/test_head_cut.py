@@ -92,7 +92,15 @@ def test_without_a_backward_pass_the_bound_is_for_one_tile() -> None:
 def test_the_last_tile_is_a_whole_one() -> None:
     cut = HeadTiles(320).cut(LLAMA)
     assert cut.columns[-1].stop - cut.columns[-1].start == cut.width == 12288
-    assert cut.columns[0].stop == 128256 % 12288
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_tiles_that_are_made_again_are_alike(ranks: int) -> None:
+    cut = HeadTiles(320).cut(LLAMA._replace(vocabulary=128256 // ranks, reduced_by=ranks))
+    widths = [part.stop - part.start for part in cut.columns]
+    assert len(cut.tokens) == cut.kept == 1 and sum(widths) == 128256 // ranks
+    first, *others = widths[: -cut.kept]
+    assert len(set(others)) <= 1 and 0.8 * max(others) < first <= max(others) <= cut.width == widths[-1]
 
 
 def test_many_tokens_leave_half_of_the_bound_to_tiles() -> None:
