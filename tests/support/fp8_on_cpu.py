@@ -51,6 +51,7 @@ def quantize(tensor: Tensor, by: Any, output: Any = None, *unused: Any) -> Any:
     assert tensor.dim() == 2
     values = tensor.contiguous().float()
     if isinstance(by, Float8BlockQuantizer):
+        assert by.rowwise_usage or by.block_scaling_dim == 1, "kernels of square blocks do not make columns alone"
         rows = _blocks(values, by.block_scaling_dim) if by.rowwise_usage else (None, None)
         columns = _blocks(values.t().contiguous(), by.block_scaling_dim) if by.columnwise_usage else (None, None)
         return _by_blocks(by, *rows, *columns)
