@@ -109,6 +109,7 @@ def main() -> None:
                     Path(file[0]).write_text("\n".join(setting.name for setting in trainer.found if setting.longest))
 
             Search(trainer, 3, save, MOST_TOKENS).run()
+    dist.barrier()  # gloo may abort in a rank whose peer has left
     dist.destroy_process_group()
 
 
