@@ -67,7 +67,7 @@ def main() -> None:
     for tokens in args.tokens:
         x = torch.randn(tokens, args.hidden_size, **options)  # type: ignore[arg-type]
         dx = torch.zeros(tokens, args.hidden_size, device="cuda")
-        widths = list(range(args.narrowest, args.widest + 1, ALIGNMENT))
+        widths = list(range(-(-args.narrowest // ALIGNMENT) * ALIGNMENT, args.widest + 1, ALIGNMENT))
         speed = {}
         for width in random.sample(widths, len(widths)):
             operations = 2e-9 * tokens * width * args.hidden_size

@@ -262,6 +262,11 @@ def main(environment: Mapping[str, str] | None = None) -> None:
     if options.measure:
         here = measure.machine(command.gpus, environment)
         options.gpu_memory_gib = options.gpu_memory_gib or here.gib
+        if options.gpu_memory_gib <= options.outside_gib:
+            raise SystemExit(
+                f"megatron_tiling plan: --outside-gib {options.outside_gib:g}: must be less than {here.gib:.4g}, "
+                "of the GPUs that are here"
+            )
         CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     if command.has_experts:

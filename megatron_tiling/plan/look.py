@@ -14,7 +14,7 @@ _LEFT_OUT: dict[str, object] = {
     **dict.fromkeys((
         "tensorboard_dir", "wandb_project", "ckpt_convert_format", "save_params_interval", "save_activations_interval",
         "save_tokens_per_expert_interval", "save_wgrads_interval", "save_dgrads_interval", "exit_interval",
-        "exit_duration_in_mins",
+        "exit_duration_in_mins", "logits_save_dir", "dump_param_to_param_group_map", "moe_routing_trace_path",
     )),
     **dict.fromkeys((
         "enable_one_logger", "log_progress", "profile", "record_memory_history", "enable_ft_package",

@@ -46,9 +46,8 @@ print(json.dumps([[one.name, one.total_memory / 2**30] for one in properties]))
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs that the user's environment shows: how many, the first one's name, the GiB of the smallest."""
+    """GPUs that the user's environment shows: the first one's name, the GiB of the smallest."""
 
-    gpus: int
     name: str
     gib: float
 
@@ -100,7 +99,7 @@ def machine(needed: int, environment: Mapping[str, str]) -> Machine:
     if len(found) < needed:
         here = f"sees {len(found)}" if found else "sees none"
         raise SystemExit(f"megatron_tiling plan: --measure: the command runs on {_gpus(needed)}; torch {here} here")
-    return Machine(len(found), found[0][0], min(gib for _, gib in found))
+    return Machine(found[0][0], min(gib for _, gib in found))
 
 
 def rates(machine: Machine, needed: int, attention: str, environment: Mapping[str, str]) -> Gpu:
@@ -114,7 +113,8 @@ def rates(machine: Machine, needed: int, attention: str, environment: Mapping[st
             return shipped_rates(machine.name)
         found = json.loads(record.read_text())
     gpu = Gpu(**found["gpu"])
-    print(f"times: by rates of this {machine.name}, timed now: {described(gpu, found['error'], attention, needed)}")
+    words = described(gpu, found["error"], found["attention"], needed)
+    print(f"times: by rates of this {machine.name}, timed now: {words}")
     for kept in found["kept"]:
         print(f"  not timed, by the table that ships with this package: {kept}")
     sys.stdout.flush()

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node N -m megatron_tiling.plan.rates RECORD ATTENTION
 
 Rank 0 writes RECORD, of JSON: ``gpu``, the fields of a ``Gpu``; ``error``, of the products that it was fitted to;
-``kept``, what was not timed, and why. ATTENTION is what Megatron's --attention-backend says, or "none". All ranks time
-the same at once, as they train. Kernels run until they are warm: a GPU at its power limit is slower than a cold one.
+``attention``, whether that was timed; ``kept``, what was not, and why. ATTENTION is what Megatron's
+--attention-backend says, or "none". All ranks time the same at once, as they train. Kernels run until they are warm: a
+GPU at its power limit is slower than a cold one.
 """
 
 from __future__ import annotations
@@ -150,15 +151,15 @@ def timed(backend: str, world: int) -> dict[str, Any]:
     if world > 1:
         found["link"] = link(world)
     gpu = dataclasses.replace(shipped_rates(properties.name), **found)
-    return {"gpu": dataclasses.asdict(gpu), "error": error, "kept": kept, "times": [[*s, t] for s, t in times.items()]}
+    return {"gpu": dataclasses.asdict(gpu), "error": error, "attention": "attention" in found, "kept": kept}
 
 
-def described(gpu: Gpu, error: float, backend: str, world: int) -> str:
-    """What was timed, in a few words."""
+def described(gpu: Gpu, error: float, attention: bool, world: int) -> str:
+    """What was timed, in a few words; ``attention`` if it was."""
     words = [
         f"products {gpu.products / 1e12:.0f} TFLOP/s (fitted within {error:.0%}), {gpu.bandwidth / 1e12:.2f} TB/s",
     ]
-    if backend not in ("none", "unfused"):
+    if attention:
         words.append(f"attention {gpu.attention / 1e12:.0f} and {gpu.attention_backward / 1e12:.0f} TFLOP/s")
     if world > 1:
         words.append(f"between GPUs {gpu.link / 1e9:.0f} GB/s")

@@ -76,14 +76,17 @@ def test_gradient(columns_as, log_sum_exp_as, grad_as, k, with_entropy, in_place
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@given(LAYOUTS, st.integers(0, 5), st.booleans(), SCALES)
-def test_statistics(columns_as, k, weighted, scale) -> None:
+@given(LAYOUTS, st.integers(0, 5), st.booleans(), SCALES, st.sampled_from([16, 4096]))
+def test_statistics(columns_as, k, weighted, scale, block) -> None:
+    """In two blocks and the rest of a row, and in one that is wider than it."""
     tiles, columns = (rows(), rows() + 1), chosen(k, columns_as, -2, 2 * COLUMNS + 3)
     found = []
     for form, dtype in ((kernels, torch.float32), (softmax, torch.float64)):
         statistics = Statistics.of_no_logits(columns, dtype, weighted=weighted, argmax=True)
-        for index, products in enumerate(tiles):
-            form.update_statistics(products.to(dtype), index * COLUMNS, columns, scale, statistics)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "STATISTICS_BLOCK", block)
+            for index, products in enumerate(tiles):
+                form.update_statistics(products.to(dtype), index * COLUMNS, columns, scale, statistics)
         found.append(vars(statistics).values())
     for ours, exact in zip(*found, strict=True):
         if exact is None:
@@ -103,9 +106,10 @@ def test_what_is_written_must_be_dense() -> None:
             kernels.logits_to_gradient(*tiles, 0, columns, LogitScale(), TokenGradients(vector, vector[:, None]))
 
 
-@pytest.mark.parametrize("form", [kernels, softmax])
-def test_tiles_of_minus_infinity(form) -> None:
+@pytest.mark.parametrize(("form", "block"), [(kernels, 1), (kernels, 2), (kernels, 4096), (softmax, 0)])
+def test_tiles_of_minus_infinity(form, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is nothing but that; the second holds one among numbers."""
+    monkeypatch.setattr(kernels, "STATISTICS_BLOCK", block)
     statistics = Statistics.of_no_logits(
         torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), torch.float32, weighted=True
     )
