@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.narrowest > args.widest:
+        parser.error(f"--narrowest {args.narrowest} is above --widest {args.widest}")
     options = {"device": "cuda", "dtype": torch.bfloat16}
     weight = torch.randn(args.widest, args.hidden_size, **options) / args.hidden_size**0.5  # type: ignore[arg-type]
     main_grad = torch.zeros(args.widest, args.hidden_size, device="cuda")

@@ -141,13 +141,21 @@ def allocated(trace: Iterable[Mapping[str, Any]], held: int) -> Iterator[tuple[i
             yield event["time_us"], held
 
 
+@functools.cache
+def _generator() -> torch.Generator:
+    """The same on ranks that share a sequence; Megatron seeds torch's alike on all."""
+    from megatron.core import parallel_state
+
+    return torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+
+
 def _random_batch(shapes: look.Shapes) -> dict[str, Tensor]:
-    """Experts are chosen by what tokens are: these are spread over the vocabulary."""
+    """Tokens, by which experts are chosen, are spread over the vocabulary, others on each data-parallel rank."""
     from megatron.training import get_args
 
     made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     for name in ("tokens", "labels"):
-        made[name].random_(get_args().padded_vocab_size)
+        made[name].random_(get_args().padded_vocab_size, generator=_generator())
     made["position_ids"].copy_(torch.arange(made["position_ids"].shape[1]))
     made["loss_mask"].fill_(1)
     return made
