@@ -131,7 +131,10 @@ def measured(case: Case, gpus: list[str], script: Path) -> dict[str, Any]:
     """What each rank recorded, or the end of what was printed."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     found = records(str(script), case.arguments(), case.gpus, environment)
-    return dataclasses.asdict(case) | ({"error": found.tail} if isinstance(found, Failed) else {"ranks": found})
+    if not isinstance(found, Failed):
+        return dataclasses.asdict(case) | {"ranks": found}
+    phase = f"out of memory in {found.phase}\n" if found.phase else ""
+    return dataclasses.asdict(case) | {"error": phase + found.tail}
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -22,9 +22,10 @@ def softmax_cases() -> Iterator[Case]:
         tile = {"products_ptr": f"*{dtype}", "columns_ptr": "*i64", "row_stride": "i32", "width": "i32"}
         types = tile | {"first_column": "i32", "argmax_ptr": "*i64", "out_ptr": f"*{dtype}", "out_stride": "i32"}
         common = {"CHOSEN": chosen, "CAPPED": capped, "BLOCK": 4096}
-        statistics = common | {"CHOSEN_BLOCK": 4, "BLOCKS": 3, "REST": True}
         nothing = {} if optional else {"weighted_ptr": None, "argmax_ptr": None}
-        yield softmax._update_statistics, types, statistics | nothing
+        for whole, rest in ((3, True), (0, True), (3, False)):  # blocks of a row
+            blocks = {"CHOSEN_BLOCK": 4, "BLOCKS": whole, "REST": rest}
+            yield softmax._update_statistics, types, common | blocks | nothing
         nothing = {} if optional else {"of_entropy_ptr": None, "entropy_ptr": None}
         yield softmax._logits_to_gradient, types, common | nothing
 
