@@ -1,4 +1,4 @@
-"""Speed of the three GEMMs of one tile of the LM head, by the tile's width: what ``tiles/head_cut.py`` is fitted to.
+"""Speed of the three GEMMs of one tile of the LM head, by the tile's width: whether some widths are better.
 
     python -m benchmarks.head_gemms [--tokens 8192 4096] [--hidden-size 4096] [--narrowest 4096 --widest 33792]
 
@@ -8,7 +8,6 @@ in random order. Writes a dated page into benchmarks/results/.
 
 import argparse
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.arguments import positive
+from benchmarks.mlp_measure import seconds
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 
@@ -36,45 +36,31 @@ def products(x: Tensor, weight: Tensor, main_grad: Tensor, dx: Tensor, width: in
     ]
 
 
-def milliseconds(run: Callable[[], None], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first one is a warm-up
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=positive, nargs="+", default=[8192, 4096])
     parser.add_argument("--hidden-size", type=positive, default=4096)
     parser.add_argument("--narrowest", type=positive, default=4096)
     parser.add_argument("--widest", type=positive, default=33792)
-    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.narrowest > args.widest:
         parser.error(f"--narrowest {args.narrowest} is above --widest {args.widest}")
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    weight = torch.randn(args.widest, args.hidden_size, **options) / args.hidden_size**0.5  # type: ignore[arg-type]
+    weight = torch.randn(args.widest, args.hidden_size, device="cuda", dtype=torch.bfloat16) / args.hidden_size**0.5
     main_grad = torch.zeros(args.widest, args.hidden_size, device="cuda")
     origin = Origin.now(("torch",), machine())
     count = torch.cuda.get_device_properties(0).multi_processor_count
     lines = origin.head("GEMMs of a tile of the LM head, by its width", f"{count} multiprocessors")
-    lines += [f"h={args.hidden_size}, bf16, random data, medians of {args.repeats}. TFLOP/s."]
+    lines += [f"h={args.hidden_size}, bf16, random data, medians of ten. TFLOP/s."]
     for tokens in args.tokens:
-        x = torch.randn(tokens, args.hidden_size, **options)  # type: ignore[arg-type]
+        x = torch.randn(tokens, args.hidden_size, device="cuda", dtype=torch.bfloat16)
         dx = torch.zeros(tokens, args.hidden_size, device="cuda")
         widths = list(range(-(-args.narrowest // ALIGNMENT) * ALIGNMENT, args.widest + 1, ALIGNMENT))
         speed = {}
         for width in random.sample(widths, len(widths)):
-            operations = 2e-9 * tokens * width * args.hidden_size
+            operations = 2e-12 * tokens * width * args.hidden_size
             runs = products(x, weight, main_grad, dx, width)
-            speed[width] = [operations / milliseconds(run, args.repeats) for run in runs]
+            speed[width] = [operations / seconds(run) for run in runs]
         lines += ["", f"{tokens} tokens:", "", f"| width | {' | '.join(NAMES)} | all three |", "|---|---|---|---|---|"]
         for width in widths:
             together = len(NAMES) / sum(1 / value for value in speed[width])

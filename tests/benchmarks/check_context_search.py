@@ -26,6 +26,7 @@ class Reckoning:
         self.found = [Setting(name, None, name.startswith("tiled")) for name in COSTS]
         self.steps: list[tuple[str, int]] = []
         self.own_peaks: list[float] = []
+        self.held = HELD * 2**30
         self._unlike, self._fails = unlike, fails
 
     def step(self, setting: Setting, tokens: int) -> float | None:
