@@ -71,6 +71,7 @@ def settings(experts: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
     yield "tiled: keep 0, recompute core_attn", selective("core_attn"), {"mlp_keep": 0}
     yield "tiled: output alone, full recompute", full(1), head
     yield "tiled: keep 0, full recompute", full(1), {"mlp_keep": 0}
+    yield "tiled: output alone, full recompute by 2 layers", full(2), head
     yield "tiled: keep 0, full recompute by 2 layers", full(2), {"mlp_keep": 0}
 
 

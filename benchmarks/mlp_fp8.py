@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformer_engine")
 RECIPES = ("tensorwise", "blockwise", "delayed")
 #: Tiles, kept ones (None: all), whether copies of weights are held.
 TILED: list[tuple[int, int | None, bool]] = [
-    *[(2, None, False), (2, None, True), (4, None, False), (4, None, True), (8, None, False)],
+    *[(2, None, False), (2, None, True), (3, None, False), (4, None, False), (4, None, True), (8, None, False)],
     *[(4, 0, False), (8, 0, False), (8, 0, True)],
 ]
 HEAD_START = 60_000_000  # GPU cycles: many small tiles take the host longer than the GPU, which is told apart
