@@ -167,7 +167,7 @@ class _Backward:
         self.needs_dgrad, self.needs_fc1, self.needs_bias, self.needs_fc2 = ctx.needs_input_grad[:4]
         self.needs_activation_grad = self.needs_dgrad or self.needs_fc1 or self.needs_bias
         self.hidden, self.bias, kept, self.fc1_weight, self.fc2_weight = ctx.saved_tensors
-        self.kept = kept.detach() if kept is not None and ctx.kept_is_intact else None
+        self.kept = kept.data if kept is not None and ctx.kept_is_intact else None
         ctx.kept_is_intact = False  # the gradients go there
         self.needs_x = self.needs_fc1 or self.kept is None
         if self.needs_x and self.hidden is None:

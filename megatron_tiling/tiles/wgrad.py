@@ -19,7 +19,7 @@ class WeightGrad:
 
     def __init__(self, weight: Tensor, fuse: bool, wide: bool = False) -> None:
         self._weight = weight
-        self._dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
+        self._wide = wide
         self._tensor: Tensor | None = getattr(weight, "main_grad", None) if fuse else None
         self.fused = self._tensor is not None
 
@@ -27,7 +27,9 @@ class WeightGrad:
     def tensor(self) -> Tensor:
         """Where slices go: memory of its own is there from the first one on."""
         if self._tensor is None:  # of a quantized weight too the gradient is a plain tensor
-            self._tensor = torch.empty(self._weight.shape, dtype=self._dtype, device=self._weight.device)
+            dtype = self._weight.dtype
+            dtype = torch.promote_types(dtype, torch.float32) if self._wide else dtype
+            self._tensor = torch.empty(self._weight.shape, dtype=dtype, device=self._weight.device)
         return self._tensor
 
     def add(
