@@ -43,7 +43,8 @@ def tiled_copy(mlp: Any, case: dict[str, Any], steps: int | None, transport: str
     if case["fusion"]:
         for layer in (mlp.linear_fc1, mlp.linear_fc2):
             layer.gradient_accumulation_fusion = True
-            layer.weight.main_grad = torch.ones_like(layer.weight, dtype=torch.promote_types(case["dtype"], torch.float))
+            wide = torch.promote_types(case["dtype"], torch.float32)
+            layer.weight.main_grad = torch.ones_like(layer.weight, dtype=wide)
             layer.weight.grad_added_to_main_grad = False
     return mlp
 
@@ -82,7 +83,7 @@ def check(case: dict[str, Any]) -> None:
             assert error < TOLERANCE[case["dtype"]], f"{name}: {error:.1e} from the MLP without overlap"
     needs_input = "fc1" not in case["frozen"] or case["keep"] == 0
     if case["dtype"] == torch.float64 and needs_input:  # a second pass over one graph, which kept pre-activations lose
-        twice, doubled = run(tiled_copy(stock, case, case["steps"]), case, 2), run(tiled_copy(stock, case, None), case, 2)
+        twice, doubled = (run(tiled_copy(stock, case, steps), case, passes=2) for steps in (case["steps"], None))
         for name, value in doubled.items():
             assert value is None or relative_error(twice[name], value) < 1e-12, f"{name}, of two backward passes"
 
