@@ -4,19 +4,19 @@ All features of the shard make one product in each step; what a step holds is wh
 the next one's tokens arrive and the sums of the one before go to their ranks. Depends on torch alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
-from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.step_comm import StepComm, Transport, row_steps, start_steps
+from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, start_steps
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
@@ -46,23 +46,14 @@ class SteppedLoop:
     fp32_accumulate: bool = False
     transport: Transport = "auto"
 
-    @property
-    def ranks_of_tokens(self) -> int:
-        """From how many ranks a step's tokens come."""
-        return self.comm.group.size() if self.comm.sequence_parallel else 1
+    def cut(self, source: Tensor) -> list[Step]:
+        """The steps of a pass over ``source [rows, ..., features]``."""
+        ranks = self.comm.group.size() if self.comm.sequence_parallel else 1
+        return cut(source.shape[0], prod(source.shape[1:-1]), ranks, self.steps)
 
-    def tokens_of_row(self, source: Tensor) -> int:
-        """``source [rows, ..., features]`` of this rank: of all ranks together."""
-        return self.ranks_of_tokens * prod(source.shape[1:-1])
-
-    def cut(self, source: Tensor) -> list[slice]:
-        return row_steps(source.shape[0], self.tokens_of_row(source), self.steps)
-
-    def start(self, sources: Sequence[Tensor], steps: list[slice], width: int) -> StepComm:
-        """Begin a pass whose partial sums are ``width`` wide."""
-        first = steps[0].stop - steps[0].start
-        step_bytes = first * self.tokens_of_row(sources[0]) * width * sources[0].element_size()
-        return start_steps(self.comm.group, self.comm.sequence_parallel, sources, self.transport, step_bytes)
+    def start(self, sources: Sequence[Tensor], out: Tensor | None) -> StepComm:
+        """Begin a pass."""
+        return start_steps(self.comm.group, self.comm.sequence_parallel, sources, out, self.transport)
 
 
 def stepped_mlp(
@@ -82,13 +73,6 @@ def stepped_mlp(
     """
     output: Tensor = _SteppedMLP.apply(hidden, fc1_weight, fc1_bias, fc2_weight, loop, torch.is_grad_enabled())
     return output
-
-
-class _Step(NamedTuple):
-    """Rows of a shard, and where their tokens are among those of all ranks."""
-
-    rows: slice
-    tokens: slice
 
 
 class _SteppedMLP(torch.autograd.Function):
@@ -124,26 +108,26 @@ class _SteppedMLP(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         records = grad_enabled and any(ctx.needs_input_grad)
-        steps = _steps(loop, hidden)
-        comm = loop.start([hidden], [step.rows for step in steps], fc2_weight.shape[0])
+        steps = loop.cut(hidden)
         output = hidden.new_empty(*hidden.shape[:-1], fc2_weight.shape[0])
+        comm = loop.start([hidden], output)
         keeps = records and loop.keeps
         kept = scratch(hidden, steps[-1].tokens.stop, fc1_weight.shape[0]) if keeps else None
-        arriving = _fetched(comm, 0, steps[0])
+        arriving = comm.fetch(0, steps[0])
         for index, step in enumerate(steps):
             x, arrived = arriving
             if index + 1 < len(steps):
-                arriving = _fetched(comm, 0, steps[index + 1])
+                arriving = comm.fetch(0, steps[index + 1])
             arrived()
             pre = scratch(hidden, x.shape[0], fc1_weight.shape[0]) if kept is None else kept[step.tokens]
             gemm_into(pre, x, fc1_weight.t(), accumulate=False)
             activated = scratch(hidden, x.shape[0], fc2_weight.shape[1])
             loop.activation.forward([_halves(pre, loop)], _halved(fc1_bias, loop), None, activated)
             del pre, x  # before the next ones are made
-            partial = comm.partial(output[step.rows])
+            partial = comm.partial(step)
             gemm_into(partial, activated, fc2_weight.t(), accumulate=False)
             del activated
-            comm.push(partial, output[step.rows])
+            comm.push(partial, step)
             del partial
         comm.finish()
         if records:
@@ -180,12 +164,12 @@ class _Backward:
         wide = self.loop.fp32_accumulate and self.kept is None
         self.fc1_grad, self.fc2_grad = (WeightGrad(*pair, wide=wide) for pair in zip(ctx.params, fuse, strict=True))
         self.bias_grad: Tensor | None = None
-        self.steps = _steps(self.loop, self.grad_output)
-        sources = [self.grad_output, self.hidden] if self.needs_x else [self.grad_output]
-        self.comm = self.loop.start(sources, [step.rows for step in self.steps], self.fc1_weight.shape[1])
         self.dgrad: Tensor | None = None
         if self.needs_dgrad:
             self.dgrad = self.grad_output.new_empty(*self.grad_output.shape[:-1], self.fc1_weight.shape[1])
+        self.steps = self.loop.cut(self.grad_output)
+        sources = [self.grad_output, self.hidden] if self.needs_x else [self.grad_output]
+        self.comm = self.loop.start(sources, self.dgrad)
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients of all arguments of ``_SteppedMLP``."""
@@ -205,19 +189,19 @@ class _Backward:
 
     def _run_kept(self, kept: Tensor) -> None:
         """Both wgrads at the end, over all tokens; what they read arrives in its place."""
-        whole = slice(0, self.steps[-1].rows.stop)
-        dy, x = self.comm.room(DY, whole), None
-        if self.needs_fc1:
-            x = self._room_for_input(whole)
-        activated = scratch(dy, dy.shape[0], self.fc2_weight.shape[1])
-        arrived, of_x = self.comm.fetch(DY, self.steps[0].rows, dy[self.steps[0].tokens]), []
+        tokens = self.steps[-1].tokens.stop
+        dy = self.comm.whole(DY, lambda: self.grad_output.new_empty(tokens, self.fc2_weight.shape[0]))
+        x = self.comm.whole(X, lambda: self._memory_for_input(tokens)) if self.needs_fc1 else None
+        activated = scratch(dy, tokens, self.fc2_weight.shape[1])
+        of_x = []
+        _, arrived = self.comm.fetch(DY, self.steps[0], dy[self.steps[0].tokens])
         for index, step in enumerate(self.steps):
             ready = arrived
             if index + 1 < len(self.steps):
                 following = self.steps[index + 1]
-                arrived = self.comm.fetch(DY, following.rows, dy[following.tokens])
+                _, arrived = self.comm.fetch(DY, following, dy[following.tokens])
             if x is not None:
-                of_x.append(self.comm.fetch(X, step.rows, x[step.tokens]))
+                of_x.append(self.comm.fetch(X, step, x[step.tokens])[1])
             ready()
             self._through_activation(dy[step.tokens], kept[step.tokens], activated[step.tokens])
             self._push_dgrad(step, kept[step.tokens])
@@ -246,15 +230,13 @@ class _Backward:
                 self.fc1_grad.add(WHOLE, WHOLE, pre, x, accumulate=index > 0)
             del dy, x, pre, activated  # before the next ones are made
 
-    def _fetched(self, step: _Step) -> tuple[Any, Any]:
-        x = _fetched(self.comm, X, step)
-        return _fetched(self.comm, DY, step), x
+    def _fetched(self, step: Step) -> tuple[Any, Any]:
+        x = self.comm.fetch(X, step)
+        return self.comm.fetch(DY, step), x
 
-    def _room_for_input(self, rows: slice) -> Tensor:
-        if not self.loop.comm.sequence_parallel:
-            return self.comm.room(X, rows)
-        shape = (self.hidden.shape[0] * self.loop.ranks_of_tokens, *self.hidden.shape[1:])
-        return flat(self.loop.comm.gather_buffer(shape, self.hidden.dtype))
+    def _memory_for_input(self, tokens: int) -> Tensor:
+        """``[tokens, h]``, of memory that other layers gather into as well."""
+        return self.loop.comm.gather_buffer((tokens, self.hidden.shape[-1]), self.hidden.dtype)
 
     def _through_activation(self, dy: Tensor, pre: Tensor, activated: Tensor) -> None:
         """In place: ``pre`` becomes its gradient, ``activated`` is filled."""
@@ -270,26 +252,15 @@ class _Backward:
             wide = bias_grad.to(torch.promote_types(bias_grad.dtype, torch.float32))
             self.bias_grad = wide if self.bias_grad is None else self.bias_grad.add_(wide)
 
-    def _push_dgrad(self, step: _Step, pre_grad: Tensor) -> None:
-        if self.dgrad is not None:
-            partial = self.comm.partial(self.dgrad[step.rows])
+    def _push_dgrad(self, step: Step, pre_grad: Tensor) -> None:
+        if self.needs_dgrad:
+            partial = self.comm.partial(step)
             gemm_into(partial, pre_grad, self.fc1_weight, accumulate=False)
-            self.comm.push(partial, self.dgrad[step.rows])
+            self.comm.push(partial, step)
 
     def _add_wgrads(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
         if self.needs_fc2:
             self.fc2_grad.add(WHOLE, WHOLE, dy, activated, accumulate=accumulate)
-
-
-def _steps(loop: SteppedLoop, source: Tensor) -> list[_Step]:
-    of_row = loop.tokens_of_row(source)
-    return [_Step(rows, slice(rows.start * of_row, rows.stop * of_row)) for rows in loop.cut(source)]
-
-
-def _fetched(comm: StepComm, source: int, step: _Step) -> tuple[Tensor, Callable[[], object]]:
-    """Memory for a step's tokens, and what to call before it is read."""
-    room = comm.room(source, step.rows)
-    return room, comm.fetch(source, step.rows, room)
 
 
 def _halves(pre: Tensor, loop: SteppedLoop) -> Tensor:

@@ -5,18 +5,17 @@ the side streams are copies alone, so they wait for no multiprocessor. All produ
 stream that calls, in the same order on every rank: it holds with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` too, where
 whatever is enqueued may wait for all that was enqueued before it.
 
-A workspace is the group's own, one for all layers: two sources that peers pull from, and two slots that they push
-into. Why nothing is overwritten too early, without a barrier for each copy:
-
-* A pass begins with a barrier after its sources are in place, and its last barrier comes after all of its pulls.
-* Step ``c`` is pushed into slot ``c % 2`` after the barrier of step ``c - 1``, which every peer reaches after it has
-  added up step ``c - 2``.
+A workspace is the group's own, one for all layers: two sources that peers pull from, and an area for each rank
+that pushes. Nothing is overwritten too early: a pass begins with a barrier, once its sources are in place, and ends
+with one, once its pulls and pushes are done. Between that and the next pass's first barrier a rank adds up what has
+arrived, and only after that one do peers push again.
 
 Depends on torch alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tiling.log import log_on_rank_0
-from megatron_tiling.tiles.step_comm import ScatteredSteps
+from megatron_tiling.tiles.step_comm import Piece, ScatteredSteps, Wait
 
-SOURCES, SLOTS = 2, 2
+SOURCES = 2
 ALIGNMENT = 512  # bytes
 TIMEOUT_MS = 30 * 60_000
 """After which a barrier whose peers do not come ends the process."""
@@ -34,12 +33,12 @@ TIMEOUT_MS = 30 * 60_000
 
 @dataclass
 class Workspace:
-    """Symmetric memory of one group: ``SOURCES`` areas of one size, then ``SLOTS`` areas of another."""
+    """Symmetric memory of one group: ``SOURCES`` areas of one size, then one for what arrives from all ranks."""
 
     handle: Any
     memory: Tensor
     source_bytes: int
-    slot_bytes: int
+    arrived_bytes: int
     pulls: torch.cuda.Stream = field(default_factory=lambda: torch.cuda.Stream(priority=-1))
     pushes: torch.cuda.Stream = field(default_factory=lambda: torch.cuda.Stream(priority=-1))
     last_pass: torch.cuda.Event = field(default_factory=torch.cuda.Event)
@@ -48,9 +47,9 @@ class Workspace:
         """A rank's area for a source."""
         return self._area(rank, index * self.source_bytes, like.shape, like.dtype)
 
-    def slot(self, rank: int, step: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A rank's area for the partial sums of a step."""
-        return self._area(rank, SOURCES * self.source_bytes + step % SLOTS * self.slot_bytes, shape, dtype)
+    def arrived(self, rank: int, ranks: int, like: Tensor) -> Tensor:
+        """``[tp, ...]`` in a rank's memory: what each rank has pushed to it, shaped as ``like``."""
+        return self._area(rank, SOURCES * self.source_bytes, (ranks, *like.shape), like.dtype)
 
     def _area(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         area: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)
@@ -75,7 +74,7 @@ class Workspace:
 _workspaces: dict[tuple[str, int], Workspace | None] = {}
 
 
-def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], step_bytes: int) -> Workspace | None:
+def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tensor | None) -> Workspace | None:
     """The group's workspace, made or made larger if need be, which all of its ranks do together.
 
     Returns:
@@ -87,16 +86,17 @@ def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], step_byte
     if key in _workspaces and known is None:
         return None
     source_bytes = max(_aligned(source.nbytes) for source in sources)
-    slot_bytes = _aligned(step_bytes)
+    arrived_bytes = 0 if out is None else _aligned(out.nbytes * group.size())
     if known is not None:
-        if source_bytes <= known.source_bytes and slot_bytes <= known.slot_bytes:
+        if source_bytes <= known.source_bytes and arrived_bytes <= known.arrived_bytes:
             return known
-        source_bytes, slot_bytes = max(source_bytes, known.source_bytes), max(slot_bytes, known.slot_bytes)
+        source_bytes = max(source_bytes, known.source_bytes)
+        arrived_bytes = max(arrived_bytes, known.arrived_bytes)
         torch.cuda.synchronize(device)  # after the last barrier of the last pass, nobody uses the one that goes
         del known, _workspaces[key]
     workspace, reason = None, ""
     try:
-        workspace = _new(group, device, source_bytes, slot_bytes)
+        workspace = _new(group, device, source_bytes, arrived_bytes)
     except Exception as error:  # of the driver, of torch, of the machine: without it, collectives do the work
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     if not _on_all_ranks(workspace is not None, group, device):
@@ -127,85 +127,70 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _new(group: dist.ProcessGroup, device: torch.device, source_bytes: int, slot_bytes: int) -> Workspace:
+def _new(group: dist.ProcessGroup, device: torch.device, source_bytes: int, arrived_bytes: int) -> Workspace:
     """Raises whatever torch raises where there is none."""
     from torch._C._distributed_c10d import _SymmetricMemory
     from torch.distributed._symmetric_memory import rendezvous
 
-    size = SOURCES * source_bytes + SLOTS * slot_bytes
+    size = SOURCES * source_bytes + arrived_bytes
     memory = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
-    return Workspace(rendezvous(memory, group.group_name), memory, source_bytes, slot_bytes)
+    handle = rendezvous(memory, group.group_name)
+    if handle is None:
+        raise RuntimeError("torch gives no handle for it")
+    return Workspace(handle, memory, source_bytes, arrived_bytes)
 
 
 class SymmetricSteps(ScatteredSteps):
     """One pass over the steps under sequence parallelism, by copy engines; this module says how it keeps order."""
 
     def __init__(
-        self, group: dist.ProcessGroup, sources: Sequence[Tensor], workspace: Workspace, step_bytes: int
+        self, group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tensor | None, workspace: Workspace
     ) -> None:
-        super().__init__(group, sources)
-        self._workspace, self._rank, self._step = workspace, group.rank(), 0
-        ranks = [(self._rank + shift) % self.pieces for shift in range(1, self.pieces)]
-        self._peers = ranks  # each rank begins with another one: one stream to and from each GPU at a time
+        self._workspace = workspace
+        super().__init__(group, sources, out)
         self._main = torch.cuda.current_stream()
         self._main.wait_event(workspace.last_pass)  # of another stream, if this is not its
-        self._shards = []
+        self._going: list[tuple[torch.cuda.Event, Tensor]] = []
+        self._pulled = workspace.last_pass
+        self._shards, self._areas = [], {}
+        peers = [self.peer(ahead) for ahead in range(1, self.ranks)]
         for index, source in enumerate(self.sources):
-            workspace.source(self._rank, index, source).copy_(source)
-            self._shards.append({peer: workspace.source(peer, index, source) for peer in ranks})
+            workspace.source(self.rank, index, source).copy_(source)
+            self._shards.append({peer: workspace.source(peer, index, source) for peer in peers})
+        if out is not None:
+            self._areas = {peer: workspace.arrived(peer, self.ranks, out)[self.rank] for peer in peers}
         workspace.barrier()
-        self._pulling: list[torch.cuda.Event] = []
-        self._read_since_barrier = False  # of peers' sources
 
-    def fetch(self, source: int, rows: slice, into: Tensor) -> Callable[[], object]:
-        own = self.sources[source][rows]
-        gathered = into.view(self.pieces, *own.shape)
-        self._workspace.pulls.wait_event(self._main.record_event())  # ``into`` is free
-        with torch.cuda.stream(self._workspace.pulls):
-            for peer in self._peers:
-                gathered[peer].copy_(self._shards[source][peer][rows])
-        arrived = self._workspace.pulls.record_event()
-        gathered[self._rank].copy_(own)
-        self._pulling.append(arrived)
-        self._read_since_barrier = True
+    def _room_for_pieces(self, out: Tensor) -> Tensor:
+        return self._workspace.arrived(self._workspace.handle.rank, self._workspace.handle.world_size, out)
 
-        def wait() -> None:
-            self._main.wait_event(arrived)
-            self._pulling.remove(arrived)
+    def _pull(self, source: int, parts: list[tuple[Piece, Tensor]]) -> Wait:
+        pulls = self._workspace.pulls
+        pulls.wait_event(self._main.record_event())  # the parts are free
+        with torch.cuda.stream(pulls):
+            for piece, part in parts:
+                part.copy_(self._shards[source][self.peer(piece.ahead)][piece.rows])
+        self._pulled = pulls.record_event()  # the last one, for ``finish``
+        return partial(self._main.wait_event, self._pulled)
 
-        return wait
-
-    def _settle(self, pushed: Any) -> None:
-        if pushed is not None:
-            self._main.wait_event(self._sent)
-            self._barrier()
-
-    def _barrier(self) -> None:
-        self._workspace.barrier()
-        self._read_since_barrier = bool(self._pulling)
-
-    def _send(self, partial: Tensor, out: Tensor) -> Callable[[], Tensor]:
-        shape = (self.pieces, *out.shape)
-        slots = [self._workspace.slot(rank, self._step, shape, out.dtype) for rank in range(self.pieces)]
-        pieces, pushes = partial.view(shape), self._workspace.pushes
+    def _send(self, sums: Tensor, parts: list[tuple[Piece, Tensor]]) -> None:
+        self._let_go()
+        pushes = self._workspace.pushes
         pushes.wait_event(self._main.record_event())  # the partial sums are there
         with torch.cuda.stream(pushes):
-            for peer in self._peers:
-                slots[peer][self._rank].copy_(pieces[peer])
-        self._sent = pushes.record_event()
-        self._step += 1
+            for piece, part in parts:
+                self._areas[self.peer(piece.ahead)][piece.rows].copy_(part)
+        self._going.append((pushes.record_event(), sums))
 
-        def arrived() -> Tensor:
-            slots[self._rank][self._rank].copy_(pieces[self._rank])
-            return slots[self._rank]
-
-        return arrived
+    def _let_go(self) -> None:
+        """Of the partial sums before, which have gone behind the products since."""
+        for gone, _ in self._going:
+            self._main.wait_event(gone)
+        self._going = []
 
     def finish(self) -> None:
+        self._let_go()
+        self._main.wait_event(self._pulled)
+        self._workspace.barrier()
         super().finish()
-        for pulled in self._pulling:  # of sources that nobody has read after all
-            self._main.wait_event(pulled)
-        self._pulling = []
-        if self._read_since_barrier:
-            self._barrier()
         self._workspace.last_pass.record(self._main)

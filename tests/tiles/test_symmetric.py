@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_tiling.tiles import step_comm, symmetric
-from megatron_tiling.tiles.step_comm import row_steps
-from megatron_tiling.tiles.symmetric import SLOTS, SOURCES, SymmetricSteps, Workspace
+from megatron_tiling.tiles.step_comm import cut
+from megatron_tiling.tiles.symmetric import SOURCES, SymmetricSteps, Workspace
 
 ROWS, BATCH, HIDDEN, OUT = 10, 2, 4, 6
 PASSES, FETCHES = 4, 1  # that one pushes nothing
@@ -57,40 +57,43 @@ def value(kind: int, index: int, rank: int, *shape: int) -> Tensor:
 
 def one_rank(rank: int, ranks: int, workspace: Workspace, steps: int, errors: list[str]) -> None:
     group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
-    cut = row_steps(ROWS, ranks * BATCH, steps)
     late = random.Random(-rank)
-    bytes_ = ranks * (cut[0].stop - cut[0].start) * BATCH * OUT * 8
     for index in range(PASSES):
         sources = [value(kind, index, rank, ROWS, BATCH, HIDDEN) for kind in (0, 1)][: 1 + index % 2]
-        comm = SymmetricSteps(group, sources, workspace, bytes_)
-        out = torch.full((ROWS, BATCH, OUT), torch.nan, dtype=torch.float64)
-        for step, rows in enumerate(cut):
+        out = None if index == FETCHES else torch.full((ROWS, BATCH, OUT), torch.nan, dtype=torch.float64)
+        comm = SymmetricSteps(group, sources, out, workspace)
+        for number, step in enumerate(cut(ROWS, BATCH, ranks, steps)):
             for source in range(len(sources)):
                 time.sleep(late.random() * 0.002)
-                room = comm.room(source, rows)
-                comm.fetch(source, rows, room)()
-                every = torch.stack([value(source, index, peer, ROWS, BATCH, HIDDEN)[rows] for peer in range(ranks)])
-                if not torch.equal(room, every.view(room.shape)):
-                    errors.append(f"rank {rank}, pass {index}, step {step}: source {source} is not what peers hold")
-            if index != FETCHES:
-                partial = comm.partial(out[rows])
-                partial.copy_(value(2 + step, index, rank, ranks, *out[rows].shape).view(partial.shape))
-                comm.push(partial, out[rows])
+                found, ready = comm.fetch(source, step)
+                ready()
+                held = [
+                    value(source, index, (rank + piece.ahead) % ranks, ROWS, BATCH, HIDDEN)[piece.rows]
+                    for piece in step.pieces
+                ]
+                if not torch.equal(found, torch.cat(held).flatten(0, 1)):
+                    errors.append(f"rank {rank}, pass {index}, step {number}: source {source} is not what peers hold")
+            if out is not None:
+                sums = comm.partial(step)
+                every = value(2, index, rank, ranks, ROWS, BATCH, OUT)
+                pieces = [every[(rank + piece.ahead) % ranks][piece.rows] for piece in step.pieces]
+                sums.copy_(torch.cat(pieces).flatten(0, 1))
+                comm.push(sums, step)
         comm.finish()
-        for step, rows in enumerate(cut if index != FETCHES else ()):
-            pieces = [value(2 + step, index, peer, ranks, *out[rows].shape)[rank] for peer in range(ranks)]
-            if not torch.equal(out[rows], torch.stack(pieces).sum(0)):
-                errors.append(f"rank {rank}, pass {index}, step {step}: not the sum of what ranks pushed")
+        if out is not None:
+            pieces = [value(2, index, peer, ranks, ROWS, BATCH, OUT)[rank] for peer in range(ranks)]
+            if not torch.equal(out, torch.stack(pieces).sum(0)):
+                errors.append(f"rank {rank}, pass {index}: not the sum of what ranks pushed")
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [2, 3, 7])
 def test_peers_get_what_ranks_hold_and_push(ranks: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stub in {"current_stream": Stream, "stream": lambda stream: contextlib.nullcontext()}.items():
         monkeypatch.setattr(symmetric.torch.cuda, name, stub)
     monkeypatch.setattr(step_comm, "TOKEN_MULTIPLE", 1)
     size = ROWS * BATCH * OUT * 8 * ranks
-    memories = [torch.zeros((SOURCES + SLOTS) * size, dtype=torch.uint8) for _ in range(ranks)]
+    memories = [torch.zeros((SOURCES + 1) * size, dtype=torch.uint8) for _ in range(ranks)]
     barrier, errors = threading.Barrier(ranks), []
     stream: Any = Stream()
     threads, done = [], []
