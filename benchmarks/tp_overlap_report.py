@@ -84,7 +84,7 @@ def draw(run: dict[str, Any]) -> Any:
     from matplotlib.patches import Patch
 
     traces = run["traces"]
-    figure, panels = plt.subplots(len(traces), 1, figsize=(14, 2.2 * len(traces) + 0.6), squeeze=False, sharex=True)
+    figure, panels = plt.subplots(len(traces), 1, figsize=(14, 1.7 * len(traces) + 0.8), squeeze=False, sharex=True)
     for panel, (name, events) in zip(panels[:, 0], traces.items(), strict=True):
         streams = sorted({stream for _, stream, _, _ in events})
         for event, stream, start, duration in events:

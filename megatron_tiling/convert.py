@@ -234,7 +234,8 @@ class _Plan:
 
     def _overlap_of(self, mlp: Any, in_fp8: bool) -> tuple[int, str]:
         """In how many steps an MLP in tiles overlaps its communication, and why not if it was asked to."""
-        steps = mlp.overlap_steps if isinstance(mlp, TiledMLP) else self.config.overlap_steps
+        tiled_before = isinstance(mlp, TiledMLP) and not in_fp8
+        steps = mlp.overlap_steps if tiled_before else self.config.overlap_steps
         if steps is None:
             return 0, ""
         reason = "FP8" if in_fp8 else reason_for_no_overlap(mlp)

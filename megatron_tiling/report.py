@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Self
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB, MODULE_OF_ATTRIBUTE, ROW_MODULES, TilingConfig
+from megatron_tiling.tiles import step_comm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.head_cut import HeadTiles, partition_aligned
-from megatron_tiling.tiles.step_comm import LEAST_STEP_TOKENS
 
 MIB = 2**20
 
@@ -31,7 +31,7 @@ class LayerReport:
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
         overlap_steps: in at most so many steps of tokens that MLP's communication runs behind its products; 0: it
             does not.
-        no_overlap: why not, where it was asked for.
+        no_overlap: why not, where it was asked for. Fewer tokens than make two steps go by tiles.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
         gathers_rows: their tokens are kept once, and the rows of a tile are gathered again in the backward pass.
@@ -121,7 +121,7 @@ def note(report: LayerReport) -> str:
         notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
         notes.append(f"keep {_keep_note(report)}")
         if not (report.partitioned or report.fp8):
-            notes.append(f"at most {tiles} token steps")
+            notes.append(f"at most {report.overlap_steps or tiles} token steps")
         notes[-1] += _overlap_note(report)
     elif report.module == "output":
         notes.append("logits whole")
@@ -133,8 +133,11 @@ def note(report: LayerReport) -> str:
 def _overlap_note(report: LayerReport) -> str:
     if report.no_overlap:
         return f", no overlap: {report.no_overlap}"
-    steps = f", communication behind products in at most {report.overlap_steps} steps of {LEAST_STEP_TOKENS} tokens on"
-    return steps if report.overlap_steps else ""
+    return (
+        f", communication behind products from {2 * step_comm.LEAST_STEP_TOKENS} tokens on"
+        if report.overlap_steps
+        else ""
+    )
 
 
 def _keep_note(report: LayerReport) -> str:

@@ -106,29 +106,55 @@ def check_memory() -> None:
 
 def check_what_runs_as_before() -> None:
     """Few tokens, a scale for each token, no overlap asked for: one step."""
-    from megatron_tiling.tiles import step_comm
-
     case = {name: values[0] for name, values in OPTIONS.items()}
     mlp = tiled_copy(stock_mlp(case | {"expert": False}), case, 4)
     hidden = tokens(case)
     assert mlp.steps_now(hidden, None) == 4
     assert mlp.steps_now(hidden, torch.ones(hidden.shape[:-1])) == 1
-    few = step_comm.LEAST_STEP_TOKENS * 3 // TP // BATCH
+    few = step_comm().LEAST_STEP_TOKENS * 3 // TP // BATCH
     assert mlp.steps_now(hidden[:few], None) == 3 and mlp.steps_now(hidden[:1], None) == 1
+
+
+def check_models() -> None:
+    """What the table says is what runs; MLPs in a model, dense against tiled."""
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import note
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+    reports = tile(tiled, TilingConfig(factor=2, tp_overlap=3))
+    notes = {report.name.rpartition(".")[2]: note(report) for report in reports if report.is_tiled}
+    words = f"at most 3 token steps, communication behind products from {2 * step_comm().LEAST_STEP_TOKENS} tokens on"
+    assert notes["linear_fc1"] == notes["linear_fc2"] == f"TiledMLP, keep all, {words}", notes
+    assert "products" not in notes["output_layer"], notes
+    seen = []
+    for layer in tiled.decoder.layers:
+        layer.mlp._in_steps = lambda hidden, steps, run=layer.mlp._in_steps: seen.append(steps) or run(hidden, steps)
+    found, expected = step(tiled, **batch()), step(dense, **batch())
+    assert_same(found, expected)
+    assert seen == [3, 3], seen
+
+
+def step_comm() -> Any:
+    from megatron_tiling.tiles import step_comm
+
+    return step_comm
 
 
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP):
-        from megatron_tiling.tiles import mlp_tiles, step_comm
+        from megatron_tiling.tiles import mlp_tiles
 
-        mlp_tiles.TOKEN_MULTIPLE = step_comm.TOKEN_MULTIPLE = 2
-        step_comm.LEAST_STEP_TOKENS = 8
+        mlp_tiles.TOKEN_MULTIPLE = step_comm().TOKEN_MULTIPLE = 2
+        step_comm().LEAST_STEP_TOKENS = 8
         cases = [case for seed in range(int(os.environ.get("SEEDS", "2"))) for case in all_pairs(OPTIONS, seed)]
         for case in cases:
             with naming(f"TP={TP}, {case}"):
                 check(case)
         check_what_runs_as_before()
         check_memory()
+        check_models()
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 

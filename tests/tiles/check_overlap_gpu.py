@@ -92,7 +92,7 @@ def dense(parameters: list[Tensor], rows: int) -> list[Tensor]:
 
 def gather(tensor: Tensor) -> Tensor:
     every = tensor.new_empty(dist.get_world_size(), *tensor.shape)
-    dist.all_gather_into_tensor(every, tensor)
+    dist.all_gather_into_tensor(every.flatten(0, 1), tensor.contiguous())
     return every
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=timedelta(seconds=60))
     late = random.Random(dist.get_rank())
-    options = itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False), (2, 3, 4))
+    options = itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False), (2, 3, 6))
     count = 0
     for dtype, sequence_parallel, keeps, steps in options:
         parameters = weights(dtype)
