@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tiling.tiles.activation import KERNEL_DTYPES
 from megatron_tiling.tiles.comm import flat
+from megatron_tiling.tiles.device import on_gpu
 
 #: ``auto``: symmetric memory where it is there, else collectives beside the products. ``blocking``: one after another.
 Transport = Literal["auto", "collectives", "blocking"]
@@ -109,7 +111,12 @@ def _rounded_up(size: int, parts: int, multiple: int) -> int:
 
 def add_pieces(pieces: Tensor, out: Tensor) -> None:
     """``[tp, ...]`` -> ``[...]``: the sum over ranks, in float32 where they are narrower, rounded once."""
-    torch.sum(pieces, dim=0, out=out)
+    if on_gpu(out) and out.dtype in KERNEL_DTYPES:
+        from megatron_tiling.tiles.kernels.add import add
+
+        add(pieces, out)
+    else:
+        torch.sum(pieces, dim=0, out=out)
 
 
 class StepComm:
