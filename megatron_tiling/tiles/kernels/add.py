@@ -20,8 +20,10 @@ def _add_kernel(pieces, out, size, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.load(pieces + at, mask, 0.0).to(tl.float32)
-    for rank in tl.static_range(1, RANKS):
-        total += tl.load(pieces + rank * size + at, mask, 0.0).to(tl.float32)
+    piece = pieces + at
+    for _ in tl.static_range(1, RANKS):
+        piece += size
+        total += tl.load(piece, mask, 0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask)
 
 
