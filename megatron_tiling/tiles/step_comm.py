@@ -100,6 +100,21 @@ def _cut(rows: int, tokens_of_row: int, ranks: int, steps: int, multiple: int) -
     return found
 
 
+def few_steps(steps: list[Step]) -> list[Step]:
+    """The same tokens in the same order, for a pass with work of its own after the last step, to hide what that sends.
+
+    The first step stays where there are tokens of other ranks, which arrive during it; all others are one.
+    """
+    alone = 1 if any(piece.ahead for step in steps for piece in step.pieces) else 0
+    pieces: list[Piece] = []
+    for piece in (piece for step in steps[alone:] for piece in step.pieces):
+        if pieces and pieces[-1].ahead == piece.ahead and pieces[-1].rows.stop == piece.rows.start:
+            pieces[-1] = Piece(piece.ahead, slice(pieces[-1].rows.start, piece.rows.stop))
+        else:
+            pieces.append(piece)
+    return [*steps[:alone], Step(tuple(pieces), slice(steps[alone].tokens.start, steps[-1].tokens.stop))]
+
+
 def _bounds(start: int, stop: int, parts: int, multiple: int) -> list[int]:
     return [*range(start, stop, max(1, _rounded_up(stop - start, parts, multiple))), stop]
 

@@ -16,7 +16,7 @@ from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, start_steps
+from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, few_steps, start_steps
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
@@ -93,8 +93,8 @@ class _SteppedMLP(torch.autograd.Function):
     fc1 wgrad    dp, x                                        dU ``[halves * f, h]`` = dp^T x
     ===========  ===========================================  =================================================
 
-    With kept pre-activations both wgrads are one product over all tokens, under which the last dx goes; else each step
-    adds to them.
+    With kept pre-activations both wgrads are one product over all tokens, under which dx goes: one step after the first
+    is enough then. Else each step adds to the wgrads.
     """
 
     @staticmethod
@@ -189,16 +189,17 @@ class _Backward:
 
     def _run_kept(self, kept: Tensor) -> None:
         """Both wgrads at the end, over all tokens; what they read arrives in its place."""
-        tokens = self.steps[-1].tokens.stop
+        steps = few_steps(self.steps)
+        tokens = steps[-1].tokens.stop
         dy = self.comm.whole(DY, lambda: self.grad_output.new_empty(tokens, self.fc2_weight.shape[0]))
         x = self.comm.whole(X, lambda: self._memory_for_input(tokens)) if self.needs_fc1 else None
         activated = scratch(dy, tokens, self.fc2_weight.shape[1])
         of_x = []
-        _, arrived = self.comm.fetch(DY, self.steps[0], dy[self.steps[0].tokens])
-        for index, step in enumerate(self.steps):
+        _, arrived = self.comm.fetch(DY, steps[0], dy[steps[0].tokens])
+        for index, step in enumerate(steps):
             ready = arrived
-            if index + 1 < len(self.steps):
-                following = self.steps[index + 1]
+            if index + 1 < len(steps):
+                following = steps[index + 1]
                 _, arrived = self.comm.fetch(DY, following, dy[following.tokens])
             if x is not None:
                 of_x.append(self.comm.fetch(X, step, x[step.tokens])[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tiling.tiles import step_comm
-from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, steps_for
+from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, few_steps, steps_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,6 +35,17 @@ def test_own_tokens_come_first_and_last(ranks: int, steps: int) -> None:
     assert found[0].own_rows is not None and found[-1].own_rows is not None
     order = [piece.ahead for step in found for piece in step.pieces]
     assert [ahead for ahead, _ in itertools.groupby(order)] == [*range(ranks), 0]
+
+
+def test_few_steps_take_the_same_tokens_in_the_same_order() -> None:
+    for rows, ranks, steps in itertools.product((512, 2048, 5000), (1, 2, 4), (2, 3, 6, 11)):
+        fine = cut(rows, 1, ranks, steps)
+        few = few_steps(fine)
+        assert len(few) == min(ranks, 2) and few[-1].tokens.stop == fine[-1].tokens.stop
+        assert ranks == 1 or few[0] == fine[0]
+        orders = [[(p.ahead, row) for s in cut_ for p in s.pieces for row in rows_of(p.rows)] for cut_ in (fine, few)]
+        assert orders[0] == orders[1]
+        assert len(few[-1].pieces) <= ranks + 1
 
 
 def test_two_steps_are_own_tokens_and_others() -> None:
