@@ -8,7 +8,7 @@ from tests.support.launch import torchrun
 GPUS = torch.cuda.device_count()
 
 
-@pytest.mark.feature("tensor-parallel communication beside products")
+@pytest.mark.feature("TiledMLP with communication behind products, NCCL, TP={world}")
 @pytest.mark.parametrize("transport", ["auto", "collectives"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_bits_as_blocking(world: int, transport: str) -> None:
