@@ -237,6 +237,14 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "Without it copies are made for each micro-batch.",
     )
     group.add_argument(
+        "--tiled-tp-overlap",
+        type=_number_or_text,
+        metavar="N|off",
+        help="MLPs go by at most N steps of tokens, and the tensor-parallel communication of a step runs behind the "
+        "products of others; the pre-activations of all tokens are kept, or none. Default off: it runs before and "
+        "after the products.",
+    )
+    group.add_argument(
         "--tiled-linear-storage",
         metavar=f"{{auto,{','.join(STORAGES)}}}",
         help="Resident tiles are parts of the stock weight; partitioned ones are parameters of their own, which an "

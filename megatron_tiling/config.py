@@ -41,6 +41,7 @@ FLAGS = {
     "head_tokens": "--tiled-head-tokens",
     "storage": "--tiled-linear-storage",
     "fp8_hold_weights": "--tiled-fp8-hold-weights",
+    "tp_overlap": "--tiled-tp-overlap",
 }
 
 
@@ -151,6 +152,8 @@ class TilingConfig:
             ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
         fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
             TransformerEngine's layers do, and do not make them again for each.
+        tp_overlap: MLPs whose tensor-parallel communication runs behind their products go by at most so many steps of
+            tokens, in place of tiles of features. ``None`` or ``"off"``: it runs before and after the products.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -169,6 +172,7 @@ class TilingConfig:
     storage: Storage = "resident"
     head_keep: int | Literal["all"] | None = None
     fp8_hold_weights: bool = False
+    tp_overlap: int | Literal["off"] | None = None
 
     def __post_init__(self) -> None:
         modules: Any = self.modules
@@ -186,6 +190,7 @@ class TilingConfig:
             ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
             ("storage", self.storage in STORAGES, f"{' or '.join(STORAGES)}; the flag alone can also be auto"),
             ("fp8_hold_weights", isinstance(self.fp8_hold_weights, bool), "True or False"),
+            ("tp_overlap", self.tp_overlap in (None, "off") or _is_whole(self.tp_overlap, 2), f"{_WHOLE} 2, or off"),
         ):
             value = getattr(self, name)
             if not fine:
@@ -212,10 +217,12 @@ class TilingConfig:
         experts = self.splits.get("experts", (1, 1))
         if experts[0] != 1:
             raise ValueError(f"--tiled-linear-splits experts={experts}: experts have one number of tiles, (1, N)")
+        once = f"partitioned tiles communicate once around a layer; {resident}"
         not_in_fp8 = self.partitioned and f"partitioned tiles are not in FP8; {resident}"
         head = "output" not in self.tiled_modules and "the output layer is not tiled; leave it out"
         if not head and self.partitioned:
             head = f"a partitioned output layer makes whole logits; {resident}"
+        overlap = self.overlap_steps
         for setting, given, reason in (
             ("fuse_wgrad=True", self.fuse_wgrad, engine),
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
@@ -226,6 +233,12 @@ class TilingConfig:
                 self.partitioned and in_one_piece,
             ),
             (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
+            (f"{FLAGS['tp_overlap']} {overlap}", overlap, (self.partitioned and once) or untiled_mlp),
+            (
+                f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {overlap}",
+                overlap and self.mlp_keep not in (None, 0, "all"),
+                "an MLP that goes by steps of tokens keeps all or none; give all or 0",
+            ),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
             (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),
             (FLAGS["head_keep"], self.head_keep is not None, head),
@@ -243,6 +256,11 @@ class TilingConfig:
         if self.modules is None:
             return MODULES if self.partitioned else RESIDENT_MODULES
         return MODULES if self.modules == "all" else self.modules
+
+    @property
+    def overlap_steps(self) -> int | None:
+        """``tp_overlap`` as a number; ``None`` is off."""
+        return None if self.tp_overlap == "off" else self.tp_overlap
 
     @property
     def kept_tiles(self) -> int | None:

@@ -43,6 +43,7 @@ from megatron_tiling.resident.mlp import (
     TiledMLP,
     check_keep,
     convert_mlp,
+    reason_for_no_overlap,
     reason_to_stay_stock,
 )
 from megatron_tiling.resident.stock_code import replaced_in_products
@@ -179,6 +180,7 @@ class _Plan:
             "kept_tiles": tiles if keep is None else keep,
             "gathers_rows": gathers,
             "fp8": in_fp8,
+            "no_overlap": "experts" if self.config.overlap_steps else "",
         }
         return replace(report, **how)
 
@@ -217,8 +219,9 @@ class _Plan:
             if self.config.partitioned:
                 reason = reason or adapted
             if not reason:
-                self.mlps.append(partial(convert_mlp, mlp, keep, classes))
+                self.mlps.append(partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps))
                 reason = adapted  # the MLP runs the loop once that adapter is gone
+        steps, no_overlap = self._overlap_of(mlp, in_fp8)
         for layer, report, grid in zip(layers, reports, grids, strict=True):
             if report is None or grid is None:
                 continue
@@ -226,7 +229,17 @@ class _Plan:
                 self.reports[layer] = replace(report, reason=reason)
             else:
                 kept = grid.tiles if keep is None else keep
-                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, kept_tiles=kept, fp8=in_fp8)
+                how: dict[str, Any] = {"kept_tiles": kept, "overlap_steps": steps, "no_overlap": no_overlap}
+                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, fp8=in_fp8, **how)
+
+    def _overlap_of(self, mlp: Any, in_fp8: bool) -> tuple[int, str]:
+        """In how many steps an MLP in tiles overlaps its communication, and why not if it was asked to."""
+        tiled_before = isinstance(mlp, TiledMLP) and not in_fp8
+        steps = mlp.overlap_steps if tiled_before else self.config.overlap_steps
+        if steps is None:
+            return 0, ""
+        reason = "FP8" if in_fp8 else reason_for_no_overlap(mlp)
+        return (0, reason) if reason else (steps, "")
 
     def _is_in_fp8(self, layers: list[Any]) -> bool:
         """Whether two layers stay TransformerEngine's, and an MLP that is tiled in FP8 may run in their place."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Self
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB, MODULE_OF_ATTRIBUTE, ROW_MODULES, TilingConfig
+from megatron_tiling.tiles import step_comm
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.head_cut import HeadTiles, partition_aligned
 
@@ -28,6 +29,9 @@ class LayerReport:
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
+        overlap_steps: in at most so many steps of tokens that MLP's communication runs behind its products; 0: it
+            does not.
+        no_overlap: why not, where it was asked for. Fewer tokens than make two steps go by tiles.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
         gathers_rows: their tokens are kept once, and the rows of a tile are gathered again in the backward pass.
@@ -43,6 +47,8 @@ class LayerReport:
     mlp: str | None = None
     kept_tiles: int = 0
     fp8: bool = False
+    overlap_steps: int = 0
+    no_overlap: str = ""
     experts: int = 0
     expert_tiles: int = 0
     gathers_rows: bool = False
@@ -103,7 +109,8 @@ def note(report: LayerReport) -> str:
     """How the tiles of a layer are used, or why there are none: the last column of the table."""
     if report.expert_tiles:
         words = f"TiledExperts{' in FP8' * report.fp8}, at most {report.expert_tiles} tiles of about as many rows"
-        return f"{words}, keep {_keep_note(report)}" + ", tokens kept once" * report.gathers_rows
+        words = f"{words}, keep {_keep_note(report)}" + ", tokens kept once" * report.gathers_rows
+        return words + _overlap_note(report)
     if report.grid is None:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []
@@ -114,12 +121,23 @@ def note(report: LayerReport) -> str:
         notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
         notes.append(f"keep {_keep_note(report)}")
         if not (report.partitioned or report.fp8):
-            notes.append(f"at most {tiles} token steps")
+            notes.append(f"at most {report.overlap_steps or tiles} token steps")
+        notes[-1] += _overlap_note(report)
     elif report.module == "output":
         notes.append("logits whole")
     elif report.reason:
         notes.append("stock MLP")
     return ", ".join(notes) + (f": {report.reason}" if report.reason else "")
+
+
+def _overlap_note(report: LayerReport) -> str:
+    if report.no_overlap:
+        return f", no overlap: {report.no_overlap}"
+    return (
+        f", communication behind products from {2 * step_comm.LEAST_STEP_TOKENS} tokens on"
+        if report.overlap_steps
+        else ""
+    )
 
 
 def _keep_note(report: LayerReport) -> str:

@@ -38,6 +38,8 @@ def test_each_flag_sets_its_field() -> None:
     ) == TilingConfig(
         3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9, True
     )
+    assert parse(f"{ON} --tiled-tp-overlap 4 --tiled-mlp-keep 0") == TilingConfig(mlp_keep=0, tp_overlap=4)
+    assert parse(f"{ON} --tiled-tp-overlap off") == TilingConfig(tp_overlap="off")
     assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules="all")
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
@@ -74,6 +76,7 @@ BAD_VALUES = (
     ("--tiled-head-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
     ("--tiled-head-memory-mib", ("0", "-1", "272MiB"), "must be a whole number of at least 1"),
     ("--tiled-head-tokens", ("0", "-1", "all"), "must be a whole number of at least 1"),
+    ("--tiled-tp-overlap", ("0", "1", "-2", "on", "2.5"), "must be a whole number of at least 2, or off"),
     ("--tiled-linear-storage", ("disk", "0"), "must be resident or partitioned; the flag alone"),
     ("--tiled-linear-modules", ("fc1 mlp", "fc1 fc1", "0", "fc1 --tiled-linear-modules fc1"), "must be some of qkv"),
     ("--tiled-linear-splits", ("fc1", "fc1=8", "fc1=1x-2", "fc1=0x2", "0"), "write MODULE=INxOUT, both whole numbers"),
@@ -107,8 +110,15 @@ def test_a_flag_alone_is_refused(flag: str) -> None:
 
 
 def test_settings_without_effect_are_refused() -> None:
-    for companion in ("--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", "--tiled-head-memory-mib 8"):
-        with pytest.raises(ValueError, match=f"^{companion.split()[0]}: .* or give --tiled-linear-storage resident"):
+    with pytest.raises(ValueError, match=r"^--tiled-mlp-keep 2 with --tiled-tp-overlap 4: .* give all or 0$"):
+        parse(f"{ON} --tiled-tp-overlap 4 --tiled-mlp-keep 2")
+    for modules in ("fc1", "experts output"):
+        with pytest.raises(ValueError, match=r"^--tiled-tp-overlap 4: fc1 and fc2 are not both tiled; leave it out$"):
+            parse(f"{ON} --tiled-tp-overlap 4 --tiled-linear-modules {modules}")
+    assert parse(f"{ON} --tiled-tp-overlap off --tiled-linear-modules fc1 --tiled-linear-storage partitioned")
+    memory = "--tiled-head-memory-mib 8"
+    for companion in ("--tiled-tp-overlap 4", "--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", memory):
+        with pytest.raises(ValueError, match=f"^{companion.split()[0]}.*: .* or give --tiled-linear-storage resident"):
             parse(f"{ON} --tiled-linear-storage partitioned {companion}")
     with pytest.raises(ValueError, match=r"^--tiled-head-tokens: the output layer is not tiled"):
         parse(f"{ON} --tiled-linear-modules fc1 --tiled-head-tokens 8")

@@ -91,6 +91,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("head_memory_mib", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("head_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
+        ("tp_overlap", (*NO_NUMBERS, 0, 1, "on", np.int64(1)), f"{WHOLE} 2, or off"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
         ("fp8_hold_weights", (1, 0, "yes", None), "must be True or False"),
         ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),

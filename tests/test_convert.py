@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.partitioned.checkpoint import tile_parameters
+from megatron_tiling.report import note
 from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.lm_head import TiledOutputLayer
 from megatron_tiling.resident.mlp import TiledMLP
@@ -88,6 +89,15 @@ def test_what_is_tiled_already_is_reported_as_it_is() -> None:
     assert tile(model, TilingConfig(factor=2)) == first
     assert state(model) == before
     assert isinstance(model.output_layer, TiledOutputLayer) and isinstance(model.decoder.layers[0].mlp, TiledMLP)
+
+
+def test_one_rank_has_nothing_to_overlap() -> None:
+    model = gpt()
+    for tiling in (TilingConfig(tp_overlap=4), TilingConfig()):
+        fc1, *_ = (report for report in tile(model, tiling) if report.name.endswith("linear_fc1"))
+        assert note(fc1).endswith("at most 4 token steps, no overlap: one tensor-parallel rank")
+    mlp = model.decoder.layers[0].mlp
+    assert mlp.overlap_steps == 4 and mlp.steps_now(torch.zeros(8192, 1, 32), None) == 1
 
 
 def test_kept_tiles_of_mlps_that_stay_stock_refuse_nothing() -> None:

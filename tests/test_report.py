@@ -9,6 +9,7 @@ from megatron_tiling.report import LayerReport, coarser_splits, table
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.head_cut import HeadTiles
 
+OVERLAP = "at most 4 token steps, communication behind products from 2048 tokens on"
 MLP: dict[str, Any] = {"mlp": "decoder.layers.0.mlp"}
 
 
@@ -68,8 +69,11 @@ def test_table() -> None:
         LayerReport("output_layer", (128256, 4096), 2, TileGrid(4096, 128256, 1, 4), loss_tiles=HeadTiles(272)),
         LayerReport("mlp.experts", (3072, 4096), 2, experts=8, expert_tiles=4, kept_tiles=0, gathers_rows=True),
         LayerReport("moe.experts", (3072, 4096), 2, experts=8, reason="--moe-paged-stash: tiles do not do this"),
+        layer("mlp.linear_fc1", (64, 32), (1, 4), **(mlp | {"overlap_steps": 4})),
+        layer("mlp.linear_fc1", (64, 32), (1, 4), **(mlp | {"no_overlap": "FP8", "fp8": True})),
+        LayerReport("mlp.experts", (64, 32), 2, experts=8, expert_tiles=4, no_overlap="experts"),
     ]
-    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:9]] == [
+    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:12]] == [
         "1 4096 x 6144 1x4 12.00 partitioned".split(),
         "1 4096 x 28672 1x4 56.00 TiledMLP, keep all, at most 4 token steps".split(),
         "1 14336 x 4096 4x1 28.00 TiledMLP, keep 1, at most 4 token steps".split(),
@@ -78,6 +82,9 @@ def test_table() -> None:
         "1 4096 x 128256 - - loss in tiles of tokens x columns of logits within 272 MiB, keep what fits".split(),
         "1 8 x 4096 x 3072 - - TiledExperts, at most 4 tiles of about as many rows, keep 0, tokens kept once".split(),
         "1 8 x 4096 x 3072 dense - --moe-paged-stash: tiles do not do this".split(),
+        f"1 32 x 64 1x4 0.00 TiledMLP, keep all, {OVERLAP}".split(),
+        "1 32 x 64 1x4 0.00 TiledMLP in FP8, keep all, no overlap: FP8".split(),
+        "1 8 x 32 x 64 - - TiledExperts, at most 4 tiles of about as many rows, keep 0, no overlap: experts".split(),
     ]
     assert table(layers[:1] * 3).splitlines()[1].split()[:2] == ["decoder.layers.*.self_attention.linear_qkv", "3"]
 

@@ -28,6 +28,8 @@ from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_T
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 from megatron_tiling.tiles.remade import made_again
+from megatron_tiling.tiles.step_comm import Transport, steps_for
+from megatron_tiling.tiles.stepped_mlp import SteppedLoop, stepped_mlp
 
 MLP_LAYERS = ("linear_fc1", "linear_fc2")
 _TE_CLASSES = {dim: tuple(tiled for tiled in TILED_TE_CLASSES.values() if tiled.partition_dim == dim) for dim in (0, 1)}
@@ -42,6 +44,9 @@ class TiledMLP(MLP):
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
+        overlap_steps: in at most so many steps of tokens communication runs behind products, where a call can do so.
+            Then ``keep`` is ``None`` or 0, and collectives are those of ``tiles/step_comm.py``.
+        transport: what bytes move with then.
     """
 
     child_classes: tuple[tuple[type, ...], tuple[type, ...]] = (
@@ -51,6 +56,8 @@ class TiledMLP(MLP):
     #: Whether the loop computes LoRA along.
     takes_adapters = True
     keep: int | None
+    overlap_steps: int | None = None
+    transport: Transport = "auto"
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -59,8 +66,12 @@ class TiledMLP(MLP):
         if self.reason_for_stock_forward():
             return super().forward(hidden_states, per_token_scale, **kwargs)
         fc2 = unwrapped(self.linear_fc2)
-        product, low = self._product(hidden_states, per_token_scale)
-        output, bias = reduced(fc2, product), fc2.bias
+        low, bias = None, fc2.bias
+        if (steps := self.steps_now(hidden_states, per_token_scale)) > 1:
+            output = self._in_steps(hidden_states, steps)
+        else:
+            product, low = self._product(hidden_states, per_token_scale)
+            output = reduced(fc2, product)
         if low is not None:
             adapter = looped_adapter(self.linear_fc2)
             assert adapter is not None
@@ -124,6 +135,42 @@ class TiledMLP(MLP):
         return reason_in_hooks(child)
 
     @torch.compiler.disable
+    def steps_now(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> int:
+        """In how many steps of tokens a call now goes, with communication behind products; 1: without."""
+        if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self):
+            return 1
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            return 1
+        comm = comm_of(self.linear_fc1)
+        if comm is None:
+            return 1
+        ranks = comm.group.size() if comm.sequence_parallel else 1
+        return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps)
+
+    @torch.compiler.disable
+    def _in_steps(self, hidden_states: Tensor, steps: int) -> Tensor:
+        """fc1, activation and fc2 with all of their communication."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        for child in (fc1, fc2):
+            run_weight_hooks(child)
+        comm = comm_of(fc1)
+        assert comm is not None
+        loop = SteppedLoop(
+            activation=activation_of(self, scaled=False),
+            steps=steps,
+            keeps=self.keep is None,
+            comm=comm,
+            fuse_fc1_wgrad=fc1.gradient_accumulation_fusion,
+            fuse_fc2_wgrad=fc2.gradient_accumulation_fusion,
+            fp32_accumulate=fc1.fp32_accumulate,
+            transport=self.transport,
+        )
+        normalized = fc1.normalized(hidden_states)
+        made = normalized is not hidden_states
+        with made_again(normalized, fc1.normalized, hidden_states) if made else nullcontext():
+            return stepped_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, loop)
+
+    @torch.compiler.disable
     def _product(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """fc1, activation and fc2, before the reduction over tensor-parallel ranks; and for an adapter around fc2."""
         fc1, fc2 = unwrapped(self.linear_fc1), unwrapped(self.linear_fc2)
@@ -166,7 +213,10 @@ TILED_MLP_CLASSES: dict[type[MLP], type[TiledMLP]] = {MLP: TiledMLP, SharedExper
 
 
 def convert_mlp(
-    mlp: Any, keep: int | None = None, classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES
+    mlp: Any,
+    keep: int | None = None,
+    classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES,
+    overlap_steps: int | None = None,
 ) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
@@ -174,13 +224,16 @@ def convert_mlp(
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
         classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
+        overlap_steps: as of ``TiledMLP``.
 
     Returns:
         Nothing, or why this MLP stays as it is.
 
     Raises:
-        ValueError: there are fewer tiles than ``keep``.
+        ValueError: there are fewer tiles than ``keep``, or it is not all or none of them with ``overlap_steps``.
     """
+    if overlap_steps is not None and keep not in (None, 0):
+        raise ValueError(f"--tiled-mlp-keep {keep} with --tiled-tp-overlap {overlap_steps}: give all or 0")
     tiled_class = classes.get(type(mlp), TiledMLP)
     layers: list[Any] = [unwrapped(getattr(mlp, name, None)) for name in MLP_LAYERS]
     pairs: Any = zip(layers, tiled_class.child_classes, strict=True)
@@ -189,6 +242,7 @@ def convert_mlp(
         return reason
     mlp.__class__ = tiled_class
     mlp.keep = keep
+    mlp.overlap_steps = overlap_steps
     mlp.adopt_tiles()
     return ""
 
@@ -244,6 +298,19 @@ def check_keep(keep: int | None, tiles: int, what: str = "fc1 and fc2") -> None:
     """
     if keep is not None and not 0 <= keep <= tiles:
         raise ValueError(f"--tiled-mlp-keep {keep}: must be within [0, {tiles}], the tiles of {what}, or all")
+
+
+def reason_for_no_overlap(mlp: Any) -> str:
+    """Why communication never runs behind the products of an MLP, stock or tiled, or nothing."""
+    fc1, fc2 = (getattr(mlp, name) for name in MLP_LAYERS)
+    if any(unwrapped(layer) is not layer for layer in (fc1, fc2)):
+        return "an adapter"
+    if isinstance(mlp, SharedExpertMLP):
+        return "a shared expert"
+    if any(getattr(layer, "explicit_expert_comm", getattr(layer, "parallel_mode", "") is None) for layer in (fc1, fc2)):
+        return "an expert"
+    group = getattr(fc1, "tp_group", None)
+    return "" if group is not None and group.size() > 1 else "one tensor-parallel rank"
 
 
 def _adds_bias(layer: Any) -> bool:

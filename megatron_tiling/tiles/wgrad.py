@@ -13,11 +13,13 @@ class WeightGrad:
 
     With ``fuse=True`` and a ``main_grad`` on the weight (Megatron's DDP sets it, float32 or the weight's dtype),
     slices are added to ``main_grad`` in place, as Megatron's gradient accumulation fusion does with apex's kernel,
-    and ``result`` is what Megatron's DDP hooks expect in its place.
+    and ``result`` is what Megatron's DDP hooks expect in its place. With ``wide=True`` slices that are added to several
+    times are summed in float32 where there is no ``main_grad``.
     """
 
-    def __init__(self, weight: Tensor, fuse: bool) -> None:
+    def __init__(self, weight: Tensor, fuse: bool, wide: bool = False) -> None:
         self._weight = weight
+        self._wide = wide
         self._tensor: Tensor | None = getattr(weight, "main_grad", None) if fuse else None
         self.fused = self._tensor is not None
 
@@ -25,7 +27,9 @@ class WeightGrad:
     def tensor(self) -> Tensor:
         """Where slices go: memory of its own is there from the first one on."""
         if self._tensor is None:  # of a quantized weight too the gradient is a plain tensor
-            self._tensor = torch.empty(self._weight.shape, dtype=self._weight.dtype, device=self._weight.device)
+            dtype = self._weight.dtype
+            dtype = torch.promote_types(dtype, torch.float32) if self._wide else dtype
+            self._tensor = torch.empty(self._weight.shape, dtype=dtype, device=self._weight.device)
         return self._tensor
 
     def add(
@@ -40,7 +44,7 @@ class WeightGrad:
     def result(self) -> Tensor | None:
         """What the autograd function returns for the weight, once every slice is there."""
         if not self.fused:
-            return self.tensor
+            return self.tensor.to(self._weight.dtype)
         if not hasattr(self._weight, "grad_added_to_main_grad"):
             return None
         # A gradient, though nobody reads it, keeps DDP's hooks on the main backward thread: see LinearWithGrad-

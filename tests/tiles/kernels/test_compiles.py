@@ -71,12 +71,20 @@ def cast_cases() -> Iterator[Case]:
         yield cast._cast_kernel, types, nothing | {"LARGEST": 448.0, "ROWS": rows, "COLUMNS": columns, "BLOCK": 64}
 
 
+def add_cases() -> Iterator[Case]:
+    from megatron_tiling.tiles.kernels import add
+
+    for dtype, ranks in itertools.product(("bf16", "fp32"), (2, 8)):
+        types = {"pieces": f"*{dtype}", "out": f"*{dtype}", "size": "i64"}
+        yield add._add_kernel, types, {"RANKS": ranks, "BLOCK": 2048}
+
+
 def compile_all() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, types, values in itertools.chain(softmax_cases(), activation_cases(), cast_cases()):
+    for kernel, types, values in itertools.chain(softmax_cases(), activation_cases(), cast_cases(), add_cases()):
         signature = {n: "constexpr" if n in values else types.get(n, default_type(n)) for n in kernel.arg_names}
         constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -1,0 +1,41 @@
+"""The page and the picture of ``benchmarks/tp_overlap.py``'s record."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import Origin
+from benchmarks.tp_overlap_report import DENSE, DENSE_STILL, kind, write
+
+
+def record() -> dict[str, object]:
+    rows = [
+        {"name": name, "peak_mib": 100.0, "held_mib": held, "milliseconds": [ms, ms, ms + 0.1], "differences": found}
+        for name, ms, held, found in (
+            (DENSE, 14.0, 0.0, {"output": 0.0, "hidden": 0.0}),
+            (DENSE_STILL, 13.0, 0.0, {}),
+            ("ours, 4 steps", 13.25, 64.0, {"output": 1e-3, "hidden": 2e-3, "fc1": 3e-3}),
+        )
+    ]
+    traces = {DENSE: [("nvjet_tst", 7, 0.0, 50.0), ("ncclDevKernel_AllGather", 20, 50.0, 9.0)]}
+    run = {"shape": [8192, 28672], "tokens": 8192, "rows": rows, "traces": traces}
+    origin = asdict(Origin("2026-11-27", "a command", "4x a GPU", {"torch": "2.11"}))
+    return {"origin": origin, "tp": 4, "repeats": 3, "transport": "symmetric memory", "runs": [run]}
+
+
+def test_page_and_picture(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record()))
+    page = write(path)
+    assert path.with_suffix(".md").read_text() == page
+    assert "| ours, 4 steps | 13.25 (13.25 to 13.35) | 0.946 | 0.25 | 100 | 64 | 1.0e-03 | 3.0e-03 |" in page
+    assert "Dense's exposed communication: 1.00 ms, 7.1% of it." in page and "(record.png)" in page
+    pytest.importorskip("matplotlib")
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_kinds_of_kernels() -> None:
+    names = ("nvjet_tst_128x256", "ncclDevKernel_SendRecv", "Memcpy DtoD", "barrier_kernel", "_forward_kernel")
+    assert [kind(name) for name in names] == ["products", "NCCL", "copies", "barriers", "others"]

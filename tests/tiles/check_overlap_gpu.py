@@ -1,0 +1,129 @@
+"""The stepped loop of an MLP over NCCL and symmetric memory: the same bits as with blocking collectives.
+
+torchrun --standalone --nproc-per-node TP -m tests.tiles.check_overlap_gpu auto|collectives
+
+Ranks are delayed at random, two MLPs follow each other, and sizes change between passes: whatever is read too early or
+overwritten too early shows in the numbers.
+"""
+
+import itertools
+import os
+import random
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_tiling.tiles.activation import Activation, Formula
+from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.stepped_mlp import SteppedLoop, stepped_mlp
+from megatron_tiling.tiles.symmetric import symmetric_bytes
+
+HIDDEN, FFN = 512, 768
+ROWS = (512, 256, 768)  # of a shard: the workspace grows, and is larger than what a pass needs
+PASSES = 3
+
+
+def swiglu(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gathered(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="cuda")
+
+
+def weights(dtype: torch.dtype, layers: int = 2) -> list[Tensor]:
+    """fc1 and fc2 of each layer, this rank's shard."""
+    generator = torch.Generator("cuda").manual_seed(11 + dist.get_rank())
+    shapes = [(2 * FFN, HIDDEN), (HIDDEN, FFN)] * layers
+    drawn = [torch.randn(shape, device="cuda", generator=generator) * 0.05 for shape in shapes]
+    return [weight.to(dtype).requires_grad_() for weight in drawn]
+
+
+def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: Any) -> list[Tensor]:
+    """Outputs and gradients of ``PASSES`` passes forward and backward through all layers."""
+    activation = Activation(gated=True, function=swiglu, formula=Formula("silu"))
+    comm = ColumnComm(dist.group.WORLD, how.pop("sequence_parallel"), True, gathered)
+    if comm.sequence_parallel:
+        comm = ColumnComm(dist.group.WORLD, True, False, gathered)
+    loop = SteppedLoop(activation, comm=comm, fuse_fc1_wgrad=True, fuse_fc2_wgrad=True, **how)
+    found = []
+    for parameter in parameters:
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad = None
+    for index in range(PASSES):
+        shared = 0 if not comm.sequence_parallel else dist.get_rank()
+        generator = torch.Generator("cuda").manual_seed(5 + index + 100 * shared)
+        hidden = torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype)
+        hidden.requires_grad_()
+        output = hidden
+        for fc1, fc2 in itertools.batched(parameters, 2):
+            if late is not None:
+                torch.cuda._sleep(late.randrange(2_000_000))
+            output = output + stepped_mlp(output, fc1, None, fc2, loop)
+        if late is not None:
+            torch.cuda._sleep(late.randrange(2_000_000))
+        output.square().sum().backward()
+        found += [output.detach(), hidden.grad]
+    return found + [parameter.main_grad for parameter in parameters]
+
+
+def dense(parameters: list[Tensor], rows: int) -> list[Tensor]:
+    """Under sequence parallelism, the first pass, in float64: output and input gradient of this rank's rows."""
+    every = [gather(parameter.detach()).double() for parameter in parameters]
+    shards = []
+    for rank in range(dist.get_world_size()):
+        generator = torch.Generator("cuda").manual_seed(5 + 100 * rank)
+        shards.append(torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype))
+    hidden = torch.cat(shards).double().requires_grad_()
+    output = hidden
+    for fc1, fc2 in itertools.batched(every, 2):
+        output = output + sum(
+            F.linear(swiglu(F.linear(output, u), None, None), w) for u, w in zip(fc1, fc2, strict=True)
+        )
+    output.square().sum().backward()
+    return [tensor.chunk(dist.get_world_size())[dist.get_rank()] for tensor in (output.detach(), hidden.grad)]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    every = tensor.new_empty(dist.get_world_size(), *tensor.shape)
+    dist.all_gather_into_tensor(every.flatten(0, 1), tensor.contiguous())
+    return every
+
+
+def main() -> None:
+    transport = sys.argv[1]
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+    late = random.Random(dist.get_rank())
+    options = itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False), (2, 3, 6))
+    count = 0
+    for dtype, sequence_parallel, keeps, steps in options:
+        parameters = weights(dtype)
+        for rows in ROWS:
+            how = {"sequence_parallel": sequence_parallel, "keeps": keeps, "steps": steps}
+            expected = run(parameters, rows, None, transport="blocking", **how)
+            found = run(parameters, rows, late, transport=transport, **how)
+            same = [torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
+            assert all(same), f"rank {dist.get_rank()}, {dtype}, {rows} rows, {how}: {same}"
+            if sequence_parallel:
+                tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3  # float32 products may be in TF32
+                for ours, exact in zip(found, dense(parameters, rows), strict=False):
+                    error = float((ours.double() - exact).norm() / exact.norm())
+                    assert error < tolerance, f"{dtype}, {rows} rows, {how}: {error:.1e} from dense"
+            count += 1
+    torch.cuda.synchronize()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        moved = "symmetric memory" if symmetric_bytes() else "NCCL alone"
+        print(f"{count} cases have the same bits at TP={dist.get_world_size()}: {moved}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
