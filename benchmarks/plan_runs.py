@@ -201,7 +201,7 @@ def page(record: dict[str, Any], plans: list[tuple[int, str] | str]) -> str:
         summary += f"error of {statistics.median(reserved):.1%} in the median, {max(reserved):.1%} at most"
     return "\n".join([
         *origin.head("Planned and measured peaks of training runs"),
-        "The third step of each run on the stock trainer, on its fullest rank: `torch.cuda.max_memory_allocated`, what",
+        "The last step of each run on the stock trainer, on its fullest rank: `torch.cuda.max_memory_allocated`, what",
         "ran when that was reached, and the most that was reserved. Flags of each run: `benchmarks/plan_runs.py`.", "",
         "| run | GPUs | measured MiB | set by | reserved MiB | planned MiB | set by | error |",
         "|---|---|---|---|---|---|---|---|", *rows, "", f"{summary}.",

@@ -1,6 +1,6 @@
 """``--measure``: the planned command is run on this machine's GPUs, dense and tiled, and its plan stands beside it.
 
-Each run is three steps of ``watched.py`` in processes of its own, as are the timings of the GPU (``rates.py``): this
+Each run is five steps of ``watched.py`` in processes of its own, as are the timings of the GPU (``rates.py``): this
 process, in which the planner has changed torch, has no GPU.
 """
 
@@ -67,13 +67,13 @@ class Failed:
 
 @dataclass(frozen=True)
 class Measured:
-    """The third step on its fullest rank.
+    """The last step on its fullest rank.
 
     Args:
         peak: bytes, ``torch.cuda.max_memory_allocated``.
         reserved: the most of any rank.
         outside: what the GPU's memory holds beside what torch reserves, the most of any rank.
-        seconds: of a step, the median of those after the first.
+        seconds: of a step, the median of those between the first and the last.
         history: seconds, and bytes that are allocated.
     """
 
@@ -137,7 +137,7 @@ def records(
         if len(found) < gpus and "CUDA out of memory" in log.read_text(errors="replace"):
             return Failed("a part of the run that is not watched", printed)
         if len(found) < gpus:  # else all is measured, however it ended
-            return Failed("", printed or f"it ended with {code}, and without its third step")
+            return Failed("", printed or f"it ended with {code}, and without its last step")
         return found
 
 
@@ -160,7 +160,7 @@ def measured(ranks: Sequence[Mapping[str, Any]]) -> Measured:
     return Measured(
         fullest, found["peak"], found["phase"],
         reserved=max(each["reserved"] for each in ranks), outside=max(each["outside"] for each in ranks),
-        seconds=max(statistics.median(each["seconds"][1:]) for each in ranks),
+        seconds=max(statistics.median(each["seconds"][1:-1]) for each in ranks),
         history=[(seconds, size) for seconds, size in found["history"]],
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def comparison(planned: Mapping[str, tuple[Run, int, float]], found: Mapping[str
     """
     cells = zip(*(_cells(planned[name], one) for name, one in found.items()), strict=True)
     rows = [
-        ["MiB, measured in the third step", *found],
+        ["MiB, measured in the last step", *found],
         *([name, *row] for name, row in zip(_ROWS, cells, strict=True)),
     ]
     text = [columns(rows)]

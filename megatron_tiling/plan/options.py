@@ -54,7 +54,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
     parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
     parser.add_argument(
-        "--measure", action="store_true", help="also run three steps here, dense and tiled, and time the GPU"
+        "--measure", action="store_true", help="also run five steps here, dense and tiled, and time the GPU"
     )
     return parser
 

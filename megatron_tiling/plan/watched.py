@@ -1,4 +1,4 @@
-"""Three steps of a training script on GPUs: how long they take, and what the third one needs of memory, and when.
+"""Some steps of a training script on GPUs: how long they take, and what the last one needs of memory, and when.
 
     torchrun --nproc-per-node N -m megatron_tiling.plan.watched [--history] RECORD SCRIPT [ARGS of the script]
 
@@ -32,7 +32,8 @@ from megatron_tiling.plan import look
 from megatron_tiling.plan.curve import thinned
 from megatron_tiling.plan.tracker import BLOCK
 
-STEPS = 3
+#: The first one warms up. The last one is watched, which costs the host time: those between say how long a step takes.
+STEPS = 5
 #: In a record, of a rank that dies of memory: what it was doing.
 OUT_OF_MEMORY = "out of memory"
 
@@ -162,7 +163,7 @@ def _random_batch(shapes: look.Shapes) -> dict[str, Tensor]:
 
 
 def watch_training(record: str, with_history: bool) -> None:
-    """Have Megatron's trainer take three steps, write what they took and end. After ``runner.prepare``."""
+    """Have Megatron's trainer take these steps, write what they took and end. After ``runner.prepare``."""
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
@@ -249,7 +250,7 @@ def watch_training(record: str, with_history: bool) -> None:
 def main() -> None:
     """Run the script that ``sys.argv`` names."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--history", action="store_true", help="with all that is allocated and freed in the third step")
+    parser.add_argument("--history", action="store_true", help="with all that is allocated and freed in the last step")
     parser.add_argument("record")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)

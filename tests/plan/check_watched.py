@@ -2,8 +2,8 @@
 
 torchrun -m tests.plan.check_watched [--history] RECORD SCRIPT ARGS
 
-The allocator's memory grows by one GiB whenever its peak is read, and falls back at the third step. With
-FAKE_OUT_OF_MEMORY=dense that step's first attention raises what a full GPU does, unless layers are tiled.
+The allocator's memory grows by one GiB whenever its peak is read, and falls back at the last step. With
+FAKE_OUT_OF_MEMORY=dense the third step's first attention raises what a full GPU does, unless layers are tiled.
 """
 
 import os

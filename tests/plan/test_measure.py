@@ -151,7 +151,7 @@ def test_how_a_child_ends(child: Path) -> None:
     assert failed.phase == "" and "first" in failed.tail
     assert failed.tail.splitlines()[-1] == "KeyError: 'no such thing'"  # without torchrun's report
     child.write_text("raise SystemExit(0)")
-    assert run(child) == Failed("", "it ended with 0, and without its third step")
+    assert run(child) == Failed("", "it ended with 0, and without its last step")
 
 
 def test_a_child_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def rank(peak: int, milliseconds: list[int]) -> dict[str, Any]:
 
 
 def test_the_fullest_rank_is_what_counts() -> None:
-    found = measure.measured([rank(40, [900, 100, 300]), rank(50, [900, 100, 200])])
+    found = measure.measured([rank(40, [900, 100, 300, 150, 800]), rank(50, [900, 100, 200, 400, 800])])
     assert (found.rank, found.peak, found.phase) == (1, 50 * GIB, "phase 50")
     assert (found.reserved, found.outside, found.seconds) == (60 * GIB, 5 * GIB, 0.2)
     assert found.history == [(0.0, 1), (0.5, 50 * GIB)]
@@ -177,7 +177,7 @@ def test_the_fullest_rank_is_what_counts() -> None:
 def test_the_table_and_what_failed() -> None:
     plan = Run(55 * GIB, {}, "MLP", 1.0, 0.19), 60 * GIB, 0.19
     found: dict[str, Measured | Failed] = {
-        "dense": Failed("logits and loss", "lines"), "tiled": measure.measured([rank(50, [900, 200, 200])]),
+        "dense": Failed("logits and loss", "lines"), "tiled": measure.measured([rank(50, [900, 200, 200, 200, 300])]),
         "other": Failed("", "a line\nKeyError: 'x'"),
     }  # fmt: skip
     table, _, said = measure.comparison(dict.fromkeys(found, plan), found).partition("\ndense: ")
