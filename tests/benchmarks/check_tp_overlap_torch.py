@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,12 +21,26 @@ def leaf(tensor: Tensor) -> Any:
     return torch.nn.Parameter(tensor.clone())
 
 
+def all_gather_matmul(
+    shard: Tensor, weights: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    assert gather_dim == 0 and return_A
+    whole = shard.new_empty(shard.shape[0] * dist.get_world_size(), *shard.shape[1:])
+    dist.all_gather_into_tensor(whole, shard)
+    return whole, [whole @ weight for weight in weights]
+
+
+def matmul_reduce_scatter(whole: Tensor, weight: Tensor, reduce_op: str, scatter_dim: int, group_name: str) -> Tensor:
+    assert reduce_op == "sum" and scatter_dim == 0
+    product = whole @ weight
+    dist.all_reduce(product)
+    return product.chunk(dist.get_world_size())[dist.get_rank()].clone()
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    torch.library.impl("symm_mem::fused_all_gather_matmul", "CPU")(symmetric_memory._fused_all_gather_matmul_fallback)
-    torch.library.impl("symm_mem::fused_matmul_reduce_scatter", "CPU")(
-        symmetric_memory._fused_matmul_reduce_scatter_fallback
-    )
+    torch.library.impl("symm_mem::fused_all_gather_matmul", "CPU")(all_gather_matmul)
+    torch.library.impl("symm_mem::fused_matmul_reduce_scatter", "CPU")(matmul_reduce_scatter)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
