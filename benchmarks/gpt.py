@@ -61,8 +61,12 @@ def initialize(expert_parallel: int = 1, tensor_parallel: int = 1) -> None:
     torch.manual_seed(1)
 
 
-def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
-    """A model of the shape of ``args``, with ``changes`` of Megatron's config."""
+def build(args: argparse.Namespace, changes: dict[str, Any], head: bool = True) -> Any:
+    """A model of the shape of ``args``, with ``changes`` of Megatron's config.
+
+    Args:
+        head: it has an output layer, for which apex's kernel must be built, and a loss.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -107,6 +111,7 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         max_sequence_length=args.sequence,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=args.tied,
+        post_process=head,
     ).cuda()
     if torch.cuda.is_available():  # else the planner builds it
         check_attention(model.decoder.layers[0].self_attention)

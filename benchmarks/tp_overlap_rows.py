@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpt
+from benchmarks import gpt, ranks
 from benchmarks import tp_overlap_report as report
 from benchmarks.mlp_candidates import Candidate
 
@@ -89,7 +89,7 @@ class Layers:
 
     def build(self, **changes: Any) -> Any:
         parallel = {"tensor_model_parallel_size": dist.get_world_size(), "sequence_parallel": True}
-        whole = gpt.build(self.args, parallel | changes)
+        whole = gpt.build(self.args, parallel | changes, head=False)
         if self.rotary is None:
             self.rotary = whole.rotary_pos_emb(self.args.sequence)
         return torch.nn.ModuleDict({"layer": whole.decoder.layers[0]})
@@ -174,9 +174,10 @@ def rows_of(kind: MLPs | Layers, dense: Any, steps: list[int], peers: argparse.N
         peers: ``userbuffers`` and ``fused_ops`` say which of them take part.
     """
     from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import table
     from megatron_tiling.tiles import symmetric
 
-    still, ranks = Still(), dist.get_world_size()
+    still = Still()
     yield Row(report.DENSE, kind.forward(dense))
     yield Row(report.DENSE_STILL, kind.forward(dense), still.in_dense)
     if peers.userbuffers:
@@ -192,14 +193,15 @@ def rows_of(kind: MLPs | Layers, dense: Any, steps: list[int], peers: argparse.N
     def ours(factor: int, keep: Any, overlap: int | None = None, transport: str = "auto") -> Forward:
         model = kind.build()
         gpt.share(model, dict(dense.named_parameters()))
-        tile(model, TilingConfig(factor=factor, modules=kind.modules, mlp_keep=keep, tp_overlap=overlap))
+        found = tile(model, TilingConfig(factor=factor, modules=kind.modules, mlp_keep=keep, tp_overlap=overlap))
+        ranks.say(table(found))
         for module in model.modules():
             if hasattr(module, "transport"):
                 module.transport = transport
         return kind.forward(model)
 
     whole = kind.tokens * kind.shape[0] * 2
-    areas = symmetric.SOURCES * whole // ranks + whole
+    areas = symmetric.SOURCES * whole // dist.get_world_size() + whole
     alone = isinstance(kind, MLPs)
     yield Row(report.OURS, ours(1, "all"), held=whole)
     if alone:

@@ -39,7 +39,7 @@ def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkey
     table = "megatron_tiling: tiled linear layers\n" + "communication behind products from 2048 tokens on\n" * says
 
     def trains(command: list[str], stdout: Any, **options: Any) -> SimpleNamespace:
-        assert command[-3:] == ["--tiled-tp-overlap", "3", "--sequence-parallel"]
+        assert command[-3:] == ["--use-tiled-linear", "--tiled-tp-overlap", "3"]
         stdout.write(f"{table}lm loss: 8.5E+00\nlm loss: 8.0E+00\n")
         return SimpleNamespace(returncode=0)
 
