@@ -34,30 +34,39 @@ def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "flash", "unfused"))
 
 
-def initialize(expert_parallel: int = 1) -> None:
+def initialize(expert_parallel: int = 1, tensor_parallel: int = 1) -> None:
     """A world of one process, as Megatron wants it, without its warnings.
 
     Args:
-        expert_parallel: processes under torchrun that divide the experts, if there are more than one.
+        expert_parallel, tensor_parallel: processes under torchrun that divide the experts, or all layers, if there
+            are more than one.
     """
+    if tensor_parallel > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron asks for, before the first use of CUDA
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from megatron.core import parallel_state
 
     torch.backends.cudnn.version()  # fails where another cuDNN is found first: here, not after measuring
-    if expert_parallel > 1:
+    if expert_parallel > 1 or tensor_parallel > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl", timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
     else:
         torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=expert_parallel, distributed_timeout_minutes=TIMEOUT_MINUTES
+        tensor_model_parallel_size=tensor_parallel,
+        expert_model_parallel_size=expert_parallel,
+        distributed_timeout_minutes=TIMEOUT_MINUTES,
     )
     torch.manual_seed(1)
 
 
-def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
-    """A model of the shape of ``args``, with ``changes`` of Megatron's config."""
+def build(args: argparse.Namespace, changes: dict[str, Any], head: bool = True) -> Any:
+    """A model of the shape of ``args``, with ``changes`` of Megatron's config.
+
+    Args:
+        head: it has an output layer, for which apex's kernel must be built, and a loss.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -102,6 +111,7 @@ def build(args: argparse.Namespace, changes: dict[str, Any]) -> Any:
         max_sequence_length=args.sequence,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=args.tied,
+        post_process=head,
     ).cuda()
     if torch.cuda.is_available():  # else the planner builds it
         check_attention(model.decoder.layers[0].self_attention)

@@ -7,7 +7,8 @@ r"""Loss curves of dense and tiled training, side by side, through the stock tra
 Each tensor-parallel size trains a bf16 Llama-style GPT with the same seed and data, dense and tiled. The yardstick
 is a second dense run with half the micro-batch: it differs from the first by nothing but the order of sums. Tiled
 runs come without and with gradient accumulation fusion, which adds weight gradients in float32 where dense, without
-apex, rounds each to bf16.
+apex, rounds each to bf16. One more has communication behind products, in 3 steps of tokens. All runs are under sequence
+parallelism with ``--transformer-impl transformer_engine --sequence-parallel``; stock's local norm refuses it.
 
 With ``--fp8`` a GPT of 306 million parameters trains on one GPU, on TransformerEngine's layers, in each recipe, with
 two micro-batches of 2048 tokens an iteration. The yardstick is a dense run on the same documents in another order:
@@ -51,6 +52,9 @@ KINDS = {
     "tiled, no fusion": ["--use-tiled-linear", PLAIN],
     "tiled": ["--use-tiled-linear"],
 }
+OVERLAP, OVERLAPS = "tiled, overlap", "communication behind products"  # a run's kind, and what its table says
+#: Beside ``KINDS`` where there is communication. A micro-batch has 4096 tokens, which make 3 steps.
+PARALLEL_KINDS = {OVERLAP: ["--use-tiled-linear", "--tiled-tp-overlap", "3"]}
 
 
 #: Flags that stand behind ``MODEL``: the last one counts.
@@ -91,8 +95,9 @@ class Run:
 
 def runs_of(args: argparse.Namespace) -> Iterator[Run]:
     for tp in [] if args.fp8 else args.tensor_parallel:
-        for kind, flags in KINDS.items():
-            yield Run(f"TP={tp}", kind, tp, tuple(flags))
+        for kind, flags in (KINDS | (PARALLEL_KINDS if tp > 1 else {})).items():
+            if kind == "dense" or not args.kinds or kind in args.kinds:
+                yield Run(f"TP={tp}", kind, tp, tuple(flags))
     for recipe in args.fp8:
         for kind, flags in FP8_KINDS.items():
             yield Run(f"FP8 {recipe}", kind, 1, (*FP8_MODEL, "--fp8-recipe", recipe, *flags))
@@ -120,6 +125,8 @@ def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> lis
         raise SystemExit(f"{run.name} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
     if ("megatron_tiling: tiled linear layers" in text) != run.kind.startswith("tiled"):
         raise SystemExit(f"{run.name}: the startup table says otherwise: {log}")
+    if run.kind == OVERLAP and OVERLAPS not in text:
+        raise SystemExit(f"{run.name}: the startup table says nothing of {OVERLAPS}: {log}")
     return losses
 
 
@@ -188,6 +195,8 @@ def main() -> None:
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--cache", default="/tmp/loss_parity_cache", help="folder for Megatron's data set indices")
     parser.add_argument("--tensor-parallel", type=positive, nargs="+", default=[2, 4])
+    kinds = [kind for kind in (*KINDS, *PARALLEL_KINDS) if kind != "dense"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND", help="of runs in bf16, beside dense")
     parser.add_argument("--fp8", nargs="+", default=[], metavar="RECIPE", help="train in FP8 on one GPU instead")
     parser.add_argument("--at-once", type=positive, default=1, help="runs that share a GPU")
     parser.add_argument("--iterations", type=positive, default=100)

@@ -86,7 +86,7 @@ def arguments(record: dict[str, Any], **shape: int) -> argparse.Namespace:
     gpt.add_shape(parser, **shape)
     parser.add_argument("--settings", nargs="+")
     args = parser.parse_known_args(shlex.split(record["origin"]["command"].partition("benchmarks.")[2])[1:])[0]
-    args.fp8, args.more = None, True
+    args.fp8, args.more, args.tensor_parallel = None, True, 1
     return args
 
 

@@ -1,58 +1,49 @@
-"""An MLP of TransformerEngine's layers under tensor and sequence parallelism: communication beside products.
+"""TransformerEngine's layers under tensor and sequence parallelism: communication beside products.
 
-    torchrun --standalone --nproc-per-node TP -m benchmarks.tp_overlap [--sizes 8192x28672 4096x14336]
-        [--tokens 8192 16384] [--steps 2 3 4 6] [--userbuffers]
+    torchrun --standalone --nproc-per-node TP -m benchmarks.tp_overlap [--what mlp] [--sizes 8192x28672 4096x14336]
+        [--tokens 8192 16384] [--steps 2 3 4 6] [--fused-ops] [--userbuffers] [--profile-host FILE]
+    torchrun --standalone --nproc-per-node TP -m benchmarks.tp_overlap --what layer [--sequence 8192] ...
     python -m benchmarks.tp_overlap_report RECORD.json     # the page and the picture again
 
-fc1 with its norm, and fc2: TransformerEngine's dense, ours without overlap, ours with it by symmetric memory and by
-NCCL; dense and ours also with communication left out, which says what it costs. Float32 gradients (``main_grad``) are
-held all the time. Candidates run interleaved, in one random order on all ranks. ``--userbuffers`` adds
-TransformerEngine's own overlap (without multicast). Writes a record, its page and its picture into benchmarks/results/.
+An MLP, fc1 with its norm and fc2, or a whole transformer layer: TransformerEngine's dense, ours without overlap, ours
+with it by symmetric memory and by NCCL; dense and ours also with communication left out, which says what it costs.
+Float32 gradients (``main_grad``) are held all the time. Candidates run interleaved, in one random order on all ranks.
+``--userbuffers`` adds TransformerEngine's own overlap, ``--fused-ops`` torch's (of an MLP), both without multicast. A
+peer that fails is left out, and says why. Writes a record, its page and its picture into benchmarks/results/.
 """
 
 import argparse
 import contextlib
+import cProfile
 import json
 import os
+import pstats
 import random
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron asks for with tensor parallelism
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import mlp_measure as measure
 from benchmarks import tp_overlap_report as report
-from benchmarks.mlp_candidates import Candidate
+from benchmarks.arguments import at_least, positive
 from benchmarks.record import RESULTS, Origin, machine
 from benchmarks.te_mlp import add_to_main_grad
+from benchmarks.tp_overlap_rows import KINDS, QUERY_GROUPS, Row, rows_of
 
-PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core")
+PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn-4")
+PROFILED_STEPS = 20
 HUNG = timedelta(seconds=120)
-
-
-@dataclass
-class Row:
-    """A candidate of this benchmark; ``around`` is entered while it runs, forward and backward."""
-
-    name: str
-    run: Callable[[Tensor], Tensor]
-    around: Callable[[], Any] = contextlib.nullcontext
-    held: int = 0
-    milliseconds: list[float] = field(default_factory=list)
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.name, self.run, [])
 
 
 def initialize() -> None:
@@ -64,125 +55,8 @@ def initialize() -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False  # each size has kernels of its own
 
 
-def build(shape: tuple[int, int], **changes: Any) -> Any:
-    """Megatron's MLP on TransformerEngine's layers, the norm in fc1; this rank's shard."""
-    from megatron.core.extensions import transformer_engine as te
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-
-    config = TransformerConfig(
-        num_layers=1, hidden_size=shape[0], ffn_hidden_size=shape[1], num_attention_heads=shape[0] // 128,
-        normalization="RMSNorm", params_dtype=torch.bfloat16, bf16=True, add_bias_linear=False,
-        gated_linear_unit=True, activation_func=F.silu, bias_activation_fusion=True, gradient_accumulation_fusion=True,
-        tensor_model_parallel_size=dist.get_world_size(), sequence_parallel=True, **changes,
-    )  # fmt: skip
-    submodules = MLPSubmodules(linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
-    return torch.nn.ModuleDict({"mlp": MLP(config, submodules, ffn_hidden_size=shape[1])}).cuda()
-
-
-class Still:
-    """Stands for what arrives where nothing is sent: random numbers, for products of zeros are faster."""
-
-    def __init__(self) -> None:
-        self.memory: dict[tuple[int, ...], Tensor] = {}
-
-    def of(self, *shape: int) -> Tensor:
-        if shape not in self.memory:
-            self.memory[shape] = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        return self.memory[shape].detach()  # a tensor of its own: TransformerEngine empties what it has used
-
-    @contextlib.contextmanager
-    def in_dense(self) -> Iterator[None]:
-        """TransformerEngine's layers send nothing."""
-        from transformer_engine.pytorch.module import base, layernorm_linear, linear
-
-        def gathered(shard: Tensor, group: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
-            return self.of(shard.shape[0] * group.size(), *shard.shape[1:]), None
-
-        def scattered(whole: Tensor, group: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
-            return whole[: whole.shape[0] // group.size()], None
-
-        names = {"gather_along_first_dim": gathered, "reduce_scatter_along_first_dim": scattered}
-        with replaced((base, layernorm_linear, linear), names):
-            yield
-
-    @contextlib.contextmanager
-    def in_steps(self) -> Iterator[None]:
-        """Our stepped loop sends nothing, and adds up what its memory holds."""
-        from megatron_tiling.tiles import step_comm, stepped_mlp
-
-        class StillSteps(step_comm.ScatteredSteps):
-            def _exchange(self, sends: Any, receives: Any) -> list[Any]:
-                return []
-
-        def start(group: Any, sequence_parallel: bool, sources: Any, out: Any, transport: str) -> Any:
-            return StillSteps(group, sources, out)
-
-        with replaced((stepped_mlp,), {"start_steps": start}):
-            yield
-
-
-@contextlib.contextmanager
-def replaced(modules: tuple[Any, ...], functions: dict[str, Any]) -> Iterator[None]:
-    stock = [(module, name, getattr(module, name)) for module in modules for name in functions if hasattr(module, name)]
-    for module, name, _ in stock:
-        setattr(module, name, functions[name])
-    try:
-        yield
-    finally:
-        for module, name, function in stock:
-            setattr(module, name, function)
-
-
-def rows_of(dense: Any, shape: tuple[int, int], tokens: int, steps: list[int], userbuffers: bool) -> Iterator[Row]:
-    """All on the weights of ``dense``. Held besides the peak: symmetric memory, and Megatron's buffer for gathers."""
-    from benchmarks.gpt import share
-    from megatron_tiling import TilingConfig, tile
-    from megatron_tiling.tiles import symmetric
-
-    still, ranks = Still(), dist.get_world_size()
-    yield Row(report.DENSE, lambda hidden: dense.mlp(hidden)[0])
-    yield Row(report.DENSE_STILL, lambda hidden: dense.mlp(hidden)[0], still.in_dense)
-    if userbuffers:
-        model = with_userbuffers(shape, tokens)
-        share(model, dict(dense.named_parameters()))
-        yield Row("TransformerEngine, --tp-comm-overlap", lambda hidden, mlp=model.mlp: mlp(hidden)[0])
-
-    def ours(factor: int, keep: Any, overlap: int | None = None, transport: str = "auto") -> Any:
-        model = build(shape)
-        share(model, dict(dense.named_parameters()))
-        tile(model, TilingConfig(factor=factor, modules=("fc1", "fc2"), mlp_keep=keep, tp_overlap=overlap))
-        model.mlp.transport = transport
-        return lambda hidden, mlp=model.mlp: mlp(hidden)[0]
-
-    whole = tokens * shape[0] * 2
-    yield Row(report.OURS, ours(1, "all"), held=whole)
-    yield Row("ours, 4 tiles", ours(4, "all"), held=whole)
-    areas = symmetric.SOURCES * whole // ranks + whole
-    for count in steps:
-        yield Row(f"ours, {count} steps", ours(1, "all", count), held=whole + areas)
-    four = 4 if 4 in steps else steps[-1]
-    yield Row(f"ours, {four} steps, keep 0", ours(1, 0, four), held=areas)
-    yield Row("ours, 4 tiles, keep 0", ours(4, 0), held=whole)
-    for count in steps[1:3]:
-        yield Row(f"ours, {count} steps, by NCCL", ours(1, "all", count, "collectives"), held=whole)
-    for count in steps[1:3]:
-        name = f"ours, {count} steps, without communication"
-        yield Row(name, ours(1, "all", count, "collectives"), still.in_steps)
-
-
-def with_userbuffers(shape: tuple[int, int], tokens: int) -> Any:
-    from transformer_engine.pytorch.module import base
-
-    os.environ.setdefault("UB_SKIPMC", "1")
-    modes = [base.UserBufferQuantizationMode.NONE]
-    world = dist.get_world_size()
-    base.initialize_ub([tokens, shape[0]], world, quantization_modes=modes, bootstrap_backend="nccl")
-    return build(shape, tp_comm_overlap=True)
-
-
-def time_once(row: Row, hidden: Tensor, grad_output: Tensor) -> float:
-    """As ``measure.time_once``, and all ranks begin together."""
+def time_once(row: Row, hidden: Tensor, grad_output: Tensor) -> tuple[float, float]:
+    """Milliseconds of a step, as ``measure.time_once``, all ranks beginning together; and of the host to launch it."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     together = torch.zeros(1, device="cuda")
     dist.barrier()
@@ -190,11 +64,13 @@ def time_once(row: Row, hidden: Tensor, grad_output: Tensor) -> float:
     torch.cuda._sleep(measure.HEAD_START)
     dist.all_reduce(together)
     start.record()
+    begin = time.perf_counter()
     for _ in range(measure.STEPS):
         measure.step(row.candidate, hidden, grad_output)
+    host = 1000 * (time.perf_counter() - begin)
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop) / measure.STEPS
+    return start.elapsed_time(stop) / measure.STEPS, host / measure.STEPS
 
 
 def largest_of_ranks(values: list[float]) -> list[float]:
@@ -204,21 +80,26 @@ def largest_of_ranks(values: list[float]) -> list[float]:
     return found
 
 
-def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, traced: bool) -> dict[str, Any]:
+def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, is_first: bool) -> dict[str, Any]:
+    """All candidates of a size; of the first one a trace, and a profile of the host if it was asked for."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch._dynamo.reset()
     model_parallel_cuda_manual_seed(7)
-    dense = build(shape)
+    kind = KINDS[args.what](shape, tokens, args)
+    dense = kind.build()
     for parameter in dense.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.register_post_accumulate_grad_hook(add_to_main_grad)
     torch.manual_seed(1 + dist.get_rank())
-    hidden = torch.randn(tokens // dist.get_world_size(), 1, shape[0], device="cuda", dtype=torch.bfloat16)
+    rows_of_shard = tokens // kind.batch // dist.get_world_size()
+    hidden = torch.randn(rows_of_shard, kind.batch, shape[0], device="cuda", dtype=torch.bfloat16)
     grad_output = torch.randn_like(hidden)
     hidden.requires_grad_()
-    rows, exact, found_rows = [], {}, []
-    for row in rows_of(dense, shape, tokens, args.steps, args.userbuffers):
+    rows: list[Row] = []
+    found_rows: list[dict[str, Any]] = []
+    exact: dict[str, Tensor] = {}
+    for row in rows_of(kind, dense, args.steps, args):
         for parameter in dense.parameters():
             parameter.main_grad.zero_()
             parameter.grad_added_to_main_grad = False
@@ -241,22 +122,48 @@ def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, trac
         differences = largest_of_ranks(differences)
         rows.append(row)
         shown = dict(zip(exact, differences, strict=True)) if row.around is contextlib.nullcontext else {}
-        found_rows.append({"name": row.name, "peak_mib": peak, "held_mib": row.held / 2**20, "differences": shown})
+        held = row.held_bytes / 2**20
+        found_rows.append({"name": row.name, "peak_mib": peak, "held_mib": held, "differences": shown})
         if dist.get_rank() == 0:
             print(f"{shape}, {tokens} tokens: {row.name} runs", flush=True)
     order = random.Random(1)
     for _ in range(args.repeats):
         for row in order.sample(rows, len(rows)):
             with row.around():
-                row.milliseconds.append(time_once(row, hidden, grad_output))
+                milliseconds, host = time_once(row, hidden, grad_output)
+            row.milliseconds.append(milliseconds)
+            row.host_milliseconds.append(host)
     for row, found_row in zip(rows, found_rows, strict=True):
         found_row["milliseconds"] = largest_of_ranks(row.milliseconds)
+        found_row["host_milliseconds"] = largest_of_ranks(row.host_milliseconds)
+    if is_first and args.profile_host:
+        stepped = next(row for row in rows if row.name.startswith("ours") and row.name.endswith(" steps"))
+        profile_host(stepped, hidden, grad_output, args.profile_host)
     traces = {}
-    if traced:
+    if is_first:
         for row in rows:
             if row.name in report.TRACED:
                 traces[row.name] = trace(row, hidden, grad_output)
     return {"shape": shape, "tokens": tokens, "rows": found_rows, "traces": traces}
+
+
+def profile_host(row: Row, hidden: Tensor, grad_output: Tensor, path: Path) -> None:
+    """What the host does while it launches steps, on the first rank: the functions that take longest by themselves."""
+    profiler = cProfile.Profile()
+    with row.around(), torch.autograd.set_multithreading_enabled(False):  # the backward pass too is on this thread
+        measure.step(row.candidate, hidden, grad_output)
+        for _ in range(PROFILED_STEPS):
+            dist.barrier()
+            torch.cuda.synchronize()
+            profiler.enable()
+            measure.step(row.candidate, hidden, grad_output)
+            profiler.disable()
+    torch.cuda.synchronize()
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            print(f"{PROFILED_STEPS} steps of: {row.name}", file=file)
+            pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(60)
 
 
 def trace(row: Row, hidden: Tensor, grad_output: Tensor) -> list[tuple[str, int, float, float]]:
@@ -281,22 +188,40 @@ def trace(row: Row, hidden: Tensor, grad_output: Tensor) -> list[tuple[str, int,
     return [(event["name"], event["args"]["stream"], event["ts"] - last[0]["ts"], event["dur"]) for event in last]
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=tuple(KINDS), default="mlp")
     parser.add_argument("--sizes", nargs="+", default=["8192x28672", "4096x14336"], help="hidden x ffn_hidden")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 6])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[8192, 16384])
+    parser.add_argument("--sequence", type=positive, default=8192, help="tokens of a sequence of a layer")
+    parser.add_argument("--attention", default="flash", choices=("auto", "fused", "flash", "unfused"))
+    parser.add_argument("--steps", type=at_least(2), nargs="+", default=[2, 3, 4, 6])
+    parser.add_argument("--repeats", type=at_least(2), default=15)
+    parser.add_argument("--fused-ops", action="store_true", help="torch's fused collectives and products, of an MLP")
     parser.add_argument("--userbuffers", action="store_true")
+    parser.add_argument("--profile-host", type=Path, metavar="FILE", help="where the host's time goes, in steps")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.userbuffers and len(args.sizes) * len(args.tokens) > 1:
         parser.error("--userbuffers takes one size and one number of tokens: its buffers are of one shape")
+    if args.fused_ops and args.what != "mlp":
+        parser.error(f"--fused-ops: not with --what {args.what}")
+    for tokens in args.tokens if args.what == "layer" else []:
+        if tokens % args.sequence:
+            parser.error(f"--tokens {tokens}: must be a multiple of --sequence {args.sequence}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     initialize()
     origin = Origin.now(PACKAGES, machine(several=True))
-    name = f"{origin.date}-tp-overlap-tp{dist.get_world_size()}" + "-userbuffers" * args.userbuffers
+    name = f"{origin.date}-tp-overlap{'-layer' * (args.what == 'layer')}-tp{dist.get_world_size()}"
+    name += "-fused-ops" * args.fused_ops + "-userbuffers" * args.userbuffers
     record: dict[str, Any] = {"origin": asdict(origin), "tp": dist.get_world_size(), "repeats": args.repeats}
-    record |= {"transport": "", "runs": []}
+    record |= {"what": args.what, "connections": os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], "transport": "", "runs": []}
+    if args.what == "layer":
+        record |= {"sequence": args.sequence, "attention": args.attention, "query_groups": QUERY_GROUPS}
     for tokens in args.tokens:
         for size in args.sizes:
             hidden_size, ffn_hidden_size = map(int, size.split("x"))

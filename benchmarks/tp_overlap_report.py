@@ -10,6 +10,7 @@ from benchmarks.record import Origin
 
 DENSE = "TransformerEngine"
 DENSE_STILL = "TransformerEngine, without communication"
+FUSED_OPS = "torch's fused ops"
 OURS = "ours, whole"
 TRACED = (DENSE, OURS, "ours, 4 steps", "ours, 4 steps, by NCCL")
 COLOURS = {"products": "tab:blue", "NCCL": "tab:red", "copies": "tab:green", "barriers": "black", "others": "tab:gray"}
@@ -29,11 +30,18 @@ def write(path: Path) -> str:
 
 
 def markdown(record: dict[str, Any], stem: str) -> str:
-    setting = f"TP={record['tp']} with sequence parallelism, CUDA_DEVICE_MAX_CONNECTIONS=1, main_grad held"
+    connections = f"CUDA_DEVICE_MAX_CONNECTIONS={record.get('connections', 1)}"
+    setting = f"TP={record['tp']} with sequence parallelism, {connections}, main_grad held"
+    what, measured = "an MLP", "fc1 with its norm, SwiGLU and fc2"
+    if record.get("what") == "layer":
+        what = "a transformer layer"
+        measured = f"{what}: RMSNorm, rotary positions, {record['query_groups']} query groups, SwiGLU; causal "
+        measured += f"attention ({record['attention']}) in sequences of {record['sequence']} tokens"
     lines = [
-        *Origin(**record["origin"]).head("Communication beside an MLP's products", setting),
-        f"Forward and backward of fc1 with its norm, SwiGLU and fc2, bf16, random data; medians of {record['repeats']} "
+        *Origin(**record["origin"]).head(f"Communication beside {what}'s products", setting),
+        f"Forward and backward of {measured}, bf16, random data; medians of {record['repeats']} "
         "interleaved runs, of the slowest rank. Exposed: the time above dense without communication, over dense's. "
+        "Host: the CPU's time to launch one step, for which it does not wait; where it is longer, it is what ms show. "
         "MiB: the peak beyond weights, gradients and input; held: what stays between steps besides, symmetric memory "
         "and Megatron's buffer for gathers, which other layers use too. Differences: relative RMS from dense's output, "
         f"and the largest of those of the gradients. Steps move their bytes by {record['transport']}, unless said.",
@@ -50,16 +58,17 @@ def _section(run: dict[str, Any]) -> list[str]:
     dense, floor = medians[DENSE], medians[DENSE_STILL]
     lines = [
         f"## h={run['shape'][0]}, ffn={run['shape'][1]}, {run['tokens']} tokens", "",
-        "| | ms (quartiles) | time | exposed | MiB | held | output | gradients |", "|---" * 8 + "|",
+        "| | ms (quartiles) | time | exposed | host, ms | MiB | held | output | gradients |", "|---" * 9 + "|",
     ]  # fmt: skip
     for row in run["rows"]:
         median, (low, _, high) = medians[row["name"]], statistics.quantiles(row["milliseconds"], n=4)
         exposed = (median - floor) / (dense - floor) if dense > floor else float("nan")
         found = dict(row["differences"])
+        host = f"{statistics.median(row['host_milliseconds']):.2f}" if "host_milliseconds" in row else ""
         errors = f"{found.pop('output'):.1e} | {max(found.values()):.1e}" if found else "|"
         lines.append(
             f"| {row['name']} | {median:.2f} ({low:.2f} to {high:.2f}) | {median / dense:.3f} | {exposed:.2f} | "
-            f"{row['peak_mib']:.0f} | {row['held_mib']:.0f} | {errors} |"
+            f"{host} | {row['peak_mib']:.0f} | {row['held_mib']:.0f} | {errors} |"
         )
     return [*lines, "", f"Dense's exposed communication: {dense - floor:.2f} ms, {(dense - floor) / dense:.1%} of it."]
 

@@ -3,6 +3,7 @@
     python -m benchmarks.whole_model [--layers 3] [--hidden-size 4096] [--ffn-hidden-size 14336] [--query-groups 8]
         [--vocabulary 128256] [--sequence 2048] [--batch 4] [--repeats 20] [--attention auto] [--results DIR]
         [--fp8 RECIPE] [--micro-batches 1]
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.whole_model --tensor-parallel 4 --layers 4 ...
 
 All candidates share one set of parameters and of gradients, which Megatron's DDP holds in float32 (``main_grad``) all
 the time; dense fuses the accumulation of weight gradients (apex's kernel for the output layer, which must be built;
@@ -12,6 +13,10 @@ waits for the host; of ``--micro-batches`` in a row, as gradients are accumulate
 
 With ``--fp8`` the same in FP8, beside bf16. A step is a micro-batch: the first one of an optimizer step quantizes the
 weights, a later one takes what the first has kept. Memory is the peak of both, with those copies.
+
+Under torchrun layers are divided among the ranks (``--tensor-parallel``), with sequence parallelism: dense, tiled, and
+tiled with communication behind products. All ranks begin a run together; times are those of the slowest one, memory is
+that of the fullest, kernels are the first rank's.
 """
 
 import argparse
@@ -28,13 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpt
+from benchmarks import gpt, ranks
 from benchmarks.arguments import at_least, positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import MODULES
 
 MIB = 2**20
 DENSE, TILED = "dense", "tiled: default"
+OVERLAP_STEPS = 3
 FP8_DENSE, FP8_TILED = "FP8 dense", "FP8 tiled: default"
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
@@ -49,6 +55,7 @@ KINDS = (
     ("activation", ("swiglu", "silu", "gelu", "glu")),
     ("rope", ("rope", "rotary")),
     ("casts to FP8", ("cast_transpose", "amax", "transpose_optimized", "unary_kernel")),
+    ("communication", ("nccl", "barrier")),
 )
 #: Name, changes of Megatron's config, and settings of the tiling, if any.
 Setting = tuple[str, dict[str, Any], dict[str, Any] | None]
@@ -81,6 +88,12 @@ class Candidate:
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
     mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    if args.tensor_parallel > 1:
+        parallel = {"tensor_model_parallel_size": args.tensor_parallel, "sequence_parallel": True}
+        yield DENSE, parallel, None
+        yield TILED, parallel, {}
+        yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
+        return
     yield DENSE, {}, None
     if args.fp8:
         yield TILED, {}, {}
@@ -127,7 +140,7 @@ def candidates(
         else:
             gpt.share(model, parameters)
         if tiling is not None:
-            print(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}", flush=True)
+            ranks.say(f"{name}:\n{table(tile(model, TilingConfig(**tiling)))}")
 
         def step(model: Any = model) -> Tensor:
             loss: Tensor = model(**inputs).mean()
@@ -149,11 +162,11 @@ def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool, micro_
         candidate.loss = float(run(candidate, ddp, is_first=True)[0])
         candidate.copies_mib = (torch.cuda.memory_allocated() - held) / MIB
         run(candidate, ddp)
-        candidate.peak_mib = (torch.cuda.max_memory_allocated() - held) / MIB
+        candidate.peak_mib = ranks.largest((torch.cuda.max_memory_allocated() - held) / MIB)[0]
         candidate.forget_copies()
-    order = list(found)
+    order, chance = list(found), random.Random(ranks.of_first(random.getrandbits(32)))
     for _ in range(repeats):
-        random.shuffle(order)
+        chance.shuffle(order)
         for candidate in order:
             if firsts:
                 candidate.first_milliseconds.append(run(candidate, ddp, True, micro_batches)[1])
@@ -161,6 +174,8 @@ def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool, micro_
             candidate.milliseconds.append(milliseconds)
             candidate.host_milliseconds.append(host)
     for candidate in found:
+        candidate.milliseconds = ranks.largest(*candidate.milliseconds)
+        candidate.host_milliseconds = ranks.largest(*candidate.host_milliseconds)
         profile(candidate, ddp)
 
 
@@ -170,6 +185,7 @@ def run(candidate: Candidate, ddp: Any, is_first: bool = False, micro_batches: i
     if is_first:
         candidate.model.set_is_first_microbatch()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    ranks.largest(0)  # all begin together
     torch.cuda.synchronize()
     begin = time.perf_counter()
     start.record()
@@ -210,15 +226,17 @@ def profile(candidate: Candidate, ddp: Any) -> None:
 
 def markdown(record: dict[str, Any]) -> str:
     rows = record["candidates"]
-    dense, recipe = rows[0], record["fp8"]
+    dense, recipe, parallel = rows[0], record["fp8"], record.get("tensor_parallel", 1)
     title = record["title"] + f", FP8 {recipe}" * bool(recipe)
+    setting = f"TP={parallel} with sequence parallelism, " * (parallel > 1) + f"attention: {record['attention']}"
+    slowest = " Times are the slowest rank's, memory is the fullest's, kernels are the first one's." * (parallel > 1)
     columns = ["", "ms", "time", *["ms of the first", "time of FP8 dense"] * bool(recipe), "ms of the host"]
     columns += ["ms busy, profiled", "peak, MiB", "memory", *["copies of weights, MiB"] * bool(recipe), "loss"]
     lines = [
-        *Origin(**record["origin"]).head(title, f"attention: {record['attention']}"),
+        *Origin(**record["origin"]).head(title, setting),
         f"bf16{' and FP8' * bool(recipe)}, random tokens; weights and main_grad held all the time and not counted; "
         f"medians of {record['repeats']} interleaved runs in random order. Times are those of a micro-batch, "
-        f"of {record['micro_batches']} in a row, which begin with an idle GPU.", "",
+        f"of {record['micro_batches']} in a row, which begin with an idle GPU.{slowest}", "",
         f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     for row in rows:
@@ -268,33 +286,50 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     gpt.add_shape(parser, **shape, sequence=2048, batch=4)
     parser.add_argument("--repeats", type=at_least(2), default=20)
     parser.add_argument("--micro-batches", type=positive, default=1, help="in a row, before the host waits for the GPU")
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
+    parser.add_argument("--tensor-parallel", type=positive, default=1, help="GPUs, each with its part of all layers")
     parser.add_argument("--fp8", metavar="RECIPE", help="FP8 beside bf16, in place of other settings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
-    args = parser.parse_args()
-    gpt.initialize()
-    found, ddp = candidates(args, settings(args))
-    measure(found, ddp, args.repeats, bool(args.fp8), args.micro_batches)
-    save(found, args, "A GPT on TransformerEngine, forward and backward")
-    torch.distributed.destroy_process_group()
+    args = parser.parse_args(given)
+    size, processes = args.tensor_parallel, ranks.count()
+    if size != processes:
+        parser.error(
+            f"--tensor-parallel {size}: there are {processes} processes; torchrun --nproc-per-node {size} starts {size}"
+        )
+    for flag, value in (("--fp8", args.fp8), ("--more", args.more), ("--experts", args.experts)):
+        if size > 1 and value:
+            parser.error(f"{flag}: not with --tensor-parallel {size}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    with ranks.ending_together():
+        gpt.initialize(tensor_parallel=args.tensor_parallel)
+        found, ddp = candidates(args, settings(args))
+        measure(found, ddp, args.repeats, bool(args.fp8), args.micro_batches)
+        if ranks.is_first():
+            save(found, args, "A GPT on TransformerEngine, forward and backward")
+        torch.distributed.destroy_process_group()
 
 
 def save(found: list[Candidate], args: argparse.Namespace, title: str) -> None:
     """Write what was measured as JSON and as a page."""
-    origin = Origin.now(gpt.PACKAGES, machine())
+    origin = Origin.now(gpt.PACKAGES, machine(several=ranks.count() > 1))
     origin = replace(origin, versions=origin.versions | {"cuDNN": str(torch.backends.cudnn.version())})
     record = {
         "title": title,
         "origin": asdict(origin),
         "attention": args.attention,
         "fp8": getattr(args, "fp8", None),
+        "tensor_parallel": getattr(args, "tensor_parallel", 1),
         "repeats": args.repeats,
         "micro_batches": getattr(args, "micro_batches", 1),
         "candidates": [
@@ -303,6 +338,7 @@ def save(found: list[Candidate], args: argparse.Namespace, title: str) -> None:
             for candidate in found
         ],
     }
+    args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{origin.date}-{args.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))

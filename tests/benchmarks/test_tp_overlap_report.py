@@ -10,9 +10,10 @@ from benchmarks.record import Origin
 from benchmarks.tp_overlap_report import DENSE, DENSE_STILL, kind, write
 
 
-def record() -> dict[str, object]:
+def record(**changes: object) -> dict[str, object]:
     rows = [
         {"name": name, "peak_mib": 100.0, "held_mib": held, "milliseconds": [ms, ms, ms + 0.1], "differences": found}
+        | ({"host_milliseconds": [4.0, 5.0, 4.5]} if found else {})  # records of before have none
         for name, ms, held, found in (
             (DENSE, 14.0, 0.0, {"output": 0.0, "hidden": 0.0}),
             (DENSE_STILL, 13.0, 0.0, {}),
@@ -22,7 +23,7 @@ def record() -> dict[str, object]:
     traces = {DENSE: [("nvjet_tst", 7, 0.0, 50.0), ("ncclDevKernel_AllGather", 20, 50.0, 9.0)]}
     run = {"shape": [8192, 28672], "tokens": 8192, "rows": rows, "traces": traces}
     origin = asdict(Origin("2026-11-27", "a command", "4x a GPU", {"torch": "2.11"}))
-    return {"origin": origin, "tp": 4, "repeats": 3, "transport": "symmetric memory", "runs": [run]}
+    return {"origin": origin, "tp": 4, "repeats": 3, "transport": "symmetric memory", "runs": [run]} | changes
 
 
 def test_page_and_picture(tmp_path: Path) -> None:
@@ -30,10 +31,21 @@ def test_page_and_picture(tmp_path: Path) -> None:
     path.write_text(json.dumps(record()))
     page = write(path)
     assert path.with_suffix(".md").read_text() == page
-    assert "| ours, 4 steps | 13.25 (13.25 to 13.35) | 0.946 | 0.25 | 100 | 64 | 1.0e-03 | 3.0e-03 |" in page
+    assert "| ours, 4 steps | 13.25 (13.25 to 13.35) | 0.946 | 0.25 | 4.50 | 100 | 64 | 1.0e-03 | 3.0e-03 |" in page
     assert "Dense's exposed communication: 1.00 ms, 7.1% of it." in page and "(record.png)" in page
+    assert f"| {DENSE_STILL} | 13.00 (13.00 to 13.10) | 0.929 | 0.00 |  | 100 | 0 | | |" in page
+    assert "# Communication beside an MLP's products, 2026-11-27" in page and "CONNECTIONS=1, main_grad" in page
     pytest.importorskip("matplotlib")
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_page_of_a_layer(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    layer = {"what": "layer", "sequence": 8192, "attention": "flash", "query_groups": 8, "connections": "8"}
+    path.write_text(json.dumps(record(**layer)))
+    page = write(path)
+    assert "# Communication beside a transformer layer's products" in page and "CONNECTIONS=8, main_grad" in page
+    assert "8 query groups, SwiGLU; causal attention (flash) in sequences of 8192 tokens, bf16" in page
 
 
 def test_kinds_of_kernels() -> None:

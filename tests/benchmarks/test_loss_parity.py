@@ -1,0 +1,55 @@
+"""Which runs ``benchmarks/loss_parity.py`` trains, and when one of them is not what it is called."""
+
+import argparse
+import queue
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import loss_parity
+from benchmarks.loss_parity import MODEL, OVERLAP, Run
+from megatron_tiling.tiles.step_comm import steps_for
+
+
+def runs(**changes: Any) -> list[Run]:
+    return list(
+        loss_parity.runs_of(argparse.Namespace(**{"fp8": [], "tensor_parallel": [1, 4], "kinds": None} | changes))
+    )
+
+
+def test_runs_overlap_where_there_is_communication() -> None:
+    found = [run for run in runs() if run.kind == OVERLAP]
+    assert [(run.group, run.gpus) for run in found] == [("TP=4", 4)]
+    steps = int(found[0].flags[found[0].flags.index("--tiled-tp-overlap") + 1])
+    sizes = [int(MODEL[MODEL.index(flag) + 1]) for flag in ("--seq-length", "--micro-batch-size")]
+    assert steps_for(sizes[0] * sizes[1], steps) == steps
+    assert not any(run.kind == OVERLAP for run in runs(fp8=["tensorwise"], tensor_parallel=[4]))
+
+
+def test_kinds_beside_dense() -> None:
+    assert [run.name for run in runs(kinds=[OVERLAP])] == ["TP=1 dense", "TP=4 dense", f"TP=4 {OVERLAP}"]
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = next(run for run in runs() if run.kind == OVERLAP)
+    table = "megatron_tiling: tiled linear layers\n" + "communication behind products from 2048 tokens on\n" * says
+
+    def trains(command: list[str], stdout: Any, **options: Any) -> SimpleNamespace:
+        assert command[-3:] == ["--use-tiled-linear", "--tiled-tp-overlap", "3"]
+        stdout.write(f"{table}lm loss: 8.5E+00\nlm loss: 8.0E+00\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", trains)
+    args = argparse.Namespace(script="script", iterations=2, data="data", cache="cache", tokenizer_model="model")
+    args.more, args.output = [], tmp_path
+    places: queue.Queue[int] = queue.Queue()
+    places.put(0)
+    if says:
+        assert loss_parity.train(args, run, places) == [8.5, 8.0]
+    else:
+        with pytest.raises(SystemExit, match="the startup table says nothing of communication behind products"):
+            loss_parity.train(args, run, places)
