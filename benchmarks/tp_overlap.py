@@ -43,6 +43,7 @@ from benchmarks.tp_overlap_rows import KINDS, QUERY_GROUPS, Row, rows_of
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn-4")
 PROFILED_STEPS = 20
+HEAD_START = 40_000_000  # GPU cycles: the host launches all steps of a run in the meantime, and is told apart
 HUNG = timedelta(seconds=120)
 
 
@@ -61,7 +62,7 @@ def time_once(row: Row, hidden: Tensor, grad_output: Tensor) -> tuple[float, flo
     together = torch.zeros(1, device="cuda")
     dist.barrier()
     torch.cuda.synchronize()
-    torch.cuda._sleep(measure.HEAD_START)
+    torch.cuda._sleep(HEAD_START)
     dist.all_reduce(together)
     start.record()
     begin = time.perf_counter()
@@ -174,7 +175,7 @@ def trace(row: Row, hidden: Tensor, grad_output: Tensor) -> list[tuple[str, int,
             dist.barrier()
             torch.cuda.synchronize()
             with torch.profiler.record_function("one step"):
-                torch.cuda._sleep(measure.HEAD_START)
+                torch.cuda._sleep(HEAD_START)
                 measure.step(row.candidate, hidden, grad_output)
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ def markdown(record: dict[str, Any], stem: str) -> str:
         *Origin(**record["origin"]).head(f"Communication beside {what}'s products", setting),
         f"Forward and backward of {measured}, bf16, random data; medians of {record['repeats']} "
         "interleaved runs, of the slowest rank. Exposed: the time above dense without communication, over dense's. "
-        "Host: the CPU's time to launch one step, for which it does not wait; where it is longer, it is what ms show. "
+        "Host: the CPU's time to launch one step, for which ms do not wait. "
         "MiB: the peak beyond weights, gradients and input; held: what stays between steps besides, symmetric memory "
         "and Megatron's buffer for gathers, which other layers use too. Differences: relative RMS from dense's output, "
         f"and the largest of those of the gradients. Steps move their bytes by {record['transport']}, unless said.",
