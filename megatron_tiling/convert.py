@@ -141,7 +141,10 @@ class _Plan:
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
             report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
-            return self._with_steps(report, layer, layer.overlap_steps, is_adapted)
+            if layer.overlap_steps is not None:
+                return self._with_steps(report, layer, layer.overlap_steps, is_adapted)
+            without = self.config.overlap_steps and module in ATTENTION_MODULES
+            return replace(report, no_overlap="it was tiled without") if without else report
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
         if not reason and self.config.partitioned:
             reason = _reason_not_to_partition(layer, module, is_tied, self.owners)

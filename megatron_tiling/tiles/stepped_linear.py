@@ -108,7 +108,7 @@ def stepped_row(input_: Tensor, weight: Tensor, loop: LinearSteps) -> Tensor:
 
 
 class _SteppedColumn(TiledLinearFunction):
-    """The steps forward, one tile backward, as without steps. A step's ``m`` tokens are in the order of the ranks, among ``n`` of all.
+    """The steps forward, one tile backward, as without steps. A step has ``m`` of the ``n`` tokens of all ranks.
 
     ==========  ====================================  ========================================================
     beside it   x_j+1 ``[m, h]`` and all later ones arrive
@@ -142,7 +142,7 @@ class _SteppedColumn(TiledLinearFunction):
 
 
 class _SteppedRow(torch.autograd.Function):
-    """The steps both ways. A step's ``m`` tokens are in the order of the ranks, among ``n`` of all.
+    """The steps both ways. A step has ``m`` of the ``n`` tokens of all ranks.
 
     ==========  ====================================  ========================================================
     beside it                                         y_j-1 goes to its ranks, and is added up there
