@@ -258,6 +258,7 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
 
     partition_dim = 1
     input_is_parallel: bool
+    skip_bias_add: bool
     output_size: int
     input_size_per_partition: int
 

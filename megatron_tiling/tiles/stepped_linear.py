@@ -107,7 +107,7 @@ def stepped_row(input_: Tensor, weight: Tensor, loop: LinearSteps) -> Tensor:
     return output
 
 
-class _SteppedColumn(TiledLinearFunction):
+class _SteppedColumn(torch.autograd.Function):
     """The steps forward, one tile backward, as without steps. A step has ``m`` of the ``n`` tokens of all ranks.
 
     ==========  ====================================  ========================================================
@@ -139,6 +139,10 @@ class _SteppedColumn(TiledLinearFunction):
         if bias is not None:
             output += bias
         return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return TiledLinearFunction.backward(ctx, grad_output)
 
 
 class _SteppedRow(torch.autograd.Function):
@@ -193,7 +197,9 @@ class _SteppedRow(torch.autograd.Function):
             arriving = [comm.fetch_to_place(0, step, dy) for step in steps]
             for step, arrived in zip(steps, arriving, strict=True):
                 arrived()
-                for tokens in loop.places(step, grad_output) if dgrad is not None else ():
+                if dgrad is None:
+                    continue
+                for tokens in loop.places(step, grad_output):
                     gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
         wgrad = None
         if needs_wgrad:
