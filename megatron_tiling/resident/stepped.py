@@ -26,7 +26,7 @@ def reason_for_no_steps(layer: Any, is_row: bool) -> str:
         "without sequence parallelism nothing is exposed": not (is_row or layer.sequence_parallel),
         "gathers its output": getattr(layer, "gather_output", False),  # TransformerEngine's never do
         "splits its input itself": not getattr(layer, "input_is_parallel", True),
-        "activations are offloaded to the CPU": layer.config.cpu_offloading,
+        "activations are offloaded to the CPU": getattr(layer.config, "cpu_offloading", False),
     }
     return next((reason for reason, applies in refusals.items() if applies), "")
 

@@ -200,6 +200,13 @@ def check_models() -> None:
         assert_same(step(tiled, **batch()), step(dense, **batch()))
         layers = len(tiled.decoder.layers)
         assert seen == ([3, 3] if sequence_parallel else [3]) * layers, seen
+        seen.clear()
+        tiled.zero_grad()
+        for layer in tiled.decoder.layers:  # with a hook on fc1, layers of an MLP run one by one
+            layer.mlp.linear_fc1.register_forward_hook(lambda *arguments: None)
+        dense.zero_grad()
+        assert_same(step(tiled, **batch()), step(dense, **batch()))
+        assert seen == ([3] * 4 if sequence_parallel else [3] * 2) * layers, seen
     stepped._steps_now = steps_now
 
 
