@@ -33,7 +33,7 @@ class TiledParallelLinear(torch.nn.Module):
 
     Attributes:
         overlap_steps: in at most so many steps of tokens communication runs behind products, in place of tiles, where
-            a call can do so. Outside a ``TiledMLP``, which has its own.
+            a call can do so. Of fc1 and fc2 where a ``TiledMLP`` calls them; its loop has its own.
         transport: what bytes move with then.
     """
 
