@@ -186,7 +186,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         nargs="+",
         metavar="MODULE",
         help=f"Which layers to tile, out of {', '.join(MODULES)}, or all. Default: {', '.join(RESIDENT_MODULES)}, "
-        "which save memory; all where tiles are partitioned.",
+        "which save memory; all where tiles are partitioned, and with --tiled-tp-overlap.",
     )
     group.add_argument(
         "--tiled-linear-splits",
@@ -240,9 +240,9 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "--tiled-tp-overlap",
         type=_number_or_text,
         metavar="N|off",
-        help="MLPs go by at most N steps of tokens, and the tensor-parallel communication of a step runs behind the "
-        "products of others; the pre-activations of all tokens are kept, or none. Default off: it runs before and "
-        "after the products.",
+        help="MLPs, qkv and proj go by at most N steps of tokens, and the tensor-parallel communication of a step runs "
+        "behind the products of others; an MLP keeps the pre-activations of all tokens, or none. Default off: it runs "
+        "before and after the products.",
     )
     group.add_argument(
         "--tiled-linear-storage",

@@ -10,6 +10,8 @@ ROW_MODULES = ("proj", "fc2")
 MODULES = ("qkv", "proj", "fc1", "fc2", "experts", "output")
 #: By default, of resident tiles: those that save memory.
 RESIDENT_MODULES = ("fc1", "fc2", "experts", "output")
+#: Attention's: their tiles gain nothing, but their communication can run behind their products.
+ATTENTION_MODULES = ("qkv", "proj")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 600
 #: Attribute name of a layer in its parent module -> the module name that flags use.
@@ -134,9 +136,10 @@ class TilingConfig:
         factor: tiles of a layer along its natural dimension, ``1 x factor`` for column layers (qkv, fc1, output)
             and ``factor x 1`` for row layers (proj, fc2).
         modules: the layers to tile, out of ``MODULES``, or ``"all"``; experts are those in grouped GEMMs. ``None``
-            tiles what gains: fc1, fc2, experts and output where tiles are resident, all where they are partitioned.
+            tiles what gains: fc1, fc2, experts and output where tiles are resident, all where they are partitioned or
+            with ``tp_overlap``.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``; ``{"experts": (1, N)}``
-            are N tiles of a rank's grouped experts.
+            are N tiles of a rank's grouped experts. With ``tp_overlap`` qkv and proj are one tile by default.
         fuse_wgrad: add weight gradients straight into ``main_grad`` (Megatron's gradient accumulation fusion,
             without apex). ``None`` follows the built layers' own setting.
         fp32_accumulate: sum over tiles in float32 where activations are narrower.
@@ -152,8 +155,9 @@ class TilingConfig:
             ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
         fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
             TransformerEngine's layers do, and do not make them again for each.
-        tp_overlap: MLPs whose tensor-parallel communication runs behind their products go by at most so many steps of
-            tokens, in place of tiles of features. ``None`` or ``"off"``: it runs before and after the products.
+        tp_overlap: MLPs, qkv and proj whose tensor-parallel communication runs behind their products go by at most so
+            many steps of tokens, in place of tiles of features. ``None`` or ``"off"``: it runs before and after the
+            products.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -212,6 +216,8 @@ class TilingConfig:
         resident = "leave it out, or give --tiled-linear-storage resident"
         engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
         untiled_mlp = not {"fc1", "fc2"} <= set(self.tiled_modules) and "fc1 and fc2 are not both tiled; leave it out"
+        attention = set(ATTENTION_MODULES) & set(self.tiled_modules)
+        nothing_to_overlap = not attention and untiled_mlp and f"neither qkv nor proj is tiled, and {untiled_mlp}"
         untiled = "experts" not in self.tiled_modules and untiled_mlp
         in_one_piece = f"partitioned tiles are not of grouped experts; {resident}"
         experts = self.splits.get("experts", (1, 1))
@@ -233,7 +239,7 @@ class TilingConfig:
                 self.partitioned and in_one_piece,
             ),
             (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
-            (f"{FLAGS['tp_overlap']} {overlap}", overlap, (self.partitioned and once) or untiled_mlp),
+            (f"{FLAGS['tp_overlap']} {overlap}", overlap, (self.partitioned and once) or nothing_to_overlap),
             (
                 f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {overlap}",
                 overlap and self.mlp_keep not in (None, 0, "all"),
@@ -254,7 +260,7 @@ class TilingConfig:
     def tiled_modules(self) -> tuple[str, ...]:
         """Those that ``modules`` means."""
         if self.modules is None:
-            return MODULES if self.partitioned else RESIDENT_MODULES
+            return MODULES if self.partitioned or self.overlap_steps else RESIDENT_MODULES
         return MODULES if self.modules == "all" else self.modules
 
     @property
@@ -281,6 +287,8 @@ class TilingConfig:
         """``(in_splits, out_splits)`` of a module."""
         if module in self.splits:
             return self.splits[module]
+        if self.overlap_steps and module in ATTENTION_MODULES:
+            return 1, 1
         return (self.factor, 1) if module in ROW_MODULES else (1, self.factor)
 
     def setting_of(self, module: str) -> str:

@@ -22,7 +22,13 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_tiling.config import MLA_DOWN_PROJECTIONS, MODULE_OF_ATTRIBUTE, TilingConfig
+from megatron_tiling.config import (
+    ATTENTION_MODULES,
+    MLA_DOWN_PROJECTIONS,
+    MODULE_OF_ATTRIBUTE,
+    ROW_MODULES,
+    TilingConfig,
+)
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.layers import PartitionedParallelLinear, make_partitioned
 from megatron_tiling.partitioned.mlp import PARTITIONED_MLP_CLASSES
@@ -46,6 +52,7 @@ from megatron_tiling.resident.mlp import (
     reason_for_no_overlap,
     reason_to_stay_stock,
 )
+from megatron_tiling.resident.stepped import reason_for_no_steps
 from megatron_tiling.resident.stock_code import replaced_in_products
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
@@ -121,18 +128,23 @@ class _Plan:
                 continue
             looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
-                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
+                adapted = path != name
+                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied, is_adapted=adapted)
         for one in models:
             self._plan_head(one)
         for name, module in model.named_modules():
             if isinstance(module, MLP):
                 self._plan_mlp(name, module)
 
-    def _planned_layer(self, name: str, layer: Any, is_tied: bool) -> LayerReport:
+    def _planned_layer(self, name: str, layer: Any, is_tied: bool, is_adapted: bool) -> LayerReport:
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
-            return replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
+            report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
+            if layer.overlap_steps is not None:
+                return self._with_steps(report, layer, layer.overlap_steps, is_adapted)
+            without = self.config.overlap_steps and module in ATTENTION_MODULES
+            return replace(report, no_overlap="it was tiled without") if without else report
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
         if not reason and self.config.partitioned:
             reason = _reason_not_to_partition(layer, module, is_tied, self.owners)
@@ -147,7 +159,15 @@ class _Plan:
             )
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
-        return replace(report, grid=grid, partitioned=self.config.partitioned)
+        report = replace(report, grid=grid, partitioned=self.config.partitioned)
+        return self._with_steps(report, layer, self.config.overlap_steps, is_adapted)
+
+    def _with_steps(self, report: LayerReport, layer: Any, steps: int | None, is_adapted: bool) -> LayerReport:
+        """In how many steps one of attention's layers overlaps its communication, and why not if it was asked to."""
+        if steps is None or report.module not in ATTENTION_MODULES:
+            return report
+        reason = "an adapter" if is_adapted else reason_for_no_steps(layer, is_row=report.module in ROW_MODULES)
+        return replace(report, overlap_steps=0 if reason else steps, no_overlap=reason)
 
     def _planned_experts(self, name: str, experts: Any) -> LayerReport:
         """Of grouped experts, fc1 and fc2 of all of them."""
@@ -293,6 +313,7 @@ class _Plan:
         layer.__class__ = TILED_CLASSES[type(layer)]
         layer.adopt()
         layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
+        layer.overlap_steps = self.reports[layer].overlap_steps or None
         if self.config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = self.config.fuse_wgrad
 

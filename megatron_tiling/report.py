@@ -29,8 +29,8 @@ class LayerReport:
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
-        overlap_steps: in at most so many steps of tokens that MLP's communication runs behind its products; 0: it
-            does not.
+        overlap_steps: in at most so many steps of tokens that MLP's, or of attention this layer's, communication runs
+            behind its products; 0: it does not.
         no_overlap: why not, where it was asked for. Fewer tokens than make two steps go by tiles.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
@@ -127,6 +127,9 @@ def note(report: LayerReport) -> str:
         notes.append("logits whole")
     elif report.reason:
         notes.append("stock MLP")
+    elif report.overlap_steps or report.no_overlap:
+        steps = f"at most {report.overlap_steps} token steps" if report.overlap_steps else ""
+        notes.append(f"{steps}{_overlap_note(report)}".removeprefix(", "))
     return ", ".join(notes) + (f": {report.reason}" if report.reason else "")
 
 

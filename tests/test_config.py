@@ -26,6 +26,10 @@ def test_defaults() -> None:
         config.tiled_modules == ("fc1", "fc2", "experts", "output")
         and TilingConfig(storage="partitioned").tiled_modules == MODULES
     )
+    overlap = TilingConfig(tp_overlap=4)
+    assert overlap.tiled_modules == MODULES and TilingConfig(tp_overlap="off").tiled_modules == config.tiled_modules
+    assert [overlap.splits_of(module) for module in MODULES] == [(1, 1), (1, 1), (1, 4), (4, 1), (1, 4), (1, 4)]
+    assert TilingConfig(tp_overlap=4, splits={"qkv": (1, 2)}).splits_of("qkv") == (1, 2)
     assert config.splits == {} and config.kept_tiles is None and not config.partitioned
 
 

@@ -19,15 +19,23 @@ from torch import Tensor
 
 from megatron_tiling.arguments import REFUSED, refuse
 from megatron_tiling.resident.comm import column_comm
+from megatron_tiling.resident.stepped import column_in_steps, row_in_steps
 from megatron_tiling.resident.stock_code import replaced_forward, replaced_in_products
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
+from megatron_tiling.tiles.step_comm import Transport
 from megatron_tiling.tiles.tiled_linear import TiledLinearReturnBias
 
 
 class TiledParallelLinear(torch.nn.Module):
-    """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product."""
+    """What the two tiled layers share: the grid, its set-up, and the tile loop in place of the matrix product.
+
+    Attributes:
+        overlap_steps: in at most so many steps of tokens communication runs behind products, in place of tiles, where
+            a call can do so. Of fc1 and fc2 where a ``TiledMLP`` calls them; its loop has its own.
+        transport: what bytes move with then.
+    """
 
     #: What Megatron-Bridge reads of a class that it does not know, to split and join a weight.
     tensor_model_parallel = True
@@ -41,6 +49,8 @@ class TiledParallelLinear(torch.nn.Module):
     combine_out_splits: bool
     fp32_accumulate: bool
     input_is_already_split: bool
+    overlap_steps: int | None = None
+    transport: Transport = "auto"
 
     @classmethod
     @cache
@@ -171,6 +181,10 @@ class TiledParallelLinear(torch.nn.Module):
     def _product(
         self, input_: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None, comm: ColumnComm | None
     ) -> Tensor | list[Tensor]:
+        if self.overlap_steps is not None and comm is not None:
+            output = column_in_steps(self, input_, weight, bias, comm)
+            if output is not None:
+                return output
         fuse_wgrad = self.gradient_accumulation_fusion
         grid = self.grid
         if not fits(grid, weight):  # somebody has given the layer another one
@@ -244,6 +258,7 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
 
     partition_dim = 1
     input_is_parallel: bool
+    skip_bias_add: bool
     output_size: int
     input_size_per_partition: int
 
@@ -264,6 +279,9 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
                 tiles of other widths, or with activation offloading to the CPU.
         """
         check_parts(self, input_)
+        output = None if self.overlap_steps is None else row_in_steps(self, input_)
+        if output is not None:
+            return with_bias(output, self.bias, self.skip_bias_add)
         result: tuple[Tensor, Tensor | None] = super().forward(input_)
         return result
 
@@ -292,6 +310,13 @@ class _TileView(torch.nn.Module):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.nn.functional.linear(input_, self.weight), self.bias
+
+
+def with_bias(output: Tensor, bias: Tensor | None, skips: bool) -> tuple[Tensor, Tensor | None]:
+    """What a row layer returns: the bias is added, or left to the caller."""
+    if skips:
+        return output, bias
+    return output if bias is None else output + bias, None
 
 
 def one_tensor(input_: Any) -> Tensor:

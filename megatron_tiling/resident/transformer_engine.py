@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_tiling.arguments import OFFLOADING, Refused, reasons_of_row
 from megatron_tiling.config import ROW_MODULES
 from megatron_tiling.resident.comm import comm_of, reduced
-from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor
+from megatron_tiling.resident.layers import TiledParallelLinear, check_parts, one_tensor, with_bias
+from megatron_tiling.resident.stepped import row_in_steps
 from megatron_tiling.resident.stock_code import replaced_forward
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
@@ -249,10 +250,10 @@ class TiledTERow(TiledTELinear):
             ValueError: the list's tiles are not the grid's.
         """
         check_parts(self, input_)
-        output = reduced(self, self._product(input_, self.weight, None, None))
-        if self.te_return_bias:
-            return output, self.bias
-        return output if self.bias is None else output + self.bias, None
+        output = None if self.overlap_steps is None else row_in_steps(self, input_)
+        if output is None:
+            output = reduced(self, self._product(input_, self.weight, None, None))
+        return with_bias(output, self.bias, self.te_return_bias)
 
 
 #: What a built layer becomes; nothing where TransformerEngine is not installed.

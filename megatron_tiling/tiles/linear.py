@@ -70,11 +70,11 @@ def tiled_linear(
         parts = [part.to(dtype) for part in parts]
         bias = None if bias is None else bias.to(dtype)
         weight = weight.to(dtype) if loop.saves_weight else weight
-    outputs = _TiledLinear.apply(weight, bias, loop, *parts)
+    outputs = TiledLinearFunction.apply(weight, bias, loop, *parts)
     return outputs[0] if loop.combine_out_splits else list(outputs)
 
 
-class _TiledLinear(torch.autograd.Function):
+class TiledLinearFunction(torch.autograd.Function):
     """The tile loop. Tokens ``n`` = all dimensions but the last; ``in_i``, ``out_o``: sizes of a tile.
 
     =========  ===============================================  ====================================================
@@ -91,13 +91,7 @@ class _TiledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, loop: TileLoop, *parts: Tensor) -> tuple[Tensor, ...]:
         grid, comm = loop.grid, loop.comm
-        needs_wgrad, _, _, *needs_dgrad = ctx.needs_input_grad
-        ctx.loop = loop
-        saves_weight = loop.saves_weight and any(needs_dgrad)
-        # It carries main_grad, which saved tensors may lose.
-        ctx.param = weight if needs_wgrad or not loop.saves_weight else None
-        # A frozen weight needs no input, an input without gradient needs no weight.
-        ctx.save_for_backward(weight if saves_weight else None, *(parts if needs_wgrad else ()))
+        save_for_backward(ctx, weight, loop, parts)
         if not loop.saves_weight:
             weight = weight.to(parts[0].dtype)  # autocast's: a copy, which is not kept
         if comm is not None and comm.sequence_parallel:
@@ -156,6 +150,17 @@ class _TiledLinear(torch.autograd.Function):
         if reducing is not None:
             reducing.wait()
         return wgrad, bias_grad, None, *dgrads
+
+
+def save_for_backward(ctx: Any, weight: Tensor, loop: TileLoop, parts: Sequence[Tensor]) -> None:
+    """What the backward pass of ``TiledLinearFunction`` needs."""
+    needs_wgrad, _, _, *needs_dgrad = ctx.needs_input_grad
+    ctx.loop = loop
+    saves_weight = loop.saves_weight and any(needs_dgrad)
+    # It carries main_grad, which saved tensors may lose.
+    ctx.param = weight if needs_wgrad or not loop.saves_weight else None
+    # A frozen weight needs no input, an input without gradient needs no weight.
+    ctx.save_for_backward(weight if saves_weight else None, *(parts if needs_wgrad else ()))
 
 
 def in_tiles(grid: TileGrid, parts: Sequence[Tensor]) -> list[Tensor]:

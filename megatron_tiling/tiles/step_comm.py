@@ -30,6 +30,8 @@ Transport = Literal["auto", "collectives", "blocking"]
 #: A step of fewer tokens costs more in small products and launches than it hides. Not measured yet.
 LEAST_STEP_TOKENS = 1024
 TOKEN_MULTIPLE = 256  # tokens of a step, which fill a GPU's blocks
+#: Where this rank's own tokens come in a pass: first where others are only fetched, last where sums are only pushed.
+Own = Literal["first", "last", "both"]
 Wait = Callable[[], object]
 
 
@@ -57,7 +59,7 @@ def steps_for(tokens: int, wanted: int) -> int:
     return max(1, min(wanted, tokens // LEAST_STEP_TOKENS))
 
 
-def cut(rows: int, tokens_of_row: int, ranks: int, steps: int) -> list[Step]:
+def cut(rows: int, tokens_of_row: int, ranks: int, steps: int, own: Own = "both") -> list[Step]:
     """The steps of a pass.
 
     Args:
@@ -65,21 +67,25 @@ def cut(rows: int, tokens_of_row: int, ranks: int, steps: int) -> list[Step]:
         tokens_of_row: tokens of one row.
         ranks: that hold shards.
         steps: at most; with 2 they are the own shard and the others.
+        own: where the own shard comes: as one step, or half of it each with ``both`` and more than 2 steps.
     """
-    return _cut(rows, tokens_of_row, ranks, steps, max(1, TOKEN_MULTIPLE // tokens_of_row))
+    return _cut(rows, tokens_of_row, ranks, steps, max(1, TOKEN_MULTIPLE // tokens_of_row), own)
 
 
 @cache
-def _cut(rows: int, tokens_of_row: int, ranks: int, steps: int, multiple: int) -> list[Step]:
+def _cut(rows: int, tokens_of_row: int, ranks: int, steps: int, multiple: int, own: Own) -> list[Step]:
     if ranks == 1:
         bounds = _bounds(0, rows, steps, multiple)
     else:
-        head = rows if steps < 3 else _rounded_up(rows, 2, multiple)
+        half = _rounded_up(rows, 2, multiple) if steps > 2 else rows
+        head = {"first": rows, "last": 0, "both": half}[own]
         edges = 0, head, head + (ranks - 1) * rows, ranks * rows
-        size = multiple
-        while steps > 2 and sum(-(-(stop - start) // size) for start, stop in pairwise(edges)) > steps:
-            size += multiple
-        parts = [max(1, -(-(stop - start) // size)) if steps > 2 else 1 for start, stop in pairwise(edges)]
+        parts = [1, max(1, steps - 1), 1]
+        if own == "both" and steps > 2:
+            size = multiple
+            while sum(-(-(stop - start) // size) for start, stop in pairwise(edges)) > steps:
+                size += multiple
+            parts = [max(1, -(-(stop - start) // size)) for start, stop in pairwise(edges)]
         bounds = [
             edge for ends, count in zip(pairwise(edges), parts, strict=True) for edge in _bounds(*ends, count, multiple)
         ]
@@ -115,6 +121,21 @@ def few_steps(steps: list[Step]) -> list[Step]:
     return [*steps[:alone], Step(tuple(pieces), slice(steps[alone].tokens.start, steps[-1].tokens.stop))]
 
 
+def places(step: Step, rows: int, rank: int, ranks: int) -> list[slice]:
+    """Where a step's rows are among those of all shards, in the order of the step; neighbours make one slice.
+
+    Args:
+        rows, ranks: as for ``cut``.
+        rank: this one's place in the group.
+    """
+    found: list[slice] = []
+    for ahead, part in step.pieces:
+        first = (rank + ahead) % ranks * rows
+        start = found.pop().start if found and found[-1].stop == first + part.start else first + part.start
+        found.append(slice(start, first + part.stop))
+    return found
+
+
 def _bounds(start: int, stop: int, parts: int, multiple: int) -> list[int]:
     return [*range(start, stop, max(1, _rounded_up(stop - start, parts, multiple))), stop]
 
@@ -139,7 +160,7 @@ class StepComm:
 
     Args:
         group: the tensor-parallel group.
-        sources: what steps are fetched from, ``[rows, ..., features]``.
+        sources: what steps are fetched from, ``[rows, ..., features]``; there may be none.
         out: for the sums over ranks, ``[rows, ..., features]``; ``None`` if there are none.
         blocking: every collective ends before the next product begins.
     """
@@ -164,6 +185,14 @@ class StepComm:
             ``[tokens, features]``, and what is to be called before that is read.
         """
         return flat(self.sources[source][step.pieces[0].rows]) if into is None else into, _nothing
+
+    def fetch_to_place(self, source: int, step: Step, whole: Tensor) -> Wait:
+        """Start to bring a step's tokens to where they are among those of all ranks.
+
+        Args:
+            whole: what ``whole`` gave.
+        """
+        return _nothing
 
     def partial(self, step: Step) -> Tensor:
         """``[tokens, features]`` for the partial sums of a step."""
@@ -209,12 +238,19 @@ class ScatteredSteps(StepComm):
             if (own := step.own_rows) is not None:
                 return flat(shard[own]), _nothing
             into = shard.new_empty(step.tokens.stop - step.tokens.start, shard.shape[-1])
-        parts = _parts(into, step, shard)
+        return into, self._fill(source, _parts(into, step, shard))
+
+    def fetch_to_place(self, source: int, step: Step, whole: Tensor) -> Wait:
+        shards = whole.view(self.ranks, *self.sources[source].shape)
+        return self._fill(source, [(piece, shards[self.peer(piece.ahead)][piece.rows]) for piece in step.pieces])
+
+    def _fill(self, source: int, parts: list[tuple[Piece, Tensor]]) -> Wait:
+        """Copy this rank's rows of a source, and start to copy those of others."""
         for piece, part in parts:
             if piece.ahead == 0:
-                part.copy_(shard[piece.rows])
+                part.copy_(self.sources[source][piece.rows])
         others = [(piece, part) for piece, part in parts if piece.ahead]
-        return into, self._pull(source, others) if others else _nothing
+        return self._pull(source, others) if others else _nothing
 
     def _pull(self, source: int, parts: list[tuple[Piece, Tensor]]) -> Wait:
         """Start to copy other ranks' rows of a source."""
@@ -303,7 +339,7 @@ def start_steps(
     """
     if not sequence_parallel:
         return StepComm(group, sources, out, blocking=transport == "blocking")
-    if transport == "auto" and sources[0].is_cuda:
+    if transport == "auto" and next(tensor for tensor in (*sources, out) if tensor is not None).is_cuda:
         from megatron_tiling.tiles.symmetric import SymmetricSteps, workspace_for
 
         workspace = workspace_for(group, sources, out)

@@ -80,12 +80,12 @@ def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tens
     Returns:
         ``None`` where GPUs do not see each other's memory. It says so once.
     """
-    device = sources[0].device
+    device = next(tensor for tensor in (*sources, out) if tensor is not None).device
     key = group.group_name, device.index
     known = _workspaces.get(key)
     if key in _workspaces and known is None:
         return None
-    source_bytes = max(_aligned(source.nbytes) for source in sources)
+    source_bytes = max((_aligned(source.nbytes) for source in sources), default=0)
     arrived_bytes = 0 if out is None else _aligned(out.nbytes * group.size())
     if known is not None:
         if source_bytes <= known.source_bytes and arrived_bytes <= known.arrived_bytes:

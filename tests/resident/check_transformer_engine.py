@@ -7,6 +7,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +21,11 @@ from transformer_engine import pytorch
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.config import MODULE_OF_ATTRIBUTE
+from megatron_tiling.resident import stepped
 from megatron_tiling.resident.mlp import TiledMLP
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES
 from megatron_tiling.spec import TiledSpecProvider
+from megatron_tiling.tiles import step_comm
 from tests.check_models import assert_same, batch, by_name, expect_error, gpt, make_config, step
 from tests.support.harness import Counter, megatron, relative_error
 
@@ -111,6 +114,33 @@ def check_steps() -> None:
         for (name, parameter), other in zip(tiled.named_parameters(), dense.parameters(), strict=True):
             marks = ("sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride", "allreduce")
             assert all(getattr(parameter, mark, 0) == getattr(other, mark, 0) for mark in marks), name
+
+
+def check_steps_of_tokens() -> None:
+    """Communication behind products, of attention's layers and MLPs: as dense, bit for bit as if it blocked."""
+    sizes, tiling = {"LEAST_STEP_TOKENS": 4, "TOKEN_MULTIPLE": 2}, TilingConfig(factor=3, tp_overlap=3)
+    for changes, fuses, sequence_parallel in itertools.product(({}, LLAMA), (True, False), {False, tp() > 1}):
+        changes = changes | {"sequence_parallel": sequence_parallel}
+        dense, tiled, blocking = (te_gpt(**changes) for _ in range(3))
+        for model in (tiled, blocking):
+            tile(model, replace(tiling, fuse_wgrad=fuses))
+            if fuses:
+                for parameter in model.parameters():
+                    parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter), False
+        for module in blocking.modules():
+            module.transport = "blocking"
+        with patch.multiple(step_comm, **sizes), patch.object(stepped, "steps_for", wraps=step_comm.steps_for) as seen:
+            found, same = step(tiled, **inputs()), step(blocking, **inputs())
+        wanted = step(dense, **inputs())
+        assert seen.call_count == 2 * 2 * (sequence_parallel + (tp() > 1)), seen.call_count
+        for model, grads in ((tiled, found), (blocking, same)):
+            if fuses:
+                parameters = model.named_parameters()
+                fused = {name: one.main_grad for name, one in parameters if one.grad_added_to_main_grad}
+                assert len(fused) == 4 * 2 + 1, fused.keys()
+                grads.update(fused)
+        assert_same(found, wanted)
+        assert all(torch.equal(found[name], same[name]) for name in found)
 
 
 def check_collectives() -> None:
@@ -214,6 +244,13 @@ def check_norm_output() -> None:
             for one, other in zip(found, expected, strict=True):
                 assert one.shape == other.shape
                 assert relative_error(one, other) < 5e-6
+        if sequence_parallel and not gathered:  # the same, by steps of tokens
+            layer = model.decoder.layers[0].self_attention.linear_qkv
+            layer.overlap_steps = 3
+            with patch.multiple(step_comm, LEAST_STEP_TOKENS=4, TOKEN_MULTIPLE=2), Counter() as counter:
+                output, _, *more = layer(x)
+            assert relative_error(output if more else output[0], results[2][0]) < 5e-6
+            assert counter.gemms == 3, counter.counts
         # Ungathered, the tiles gather once more for the weight gradient, where the stand-in kept what it had gathered.
         assert collectives[2:] == collectives[:2] or (sequence_parallel and not gathered), collectives
 

@@ -1,4 +1,4 @@
-"""TiledMLP with communication behind products, in its own process groups: see check_overlap.py."""
+"""Communication behind products, in process groups of its own: see check_overlap.py and check_stepped.py."""
 
 import pytest
 
@@ -9,3 +9,9 @@ from tests.support.launch import torchrun
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_bits_as_blocking_collectives(world: int) -> None:
     assert f"cases passed at TP={world}" in torchrun("-m", "tests.resident.check_overlap", world=world)
+
+
+@pytest.mark.feature("qkv and proj with communication behind products, TP={world}")
+@pytest.mark.parametrize("world", [2, 4])
+def test_column_and_row_layers(world: int) -> None:
+    assert f"cases passed at TP={world}" in torchrun("-m", "tests.resident.check_stepped", world=world)

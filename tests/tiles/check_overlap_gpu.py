@@ -1,9 +1,9 @@
-"""The stepped loop of an MLP over NCCL and symmetric memory: the same bits as with blocking collectives.
+"""The stepped loops over NCCL and symmetric memory: the same bits as with blocking collectives.
 
 torchrun --standalone --nproc-per-node TP -m tests.tiles.check_overlap_gpu auto|collectives
 
-Ranks are delayed at random, two MLPs follow each other, and sizes change between passes: whatever is read too early or
-overwritten too early shows in the numbers.
+Ranks are delayed at random, two MLPs, each after a column and a row layer, follow each other, and sizes change between
+passes: whatever is read too early or overwritten too early shows in the numbers.
 """
 
 import itertools
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.linear import TileLoop, tiled_linear
+from megatron_tiling.tiles.stepped_linear import LinearSteps, stepped_column, stepped_row
 from megatron_tiling.tiles.stepped_mlp import SteppedLoop, stepped_mlp
 from megatron_tiling.tiles.symmetric import symmetric_bytes
 
-HIDDEN, FFN = 512, 768
+HIDDEN, FFN, QKV = 512, 768, 384
 ROWS = (512, 256, 768)  # of a shard: the workspace grows, and is larger than what a pass needs
 PASSES = 3
 
@@ -33,14 +36,21 @@ def swiglu(pre: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     return F.silu(gate) * up
 
 
+_buffers: dict[torch.dtype, Tensor] = {}
+
+
 def gathered(shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="cuda")
+    """One memory for all layers, as Megatron's."""
+    size = torch.Size(shape).numel()
+    if dtype not in _buffers or _buffers[dtype].numel() < size:
+        _buffers[dtype] = torch.empty(size, dtype=dtype, device="cuda")
+    return _buffers[dtype][:size].view(*shape)
 
 
 def weights(dtype: torch.dtype, layers: int = 2) -> list[Tensor]:
-    """fc1 and fc2 of each layer, this rank's shard."""
+    """qkv, proj, fc1 and fc2 of each layer, this rank's shard."""
     generator = torch.Generator("cuda").manual_seed(11 + dist.get_rank())
-    shapes = [(2 * FFN, HIDDEN), (HIDDEN, FFN)] * layers
+    shapes = [(QKV, HIDDEN), (HIDDEN, QKV), (2 * FFN, HIDDEN), (HIDDEN, FFN)] * layers
     drawn = [torch.randn(shape, device="cuda", generator=generator) * 0.05 for shape in shapes]
     return [weight.to(dtype).requires_grad_() for weight in drawn]
 
@@ -52,6 +62,8 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
     if comm.sequence_parallel:
         comm = ColumnComm(dist.group.WORLD, True, False, gathered)
     loop = SteppedLoop(activation, comm=comm, fuse_fc1_wgrad=True, fuse_fc2_wgrad=True, **how)
+    linear = LinearSteps(loop.steps, comm, fuse_wgrad=True, transport=loop.transport)
+    one_tile = TileLoop(TileGrid(HIDDEN, QKV, 1, 1), fuse_wgrad=True, comm=comm)
     found = []
     for parameter in parameters:
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
@@ -62,15 +74,26 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
         hidden = torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype)
         hidden.requires_grad_()
         output = hidden
-        for fc1, fc2 in itertools.batched(parameters, 2):
-            if late is not None:
-                torch.cuda._sleep(late.randrange(2_000_000))
+        for qkv, proj, fc1, fc2 in itertools.batched(parameters, 4):
+            delay(late)
+            columns = (
+                stepped_column(output, qkv, None, linear)
+                if comm.sequence_parallel
+                else tiled_linear(output, qkv, None, one_tile)
+            )
+            delay(late)
+            output = output + stepped_row(F.silu(columns), proj, linear)
+            delay(late)
             output = output + stepped_mlp(output, fc1, None, fc2, loop)
-        if late is not None:
-            torch.cuda._sleep(late.randrange(2_000_000))
+        delay(late)
         output.square().sum().backward()
         found += [output.detach(), hidden.grad]
     return found + [parameter.main_grad for parameter in parameters]
+
+
+def delay(late: random.Random | None) -> None:
+    if late is not None:
+        torch.cuda._sleep(late.randrange(2_000_000))
 
 
 def dense(parameters: list[Tensor], rows: int) -> list[Tensor]:
@@ -82,7 +105,8 @@ def dense(parameters: list[Tensor], rows: int) -> list[Tensor]:
         shards.append(torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype))
     hidden = torch.cat(shards).double().requires_grad_()
     output = hidden
-    for fc1, fc2 in itertools.batched(every, 2):
+    for qkv, proj, fc1, fc2 in itertools.batched(every, 4):
+        output = output + sum(F.linear(F.silu(F.linear(output, q)), p) for q, p in zip(qkv, proj, strict=True))
         output = output + sum(
             F.linear(swiglu(F.linear(output, u), None, None), w) for u, w in zip(fc1, fc2, strict=True)
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tiling.tiles import step_comm
-from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, few_steps, steps_for
+from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, few_steps, places, steps_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -14,8 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("multiple", [1, 6])
 def test_every_row_of_every_rank_once(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_comm, "TOKEN_MULTIPLE", multiple)
-    for rows, of_row, ranks, steps in itertools.product(range(1, 12), (1, 3), range(1, 5), range(1, 9)):
-        found = cut(rows, of_row, ranks, steps)
+    options = itertools.product(range(1, 12), (1, 3), range(1, 5), range(1, 9), ("both", "first", "last"))
+    for rows, of_row, ranks, steps, own in options:
+        found = cut(rows, of_row, ranks, steps, own)
         taken = [(piece.ahead, row) for step in found for piece in step.pieces for row in rows_of(piece.rows)]
         assert sorted(taken) == [(rank, row) for rank in range(ranks) for row in range(rows)]
         assert len(found) <= max(steps, min(ranks, 2))
@@ -35,6 +36,32 @@ def test_own_tokens_come_first_and_last(ranks: int, steps: int) -> None:
     assert found[0].own_rows is not None and found[-1].own_rows is not None
     order = [piece.ahead for step in found for piece in step.pieces]
     assert [ahead for ahead, _ in itertools.groupby(order)] == [*range(ranks), 0]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_own_tokens_are_one_step_where_nothing_is_sent_or_nothing_fetched(ranks: int, steps: int) -> None:
+    rows = 42 * step_comm.TOKEN_MULTIPLE
+    first, last = (cut(rows, 1, ranks, steps, own) for own in ("first", "last"))
+    assert len(first) == len(last) == steps
+    assert first[0].own_rows == last[-1].own_rows == slice(0, rows)
+    assert [step.pieces for step in first[1:]] == [step.pieces for step in last[:-1]]
+    assert len({step.tokens.stop - step.tokens.start for step in first[1:]}) == 1
+
+
+def test_places_are_in_the_order_of_the_ranks() -> None:
+    rows, ranks = 6, 4
+    for rank, steps, own in itertools.product(range(ranks), range(2, 9), ("both", "first", "last")):
+        found = cut(rows, 1, ranks, steps, own)
+        taken = []
+        for step in found:
+            slices = places(step, rows, rank, ranks)
+            expected = [(rank + p.ahead) % ranks * rows + row for p in step.pieces for row in rows_of(p.rows)]
+            assert [row for rows_ in slices for row in rows_of(rows_)] == expected
+            assert all(before.stop != after.start for before, after in itertools.pairwise(slices))
+            assert len(slices) <= 2
+            taken += expected
+        assert sorted(taken) == [*range(rows * ranks)]
 
 
 def test_few_steps_take_the_same_tokens_in_the_same_order() -> None:

@@ -16,7 +16,8 @@ from megatron_tiling.tiles.step_comm import cut
 from megatron_tiling.tiles.symmetric import SOURCES, SymmetricSteps, Workspace
 
 ROWS, BATCH, HIDDEN, OUT = 10, 2, 4, 6
-PASSES, FETCHES = 4, 1  # that one pushes nothing
+#: Sources of each pass; the second pushes nothing, and the third, which fetches nothing, only pushes.
+PASSES, FETCHES = (1, 2, 0, 2), 1
 
 
 class Stream:
@@ -58,8 +59,8 @@ def value(kind: int, index: int, rank: int, *shape: int) -> Tensor:
 def one_rank(rank: int, ranks: int, workspace: Workspace, steps: int, errors: list[str]) -> None:
     group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
     late = random.Random(-rank)
-    for index in range(PASSES):
-        sources = [value(kind, index, rank, ROWS, BATCH, HIDDEN) for kind in (0, 1)][: 1 + index % 2]
+    for index, count in enumerate(PASSES):
+        sources = [value(kind, index, rank, ROWS, BATCH, HIDDEN) for kind in range(count)]
         out = None if index == FETCHES else torch.full((ROWS, BATCH, OUT), torch.nan, dtype=torch.float64)
         comm = SymmetricSteps(group, sources, out, workspace)
         for number, step in enumerate(cut(ROWS, BATCH, ranks, steps)):
@@ -79,6 +80,13 @@ def one_rank(rank: int, ranks: int, workspace: Workspace, steps: int, errors: li
                 pieces = [every[(rank + piece.ahead) % ranks][piece.rows] for piece in step.pieces]
                 sums.copy_(torch.cat(pieces).flatten(0, 1))
                 comm.push(sums, step)
+        for source in range(len(sources)):
+            whole = torch.full((ranks * ROWS * BATCH, HIDDEN), torch.nan, dtype=torch.float64)
+            for ready in [comm.fetch_to_place(source, step, whole) for step in cut(ROWS, BATCH, ranks, steps)]:
+                ready()
+            every_rank = [value(source, index, peer, ROWS, BATCH, HIDDEN) for peer in range(ranks)]
+            if not torch.equal(whole, torch.cat(every_rank).flatten(0, 1)):
+                errors.append(f"rank {rank}, pass {index}: source {source} is out of order")
         comm.finish()
         if out is not None:
             pieces = [value(2, index, peer, ranks, ROWS, BATCH, OUT)[rank] for peer in range(ranks)]

@@ -1,0 +1,231 @@
+"""Column and row layers by steps of tokens: bit for bit as with blocking collectives, and close to stock's.
+
+torchrun --standalone --nproc-per-node TP -m tests.resident.check_stepped
+"""
+
+import copy
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.support.harness import Counter, all_pairs, megatron, naming, relative_error
+
+TP = int(os.environ.get("WORLD_SIZE", "1"))
+IN, OUT, BATCH = 24, 40, 2
+OPTIONS = {
+    "kind": ["column", "row"],
+    "sequence_parallel": [True, False],
+    "bias": [True, False],
+    "skip_bias_add": [True, False],
+    "steps": [2, 3, 5],
+    "rows": [24, 20],  # of all ranks; not a multiple of every number of steps
+    "frozen": [False, True],
+    "fusion": [True, False],
+    "input_requires_grad": [True, False],
+    "checkpointed": [False, True],
+    "dtype": [torch.float64, torch.float32, torch.bfloat16],
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+def stock_layer(case: dict[str, Any]) -> Any:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=IN, num_attention_heads=4, tensor_model_parallel_size=TP,
+        sequence_parallel=case["sequence_parallel"], params_dtype=case["dtype"], use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    options: dict[str, Any] = {"config": config, "bias": case["bias"], "skip_bias_add": case["skip_bias_add"]}
+    options["init_method"] = torch.nn.init.normal_
+    if case["kind"] == "column":
+        layer = ColumnParallelLinear(IN, OUT, gather_output=False, **options)
+    else:
+        layer = RowParallelLinear(IN, OUT, input_is_parallel=True, is_expert=False, **options)
+    generator = torch.Generator().manual_seed(100 + dist.get_rank())
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64) / 2)
+        if case["bias"]:
+            layer.bias.fill_(0.3)
+    layer.weight.requires_grad_(not case["frozen"])
+    return layer
+
+
+def tiled_copy(layer: Any, case: dict[str, Any], steps: int | None, transport: str = "auto") -> Any:
+    from megatron_tiling.resident.layers import RESIDENT_CLASSES
+
+    layer = copy.deepcopy(layer, {id(one): one for one in vars(layer).values() if isinstance(one, dist.ProcessGroup)})
+    layer.__class__ = RESIDENT_CLASSES[type(layer)]
+    layer.set_tiles(*((1, 2) if case["kind"] == "column" else (2, 1)))
+    layer.overlap_steps, layer.transport = steps, transport
+    if case["fusion"]:
+        layer.gradient_accumulation_fusion = True
+        wide = torch.promote_types(case["dtype"], torch.float32)
+        layer.weight.main_grad = torch.ones_like(layer.weight, dtype=wide)
+        layer.weight.grad_added_to_main_grad = False
+    return layer
+
+
+def drawn(shape: Any, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def tokens(case: dict[str, Any]) -> torch.Tensor:
+    column = case["kind"] == "column"
+    shards = column and case["sequence_parallel"]
+    shape = case["rows"] // TP if shards else case["rows"], BATCH, IN if column else IN // TP
+    input_ = drawn(shape, 3 + dist.get_rank() * (shards or not column), case["dtype"])
+    return input_.requires_grad_(case["input_requires_grad"])
+
+
+def run(layer: Any, case: dict[str, Any], passes: int = 1) -> dict[str, Any]:
+    """Output and gradients of ``passes`` backward passes over one graph."""
+    input_ = tokens(case)
+    if case["checkpointed"]:
+        output, bias = torch.utils.checkpoint.checkpoint(layer, input_, use_reentrant=False)
+    else:
+        output, bias = layer(input_)
+    if output.requires_grad:
+        shards = case["kind"] == "row" and case["sequence_parallel"]
+        differs = shards or case["kind"] == "column"
+        upstream = drawn(output.shape, 5 + dist.get_rank() * differs, output.dtype)
+        for left in reversed(range(passes)):
+            output.backward(upstream, retain_graph=left > 0)
+    weight = layer.weight
+    grads = {"weight": None if case["frozen"] else getattr(weight, "main_grad", weight.grad), "input": input_.grad}
+    if case["bias"] and not case["frozen"]:  # stock drops the gradient of a bias beside a frozen weight
+        grads["bias grad"] = layer.bias.grad
+    return {"output": output.detach(), "bias": bias} | grads
+
+
+def check(case: dict[str, Any]) -> None:
+    from megatron_tiling.resident import stepped
+
+    stock = stock_layer(case)
+    layer, blocking = (tiled_copy(stock, case, case["steps"], how) for how in ("auto", "blocking"))
+    exposed = case["kind"] == "row" or case["sequence_parallel"]
+    is_row = case["kind"] == "row"
+    assert stepped._steps_now(layer, tokens(case), is_row) == (case["steps"] if exposed else 1)
+    expected, found, plain = run(blocking, case), run(layer, case), run(tiled_copy(stock, case, None), case)
+    dense = run(stock, case) if not case["fusion"] else plain
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None) == (dense[name] is None) == (plain[name] is None), name
+        if value is not None:
+            assert torch.equal(found[name], value), f"{name}: other bits than with blocking collectives"
+            for without in (plain, dense):
+                error = relative_error(found[name], without[name])
+                assert error < TOLERANCE[case["dtype"]], f"{name}: {error:.1e} from the layer without steps"
+    if case["dtype"] == torch.float64 and not case["checkpointed"]:
+        twice, doubled = (run(tiled_copy(stock, case, steps), case, passes=2) for steps in (case["steps"], None))
+        for name, value in doubled.items():
+            assert value is None or relative_error(twice[name], value) < 1e-12, f"{name}, of two backward passes"
+
+
+def check_products() -> None:
+    """Forward, steps in place of tiles, without stock's collectives; backward one product for the weight."""
+    case = {name: values[0] for name, values in OPTIONS.items()} | {"steps": 3, "fusion": False, "bias": False}
+    for kind in OPTIONS["kind"]:
+        layer = tiled_copy(stock_layer(case | {"kind": kind}), case | {"kind": kind}, 3)
+        with Counter() as forward, torch.no_grad():
+            output, _ = layer(tokens(case | {"kind": kind}))
+        assert 3 <= forward.gemms <= 4, forward.counts  # one more where ranks go on from the first within a step
+        others = {name for name in forward.collectives if name not in ("send", "recv_")}
+        assert not others and not output.requires_grad, forward.collectives
+
+
+def check_what_runs_as_before() -> None:
+    """Few tokens, one token, autocast, lists, layers of experts, gathered outputs."""
+    from megatron_tiling.resident.stepped import _steps_now, reason_for_no_steps
+    from megatron_tiling.tiles import step_comm
+
+    case = {name: values[0] for name, values in OPTIONS.items()} | {"fusion": False}
+    for kind in OPTIONS["kind"]:
+        case["kind"], is_row = kind, kind == "row"
+        layer, input_ = tiled_copy(stock_layer(case), case, 4), tokens(case).detach()
+        assert _steps_now(layer, input_, is_row) == 4
+        ranks = 1 if is_row else TP
+        few = step_comm.LEAST_STEP_TOKENS * 3 // ranks // BATCH
+        assert _steps_now(layer, input_[:few], is_row) == 3
+        for other in (input_[: TP // ranks].repeat(1, 1, 1)[:, :1], input_[0, 0], [*input_.chunk(2, -1)]):
+            assert _steps_now(layer, other, is_row) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _steps_now(layer, input_, is_row) == 1
+        assert not reason_for_no_steps(layer, is_row)
+        layer.explicit_expert_comm = True
+        assert reason_for_no_steps(layer, is_row) == "an expert" and _steps_now(layer, input_, is_row) == 1
+        layer.explicit_expert_comm = False
+        if is_row:
+            parts = list(input_.chunk(2, -1))
+            assert relative_error(layer(parts)[0], layer(input_)[0]) < 1e-12
+            layer.input_is_parallel = False
+            assert reason_for_no_steps(layer, is_row) == "splits its input itself"
+        else:
+            layer.gather_output = True
+            assert reason_for_no_steps(layer, is_row) == "gathers its output"
+
+
+def check_models() -> None:
+    """What the table says is what runs; attention in a model, dense against tiled."""
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import note
+    from megatron_tiling.resident import stepped
+    from megatron_tiling.tiles import step_comm
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    overlaps = f"at most 3 token steps, communication behind products from {2 * step_comm.LEAST_STEP_TOKENS} tokens on"
+    exposed = "no overlap: without sequence parallelism nothing is exposed"
+    seen: list[int] = []
+    steps_now = stepped._steps_now
+
+    def noting(layer: Any, input_: Any, is_row: bool) -> int:
+        seen.append(steps_now(layer, input_, is_row))
+        return seen[-1]
+
+    stepped._steps_now = noting
+    for sequence_parallel in (True, False):
+        config = {"tensor_model_parallel_size": TP, "sequence_parallel": sequence_parallel}
+        dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+        tiling = TilingConfig(factor=2, tp_overlap=3)
+        for reports in (tile(tiled, tiling), tile(tiled, TilingConfig(factor=2))):  # the second finds what there is
+            notes = {report.name.rpartition(".")[2]: (str(report.grid), note(report)) for report in reports}
+            assert notes["linear_qkv"] == ("1x1", overlaps if sequence_parallel else exposed), notes
+            assert notes["linear_proj"] == ("1x1", overlaps), notes
+            if sequence_parallel is False:
+                break  # why not is told where it is asked for
+        seen.clear()
+        assert_same(step(tiled, **batch()), step(dense, **batch()))
+        layers = len(tiled.decoder.layers)
+        assert seen == ([3, 3] if sequence_parallel else [3]) * layers, seen
+        seen.clear()
+        tiled.zero_grad()
+        for layer in tiled.decoder.layers:  # with a hook on fc1, layers of an MLP run one by one
+            layer.mlp.linear_fc1.register_forward_hook(lambda *arguments: None)
+        dense.zero_grad()
+        assert_same(step(tiled, **batch()), step(dense, **batch()))
+        assert seen == ([3] * 4 if sequence_parallel else [3] * 2) * layers, seen
+    stepped._steps_now = steps_now
+
+
+def main() -> None:
+    with megatron(tensor_model_parallel_size=TP):
+        from megatron_tiling.tiles import step_comm
+
+        step_comm.TOKEN_MULTIPLE = 2
+        step_comm.LEAST_STEP_TOKENS = 8
+        cases = [case for seed in range(int(os.environ.get("SEEDS", "3"))) for case in all_pairs(OPTIONS, seed)]
+        for case in cases:
+            with naming(f"TP={TP}, {case}"):
+                check(case)
+        check_products()
+        check_what_runs_as_before()
+        check_models()
+        if dist.get_rank() == 0:
+            print(f"{len(cases)} cases passed at TP={TP}")
+
+
+if __name__ == "__main__":
+    main()
