@@ -234,7 +234,11 @@ class _Plan:
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
             reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
-            found = ((child, classes[MLP].reason_in_adapter(getattr(mlp, child))) for child in MLP_LAYERS)
+            found = (
+                (child, classes[MLP].reason_in_adapter(getattr(mlp, child)))
+                for child in MLP_LAYERS
+                if hasattr(mlp, child)
+            )
             adapted = ", ".join(f"{child} {why}" for child, why in found if why)
             if self.config.partitioned:
                 reason = reason or adapted

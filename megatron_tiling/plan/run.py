@@ -339,5 +339,8 @@ def _refuse(args: Namespace) -> None:
         asked.append("--moe-expert-capacity-factor without --moe-pad-expert-input-to-capacity")  # drops by values
     if getattr(args, "fp8", None):
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
+    steps = getattr(args, "tiled_tp_overlap", None)
+    if getattr(args, "use_tiled_linear", False) and args.tensor_model_parallel_size > 1 and steps not in (None, "off"):
+        asked.append(f"--tiled-tp-overlap {steps}")  # whose memory is beside torch's allocator
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet")

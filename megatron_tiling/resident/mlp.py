@@ -141,8 +141,8 @@ class TiledMLP(MLP):
             return 1
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             return 1
-        comm = comm_of(self.linear_fc1)
-        if comm is None:
+        comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
+        if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
             return 1
         ranks = comm.group.size() if comm.sequence_parallel else 1
         return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps)
@@ -302,7 +302,7 @@ def check_keep(keep: int | None, tiles: int, what: str = "fc1 and fc2") -> None:
 
 def reason_for_no_overlap(mlp: Any) -> str:
     """Why communication never runs behind the products of an MLP, stock or tiled, or nothing."""
-    fc1, fc2 = (getattr(mlp, name) for name in MLP_LAYERS)
+    fc1, fc2 = (getattr(mlp, name, None) for name in MLP_LAYERS)
     if any(unwrapped(layer) is not layer for layer in (fc1, fc2)):
         return "an adapter"
     if isinstance(mlp, SharedExpertMLP):

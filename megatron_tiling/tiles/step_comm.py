@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -158,6 +158,8 @@ def add_pieces(pieces: Tensor, out: Tensor) -> None:
 class StepComm:
     """One pass over the steps, where every rank has all tokens: partial sums are all-reduced.
 
+    As a context it ends with ``finish``, or where there is an error (out of memory) with ``abandon``.
+
     Args:
         group: the tensor-parallel group.
         sources: what steps are fetched from, ``[rows, ..., features]``; there may be none.
@@ -170,6 +172,15 @@ class StepComm:
     ) -> None:
         self.group, self.sources, self.out, self.blocking = group, sources, out, blocking
         self._works: list[dist.Work] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *more: object) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.abandon()
 
     def whole(self, source: int, memory: Callable[[], Tensor]) -> Tensor:
         """``[tokens of all steps, features]``, to fetch steps into; in ``memory()`` where it is needed."""
@@ -209,6 +220,9 @@ class StepComm:
         """Wait for what was pushed, and for the sums in ``out``."""
         for work in self._works:
             work.wait()
+
+    def abandon(self) -> None:
+        """End a pass before its time. Collectives hold what they use until they are done."""
 
 
 class ScatteredSteps(StepComm):

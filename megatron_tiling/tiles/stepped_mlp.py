@@ -110,26 +110,25 @@ class _SteppedMLP(torch.autograd.Function):
         records = grad_enabled and any(ctx.needs_input_grad)
         steps = loop.cut(hidden)
         output = hidden.new_empty(*hidden.shape[:-1], fc2_weight.shape[0])
-        comm = loop.start([hidden], output)
         keeps = records and loop.keeps
         kept = scratch(hidden, steps[-1].tokens.stop, fc1_weight.shape[0]) if keeps else None
-        arriving = comm.fetch(0, steps[0])
-        for index, step in enumerate(steps):
-            x, arrived = arriving
-            if index + 1 < len(steps):
-                arriving = comm.fetch(0, steps[index + 1])
-            arrived()
-            pre = scratch(hidden, x.shape[0], fc1_weight.shape[0]) if kept is None else kept[step.tokens]
-            gemm_into(pre, x, fc1_weight.t(), accumulate=False)
-            activated = scratch(hidden, x.shape[0], fc2_weight.shape[1])
-            loop.activation.forward([_halves(pre, loop)], _halved(fc1_bias, loop), None, activated)
-            del pre, x  # before the next ones are made
-            partial = comm.partial(step)
-            gemm_into(partial, activated, fc2_weight.t(), accumulate=False)
-            del activated
-            comm.push(partial, step)
-            del partial
-        comm.finish()
+        with loop.start([hidden], output) as comm:
+            arriving = comm.fetch(0, steps[0])
+            for index, step in enumerate(steps):
+                x, arrived = arriving
+                if index + 1 < len(steps):
+                    arriving = comm.fetch(0, steps[index + 1])
+                arrived()
+                pre = scratch(hidden, x.shape[0], fc1_weight.shape[0]) if kept is None else kept[step.tokens]
+                gemm_into(pre, x, fc1_weight.t(), accumulate=False)
+                activated = scratch(hidden, x.shape[0], fc2_weight.shape[1])
+                loop.activation.forward([_halves(pre, loop)], _halved(fc1_bias, loop), None, activated)
+                del pre, x  # before the next ones are made
+                partial = comm.partial(step)
+                gemm_into(partial, activated, fc2_weight.t(), accumulate=False)
+                del activated
+                comm.push(partial, step)
+                del partial
         if records:
             ctx.loop, ctx.kept_is_intact = loop, True
             ctx.params = fc1_weight, fc2_weight  # they carry main_grad, which saved tensors may lose
@@ -173,11 +172,11 @@ class _Backward:
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients of all arguments of ``_SteppedMLP``."""
-        if self.kept is None:
-            self._run_in_steps()
-        else:
-            self._run_kept(self.kept)
-        self.comm.finish()
+        with self.comm:
+            if self.kept is None:
+                self._run_in_steps()
+            else:
+                self._run_kept(self.kept)
         return (
             self.dgrad,
             self.fc1_grad.result() if self.needs_fc1 else None,

@@ -13,8 +13,9 @@ arrived, and only after that one do peers push again.
 Depends on torch alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -27,18 +28,20 @@ from megatron_tiling.tiles.step_comm import Piece, ScatteredSteps, Wait
 
 SOURCES = 2
 ALIGNMENT = 512  # bytes
-TIMEOUT_MS = 30 * 60_000
-"""After which a barrier whose peers do not come ends the process."""
 
 
 @dataclass
 class Workspace:
-    """Symmetric memory of one group: ``SOURCES`` areas of one size, then one for what arrives from all ranks."""
+    """Symmetric memory of one group: ``SOURCES`` areas of one size, then one for what arrives from all ranks.
+
+    A barrier whose peers do not come in ``timeout_ms`` ends the process.
+    """
 
     handle: Any
     memory: Tensor
     source_bytes: int
     arrived_bytes: int
+    timeout_ms: int
     pulls: torch.cuda.Stream = field(default_factory=lambda: torch.cuda.Stream(priority=-1))
     pushes: torch.cuda.Stream = field(default_factory=lambda: torch.cuda.Stream(priority=-1))
     last_pass: torch.cuda.Event = field(default_factory=torch.cuda.Event)
@@ -57,7 +60,7 @@ class Workspace:
 
     def barrier(self) -> None:
         """On the current stream: what it does next, it does after all ranks have come here."""
-        self.handle.barrier(channel=0, timeout_ms=TIMEOUT_MS)
+        self.handle.barrier(channel=0, timeout_ms=self.timeout_ms)
 
     def signatures(self) -> list[int]:
         """Each rank's number, from 1 on, as it stands in that rank's memory; all ranks together."""
@@ -70,8 +73,8 @@ class Workspace:
         return found
 
 
-#: By group and device; ``None`` where there is no symmetric memory.
-_workspaces: dict[tuple[str, int], Workspace | None] = {}
+#: By the name of a group and a device: that group and its workspace, ``None`` where there is no symmetric memory.
+_workspaces: dict[tuple[str, int], tuple[dist.ProcessGroup, Workspace | None]] = {}
 
 
 def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tensor | None) -> Workspace | None:
@@ -82,34 +85,49 @@ def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tens
     """
     device = next(tensor for tensor in (*sources, out) if tensor is not None).device
     key = group.group_name, device.index
-    known = _workspaces.get(key)
-    if key in _workspaces and known is None:
-        return None
+    named_so, known = _workspaces.pop(key, (None, None))
     source_bytes = max((_aligned(source.nbytes) for source in sources), default=0)
     arrived_bytes = 0 if out is None else _aligned(out.nbytes * group.size())
-    if known is not None:
-        if source_bytes <= known.source_bytes and arrived_bytes <= known.arrived_bytes:
+    if named_so is group:
+        if known is None or (source_bytes <= known.source_bytes and arrived_bytes <= known.arrived_bytes):
+            _workspaces[key] = group, known
             return known
         source_bytes = max(source_bytes, known.source_bytes)
         arrived_bytes = max(arrived_bytes, known.arrived_bytes)
         torch.cuda.synchronize(device)  # after the last barrier of the last pass, nobody uses the one that goes
-        del known, _workspaces[key]
-    workspace, reason = None, ""
-    try:
-        workspace = _new(group, device, source_bytes, arrived_bytes)
-    except Exception as error:  # of the driver, of torch, of the machine: without it, collectives do the work
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if not _on_all_ranks(workspace is not None, group, device):
-        workspace, reason = None, reason or "another rank has none"
-    elif workspace is not None:
+    del known
+
+    def allocate() -> Tensor:
+        if named_so is not None and named_so is not group:  # torch has the ranks of that one
+            raise RuntimeError("a process group of the same name was destroyed")
+        return _memory(group, device, SOURCES * source_bytes + arrived_bytes)
+
+    def share(memory: Tensor) -> Workspace:
+        return Workspace(_handle(memory, group), memory, source_bytes, arrived_bytes, _timeout_ms(group, device))
+
+    workspace = None
+    memory, reason = _if_on_all_ranks(allocate, group, device)
+    if memory is not None:  # else some would wait for others in ``share``
+        workspace, reason = _if_on_all_ranks(partial(share, memory), group, device)
+    if workspace is not None:
         found = workspace.signatures()
         right = found == list(range(1, group.size() + 1))
         if not _on_all_ranks(right, group, device):
             workspace, reason = None, f"peers wrote {found} into theirs"
     if workspace is None:
         log_on_rank_0(f"--tiled-tp-overlap: no symmetric memory, collectives move the bytes instead ({reason})")
-    _workspaces[key] = workspace
+    _workspaces[key] = group, workspace
     return workspace
+
+
+def _if_on_all_ranks[T](work: Callable[[], T], group: dist.ProcessGroup, device: torch.device) -> tuple[T | None, str]:
+    """What ``work`` returns, if it does on all ranks; else ``None`` and why not."""
+    result, reason = None, "another rank has none"
+    try:
+        result = work()
+    except Exception as error:  # of the driver, of torch, of the machine: without it, collectives do the work
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return (result, "") if _on_all_ranks(result is not None, group, device) else (None, reason)
 
 
 def _on_all_ranks(here: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -120,24 +138,41 @@ def _on_all_ranks(here: bool, group: dist.ProcessGroup, device: torch.device) ->
 
 def symmetric_bytes() -> int:
     """What the workspaces of this process take."""
-    return sum(workspace.memory.nbytes for workspace in _workspaces.values() if workspace is not None)
+    return sum(workspace.memory.nbytes for _, workspace in _workspaces.values() if workspace is not None)
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _new(group: dist.ProcessGroup, device: torch.device, source_bytes: int, arrived_bytes: int) -> Workspace:
+def _memory(group: dist.ProcessGroup, device: torch.device, size: int) -> Tensor:
     """Raises whatever torch raises where there is none."""
     from torch._C._distributed_c10d import _SymmetricMemory
+
+    def allocate() -> Tensor:
+        memory: Tensor = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
+        return memory
+
+    try:
+        return allocate()
+    except RuntimeError:
+        torch.cuda.empty_cache()  # what torch's own allocator holds and does not use is not there for this one
+        return allocate()
+
+
+def _handle(memory: Tensor, group: dist.ProcessGroup) -> Any:
     from torch.distributed._symmetric_memory import rendezvous
 
-    size = SOURCES * source_bytes + arrived_bytes
-    memory = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
     handle = rendezvous(memory, group.group_name)
     if handle is None:
         raise RuntimeError("torch gives no handle for it")
-    return Workspace(handle, memory, source_bytes, arrived_bytes)
+    return handle
+
+
+def _timeout_ms(group: dist.ProcessGroup, device: torch.device) -> int:
+    """That of the group's collectives."""
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout // timedelta(milliseconds=1)
 
 
 class SymmetricSteps(ScatteredSteps):
@@ -193,4 +228,10 @@ class SymmetricSteps(ScatteredSteps):
         self._main.wait_event(self._pulled)
         self._workspace.barrier()
         super().finish()
+        self._workspace.last_pass.record(self._main)
+
+    def abandon(self) -> None:
+        """The stream that calls goes on behind the copies that were started: what they use may be let go now."""
+        self._main.wait_stream(self._workspace.pulls)
+        self._main.wait_stream(self._workspace.pushes)
         self._workspace.last_pass.record(self._main)

@@ -140,6 +140,11 @@ print("FLOPS", some.flops / all_.flops, some.seconds / all_.seconds)
             "--fp8-format hybrid --fp8-recipe mxfp8 --num-experts 4",
             "--fp8-recipe mxfp8, --num-experts with --fp8-format: not planned yet",
         ),
+        (
+            "--tensor-model-parallel-size 2 --use-tiled-linear --tiled-tp-overlap 4 --no-rope-fusion "
+            "--no-masked-softmax-fusion",
+            "--tiled-tp-overlap 4: not planned yet",
+        ),
         ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
     ],
 )

@@ -105,12 +105,15 @@ def check_memory() -> None:
 
 
 def check_what_runs_as_before() -> None:
-    """Few tokens, a scale for each token, no overlap asked for: one step."""
+    """Few tokens, a scale for each token, layers that communicate otherwise than each other: one step."""
     case = {name: values[0] for name, values in OPTIONS.items()}
     mlp = tiled_copy(stock_mlp(case | {"expert": False}), case, 4)
     hidden = tokens(case)
     assert mlp.steps_now(hidden, None) == 4
     assert mlp.steps_now(hidden, torch.ones(hidden.shape[:-1])) == 1
+    mlp.linear_fc2.sequence_parallel = False
+    assert mlp.steps_now(hidden, None) == 1
+    mlp.linear_fc2.sequence_parallel = True
     few = step_comm().LEAST_STEP_TOKENS * 3 // TP // BATCH
     assert mlp.steps_now(hidden[:few], None) == 3 and mlp.steps_now(hidden[:1], None) == 1
 

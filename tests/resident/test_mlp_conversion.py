@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_tiling import TilingConfig, tile
 from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.mlp import convert_mlp
 from tests.tiles.test_mlp import (
@@ -175,6 +176,16 @@ def test_reasons_to_stay_stock() -> None:
         mlp.config = SimpleNamespace(**{**vars(mlp.config), option: True})
         assert convert_mlp(mlp) == reason
         assert type(mlp) is MLP
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_an_mlp_without_its_layers_stays_stock(left: int, steps: int | None) -> None:
+    mlp = stock_mlp(**SWIGLU)
+    for name in ("linear_fc1", "linear_fc2")[: 2 - left]:
+        delattr(mlp, name)
+    assert len(tile(torch.nn.ModuleList([mlp]), TilingConfig(tp_overlap=steps))) == left
+    assert type(mlp) is MLP
 
 
 @pytest.mark.parametrize("keep", [-1, 4])
