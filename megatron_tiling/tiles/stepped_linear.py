@@ -125,17 +125,16 @@ class _SteppedColumn(torch.autograd.Function):
         save_for_backward(ctx, weight, TileLoop(grid, fuse_wgrad=loop.fuse_wgrad, comm=loop.comm), [hidden])
         output = loop.of_all(hidden, weight.shape[0])
         steps = loop.cut(hidden, own="first")
-        comm = loop.start([hidden], None)
-        x = comm.whole(0, lambda: loop.memory(hidden))
-        # None of the own tokens, which are read where they are.
-        arriving = [comm.fetch_to_place(0, step, x) if step.own_rows is None else None for step in steps]
-        for step, arrived in zip(steps, arriving, strict=True):
-            if arrived is not None:
-                arrived()
-            for tokens in loop.places(step, hidden):
-                operand = x[tokens] if step.own_rows is None else flat(comm.sources[0][step.own_rows])
-                gemm_into(flat(output)[tokens], operand, weight.t(), accumulate=False)
-        comm.finish()
+        with loop.start([hidden], None) as comm:
+            x = comm.whole(0, lambda: loop.memory(hidden))
+            # None of the own tokens, which are read where they are.
+            arriving = [comm.fetch_to_place(0, step, x) if step.own_rows is None else None for step in steps]
+            for step, arrived in zip(steps, arriving, strict=True):
+                if arrived is not None:
+                    arrived()
+                for tokens in loop.places(step, hidden):
+                    operand = x[tokens] if step.own_rows is None else flat(comm.sources[0][step.own_rows])
+                    gemm_into(flat(output)[tokens], operand, weight.t(), accumulate=False)
         if bias is not None:
             output += bias
         return output
@@ -168,16 +167,15 @@ class _SteppedRow(torch.autograd.Function):
         ctx.save_for_backward(weight if needs_dgrad else None, input_ if needs_wgrad else None)
         x = flat(input_)
         output = input_.new_empty(input_.shape[0] // loop.shards, *input_.shape[1:-1], weight.shape[0])
-        comm = loop.start([], output)
-        for step in loop.cut(output, own="last"):
-            partial = comm.partial(step)
-            found = loop.places(step, output)
-            parts = partial.split([tokens.stop - tokens.start for tokens in found])
-            for tokens, part in zip(found, parts, strict=True):
-                gemm_into(part, x[tokens], weight.t(), accumulate=False)
-            comm.push(partial, step)
-            del partial, parts, part
-        comm.finish()
+        with loop.start([], output) as comm:
+            for step in loop.cut(output, own="last"):
+                partial = comm.partial(step)
+                found = loop.places(step, output)
+                parts = partial.split([tokens.stop - tokens.start for tokens in found])
+                for tokens, part in zip(found, parts, strict=True):
+                    gemm_into(part, x[tokens], weight.t(), accumulate=False)
+                comm.push(partial, step)
+                del partial, parts, part
         return output
 
     @staticmethod
@@ -187,24 +185,23 @@ class _SteppedRow(torch.autograd.Function):
         weight, input_ = ctx.saved_tensors
         needs_wgrad, _, needs_dgrad = ctx.needs_input_grad
         dgrad = loop.of_all(grad_output, weight.shape[1]) if needs_dgrad else None
-        comm = loop.start([grad_output], None)
-        dy = comm.whole(0, lambda: loop.memory(grad_output))
-        if loop.shards == 1:
-            if dgrad is not None:
-                gemm_into(flat(dgrad), dy, weight, accumulate=False)
-        else:
-            steps = loop.cut(grad_output, own="first")
-            arriving = [comm.fetch_to_place(0, step, dy) for step in steps]
-            for step, arrived in zip(steps, arriving, strict=True):
-                arrived()
-                if dgrad is None:
-                    continue
-                for tokens in loop.places(step, grad_output):
-                    gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
         wgrad = None
-        if needs_wgrad:
-            gradient = WeightGrad(ctx.param, loop.fuse_wgrad)
-            gradient.add(WHOLE, WHOLE, dy, flat(input_))
-            wgrad = gradient.result()
-        comm.finish()
+        with loop.start([grad_output], None) as comm:
+            dy = comm.whole(0, lambda: loop.memory(grad_output))
+            if loop.shards == 1:
+                if dgrad is not None:
+                    gemm_into(flat(dgrad), dy, weight, accumulate=False)
+            else:
+                steps = loop.cut(grad_output, own="first")
+                arriving = [comm.fetch_to_place(0, step, dy) for step in steps]
+                for step, arrived in zip(steps, arriving, strict=True):
+                    arrived()
+                    if dgrad is None:
+                        continue
+                    for tokens in loop.places(step, grad_output):
+                        gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
+            if needs_wgrad:
+                gradient = WeightGrad(ctx.param, loop.fuse_wgrad)
+                gradient.add(WHOLE, WHOLE, dy, flat(input_))
+                wgrad = gradient.result()
         return wgrad, None, dgrad

@@ -170,8 +170,9 @@ def _handle(memory: Tensor, group: dist.ProcessGroup) -> Any:
 
 
 def _timeout_ms(group: dist.ProcessGroup, device: torch.device) -> int:
-    """That of the group's collectives."""
-    timeout: timedelta = group._get_backend(device).options._timeout
+    """That of the group's collectives; torch's default where a backend does not say."""
+    options = getattr(group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", dist.distributed_c10d.default_pg_timeout)
     return timeout // timedelta(milliseconds=1)
 
 
