@@ -12,6 +12,8 @@ MODULES = ("qkv", "proj", "fc1", "fc2", "experts", "output")
 RESIDENT_MODULES = ("fc1", "fc2", "experts", "output")
 #: Attention's: their tiles gain nothing, but their communication can run behind their products.
 ATTENTION_MODULES = ("qkv", "proj")
+#: Layers outside an MLP whose communication can run behind their products.
+OVERLAPPED_MODULES = (*ATTENTION_MODULES, "output")
 DEFAULT_FACTOR = 4
 DEFAULT_HEAD_MEMORY_MIB = 600
 #: Attribute name of a layer in its parent module -> the module name that flags use.
@@ -156,8 +158,8 @@ class TilingConfig:
         fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
             TransformerEngine's layers do, and do not make them again for each.
         tp_overlap: MLPs, qkv and proj whose tensor-parallel communication runs behind their products go by at most so
-            many steps of tokens, in place of tiles of features. ``None`` or ``"off"``: it runs before and after the
-            products.
+            many steps of tokens, in place of tiles of features, and so does the output layer's first tile. ``None`` or
+            ``"off"``: it runs before and after the products.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -216,8 +218,8 @@ class TilingConfig:
         resident = "leave it out, or give --tiled-linear-storage resident"
         engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
         untiled_mlp = not {"fc1", "fc2"} <= set(self.tiled_modules) and "fc1 and fc2 are not both tiled; leave it out"
-        attention = set(ATTENTION_MODULES) & set(self.tiled_modules)
-        nothing_to_overlap = not attention and untiled_mlp and f"neither qkv nor proj is tiled, and {untiled_mlp}"
+        others = set(OVERLAPPED_MODULES) & set(self.tiled_modules)
+        nothing_to_overlap = not others and untiled_mlp and f"qkv, proj and output are not tiled, and {untiled_mlp}"
         untiled = "experts" not in self.tiled_modules and untiled_mlp
         in_one_piece = f"partitioned tiles are not of grouped experts; {resident}"
         experts = self.splits.get("experts", (1, 1))

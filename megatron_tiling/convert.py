@@ -23,9 +23,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_tiling.config import (
-    ATTENTION_MODULES,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
+    OVERLAPPED_MODULES,
     ROW_MODULES,
     TilingConfig,
 )
@@ -143,7 +143,7 @@ class _Plan:
             report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
             if layer.overlap_steps is not None:
                 return self._with_steps(report, layer, layer.overlap_steps, is_adapted)
-            without = self.config.overlap_steps and module in ATTENTION_MODULES
+            without = self.config.overlap_steps and module in OVERLAPPED_MODULES
             return replace(report, no_overlap="it was tiled without") if without else report
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
         if not reason and self.config.partitioned:
@@ -163,8 +163,8 @@ class _Plan:
         return self._with_steps(report, layer, self.config.overlap_steps, is_adapted)
 
     def _with_steps(self, report: LayerReport, layer: Any, steps: int | None, is_adapted: bool) -> LayerReport:
-        """In how many steps one of attention's layers overlaps its communication, and why not if it was asked to."""
-        if steps is None or report.module not in ATTENTION_MODULES:
+        """In how many steps a layer outside an MLP overlaps its communication, and why not if it was asked to."""
+        if steps is None or report.module not in OVERLAPPED_MODULES:
             return report
         reason = "an adapter" if is_adapted else reason_for_no_steps(layer, is_row=report.module in ROW_MODULES)
         return replace(report, overlap_steps=0 if reason else steps, no_overlap=reason)

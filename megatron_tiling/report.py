@@ -29,7 +29,7 @@ class LayerReport:
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
-        overlap_steps: in at most so many steps of tokens that MLP's, or of attention this layer's, communication runs
+        overlap_steps: in at most so many steps of tokens that MLP's, or this layer's, communication runs
             behind its products; 0: it does not.
         no_overlap: why not, where it was asked for. Fewer tokens than make two steps go by tiles.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
@@ -115,7 +115,7 @@ def note(report: LayerReport) -> str:
         return report.reason
     notes = ["partitioned"] if report.partitioned else []
     if report.loss_tiles is not None:
-        notes.append(_loss_note(report.loss_tiles, report.shape[0]))
+        notes += [_loss_note(report.loss_tiles, report.shape[0]), *_steps_notes(report)]
     elif report.mlp is not None:
         tiles = report.grid.tiles
         notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
@@ -124,13 +124,19 @@ def note(report: LayerReport) -> str:
             notes.append(f"at most {report.overlap_steps or tiles} token steps")
         notes[-1] += _overlap_note(report)
     elif report.module == "output":
-        notes.append("logits whole")
+        notes += ["logits whole", *_steps_notes(report)]
     elif report.reason:
         notes.append("stock MLP")
-    elif report.overlap_steps or report.no_overlap:
-        steps = f"at most {report.overlap_steps} token steps" if report.overlap_steps else ""
-        notes.append(f"{steps}{_overlap_note(report)}".removeprefix(", "))
+    else:
+        notes += _steps_notes(report)
     return ", ".join(notes) + (f": {report.reason}" if report.reason else "")
+
+
+def _steps_notes(report: LayerReport) -> list[str]:
+    """Of a layer outside an MLP, in how many steps it overlaps, or why not."""
+    steps = f"at most {report.overlap_steps} token steps" if report.overlap_steps else ""
+    note = f"{steps}{_overlap_note(report)}".removeprefix(", ")
+    return [note] if note else []
 
 
 def _overlap_note(report: LayerReport) -> str:

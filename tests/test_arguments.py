@@ -112,11 +112,11 @@ def test_a_flag_alone_is_refused(flag: str) -> None:
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^--tiled-mlp-keep 2 with --tiled-tp-overlap 4: .* give all or 0$"):
         parse(f"{ON} --tiled-tp-overlap 4 --tiled-mlp-keep 2")
-    for modules in ("fc1", "experts output"):
-        words = "^--tiled-tp-overlap 4: neither qkv nor proj is tiled, and fc1 and fc2 are not both tiled; leave it"
+    for modules in ("fc1", "experts"):
+        words = "^--tiled-tp-overlap 4: qkv, proj and output are not tiled, and fc1 and fc2 are not both tiled; leave"
         with pytest.raises(ValueError, match=words):
             parse(f"{ON} --tiled-tp-overlap 4 --tiled-linear-modules {modules}")
-    assert parse(f"{ON} --tiled-tp-overlap 4 --tiled-linear-modules proj output").tiled_modules == ("proj", "output")
+    assert parse(f"{ON} --tiled-tp-overlap 4 --tiled-linear-modules output").tiled_modules == ("output",)
     assert parse(f"{ON} --tiled-tp-overlap off --tiled-linear-modules fc1 --tiled-linear-storage partitioned")
     memory = "--tiled-head-memory-mib 8"
     for companion in ("--tiled-tp-overlap 4", "--tiled-linear-fp32-accumulate", "--tiled-head-tokens 8", memory):

@@ -26,6 +26,7 @@ from megatron_tiling.resident.stock_code import PREDICTION_LOSSES, calls_the_los
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.head import HeadLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
+from megatron_tiling.tiles.stepped_linear import LinearSteps
 
 
 class TiledOutputLayer(TiledColumnParallelLinear):
@@ -83,7 +84,15 @@ def head_loop(layer: ColumnParallelLinear, tiles: HeadTiles) -> HeadLoop:
         group = layer.tp_group
         reduces = not (sequence_parallel or layer.explicit_expert_comm or layer.disable_grad_reduce)
         comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
-    return HeadLoop(tiles, group, comm, fuse_wgrad=layer.gradient_accumulation_fusion)
+    overlap_steps = getattr(layer, "overlap_steps", None)
+    steps = None
+    if overlap_steps is not None and comm is not None and sequence_parallel and not _in_capture(layer.weight):
+        steps = LinearSteps(overlap_steps, comm, transport=layer.transport)
+    return HeadLoop(tiles, group, comm, steps, fuse_wgrad=layer.gradient_accumulation_fusion)
+
+
+def _in_capture(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:

@@ -27,6 +27,8 @@ from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.head_memory import InputGrad, LogitsBuffers
 from megatron_tiling.tiles.head_reduce import HeadScores, Largest, reduce_scores
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
+from megatron_tiling.tiles.step_comm import steps_for
+from megatron_tiling.tiles.stepped_linear import LinearSteps
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 
@@ -38,6 +40,8 @@ class HeadLoop:
         tiles: memory bound, tile sizes, and how many tiles of logits stay for the backward pass.
         group: ranks that share the vocabulary, as many columns each; ``None`` if this rank has all.
         comm: collectives of the input and its gradient.
+        steps: under sequence parallelism the forward pass gathers its input behind the first tile's product, in steps
+            of tokens, where that tile has all tokens; ``None``: before it.
         fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
         scale: how products become logits.
         logits_in_fp32: products are not rounded to the weight's dtype.
@@ -49,6 +53,7 @@ class HeadLoop:
     tiles: HeadTiles = field(default_factory=HeadTiles)
     group: dist.ProcessGroup | None = None
     comm: ColumnComm | None = None
+    steps: LinearSteps | None = None
     fuse_wgrad: bool = False
     scale: LogitScale = field(default_factory=LogitScale)
     logits_in_fp32: bool = False
@@ -134,9 +139,9 @@ class _TiledHead(torch.autograd.Function):
     wgrad     dz, x                            dW ``[v_t, h]`` = dz^T x, += from the second token tile on
     ========  ===============================  ==============================================================
 
-    Collectives: x is gathered once in each pass under sequence parallelism, in the backward pass under the first dgrad
-    GEMM if its tile was kept; the largest logits are reduced by one all-reduce, all else by another; dx is reduced
-    once, under the last wgrad GEMM.
+    Collectives: x is gathered once in each pass under sequence parallelism: with ``steps`` behind the first GEMM, in
+    the backward pass under the first dgrad GEMM if its tile was kept; the largest logits are reduced by one all-reduce,
+    all else by another; dx is reduced once, under the last wgrad GEMM.
     """
 
     @staticmethod
@@ -146,9 +151,12 @@ class _TiledHead(torch.autograd.Function):
         ctx.loop = loop
         # The parameter itself carries main_grad, which saved tensors may lose.
         ctx.param = weight if ctx.needs_input_grad[1] else None
-        gathered, _ = _gather(hidden, loop, async_op=False)
-        x = _rows(gathered, rows)
-        cut = ctx.cut = loop.tiles.cut(_sizes(loop, gathered, weight, rows, ctx.needs_input_grad))
+        sizes = _sizes(loop, hidden, weight, rows, ctx.needs_input_grad)
+        cut = ctx.cut = loop.tiles.cut(sizes)
+        steps = loop.steps
+        if steps is None or rows is not None or len(cut.tokens) > 1 or steps_for(sizes.tokens, steps.steps) == 1:
+            steps = None
+        x = _rows(_gather(hidden, loop, async_op=False)[0], rows) if steps is None else steps.memory(hidden)
         first_column = 0 if loop.group is None else loop.group.rank() * len(weight)
         columns = columns - first_column
         ctx.set_materialize_grads(False)
@@ -158,7 +166,10 @@ class _TiledHead(torch.autograd.Function):
         buffers = LogitsBuffers(x, cut, max(cut.kept, 1), loop.logits_dtype(x.dtype))
         update_statistics = softmax_for(x).update_statistics
         for index, (tokens, part) in enumerate(cut.tiles):
-            logits = buffers.make(index, x[tokens], weight[part])
+            if index == 0 and steps is not None:
+                logits = buffers.make_first(x, weight[part], hidden, steps)
+            else:
+                logits = buffers.make(index, x[tokens], weight[part])
             update_statistics(logits, part.start, columns[tokens], loop.scale, statistics.of(tokens))
             if top is not None:
                 top.add(tokens, logits, first_column + part.start)
@@ -228,12 +239,12 @@ def _rows(gathered: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _sizes(
-    loop: HeadLoop, gathered: Tensor, weight: Tensor, rows: Tensor | None, needs_grad: tuple[bool, ...]
+    loop: HeadLoop, hidden: Tensor, weight: Tensor, rows: Tensor | None, needs_grad: tuple[bool, ...]
 ) -> HeadSizes:
-    all_tokens = gathered.numel() // gathered.shape[-1]
-    reduced_by = 0
+    all_tokens, reduced_by = hidden.numel() // hidden.shape[-1], 0
     if loop.comm is not None:
         reduced_by = loop.comm.group.size() if loop.comm.sequence_parallel else 1
+        all_tokens *= reduced_by
     grad = getattr(weight, "main_grad", weight) if loop.fuse_wgrad else weight
     logits = loop.logits_dtype(weight.dtype)
     return HeadSizes(

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.head_cut import HeadCut
+from megatron_tiling.tiles.stepped_linear import LinearSteps
 
 
 class LogitsBuffers:
@@ -27,9 +28,19 @@ class LogitsBuffers:
 
     def make(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
         """``[n_t, h]`` and ``[v_t, h]`` -> the logits ``[n_t, v_t]`` of a tile."""
-        logits = self._memory[max(index - self._shared, 0)][: len(x), : len(weight)]
+        logits = self._of(index, x, weight)
         gemm_into(logits, x, weight.t(), accumulate=False)
         return logits
+
+    def make_first(self, x: Tensor, weight: Tensor, shard: Tensor, steps: LinearSteps) -> Tensor:
+        """``make`` of the first tile, while ``x`` of all ranks is gathered from shards ``[s/tp, ..., h]``."""
+        logits = self._of(0, x, weight)
+        steps.gather(shard, x, lambda tokens: gemm_into(logits[tokens], x[tokens], weight.t(), accumulate=False))
+        return logits
+
+    def _of(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
+        """A tile's memory."""
+        return self._memory[max(index - self._shared, 0)][: len(x), : len(weight)]
 
     def take(self, index: int, tokens: slice, columns: slice) -> Tensor:
         """The logits that ``make`` has left of a tile, before those of earlier ones are taken or made."""

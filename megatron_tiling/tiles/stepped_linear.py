@@ -5,7 +5,7 @@ layer's output, and the gather of that one's gradient. Tokens stay in their orde
 A step is all features of the shard: tiles are for calls that do not go by steps. Depends on torch alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,10 +62,25 @@ class LinearSteps:
         return [slice(rows.start * size, rows.stop * size) for rows in found]
 
     def memory(self, shard: Tensor) -> Tensor:
-        """``[tokens of all ranks, features]``, of memory that other layers gather into as well."""
+        """``[n, features]`` for the tokens of all ranks, of memory that other layers gather into as well."""
         shape = self.shards * shard.shape[0] * _tokens_of_row(shard), shard.shape[-1]
         memory = self.comm.gather_buffer(shape, shard.dtype)
         return memory if on_gpu(memory) else memory.zero_()  # as ``scratch``: rows are read beyond a step's end
+
+    def gather(self, shard: Tensor, whole: Tensor, use: Callable[[slice], object]) -> None:
+        """Gather the tokens of all ranks, and give each step's place among them to ``use`` once they are there.
+
+        Args:
+            shard: ``[rows, ..., features]``.
+            whole: ``[n, features]`` for the tokens of all ranks, which is filled.
+        """
+        with self.start([shard], None) as comm:
+            steps = self.cut(shard, own="first")
+            arriving = [comm.fetch_to_place(0, step, whole) for step in steps]
+            for step, arrived in zip(steps, arriving, strict=True):
+                arrived()
+                for tokens in self.places(step, shard):
+                    use(tokens)
 
     def of_all(self, shard: Tensor, features: int) -> Tensor:
         """New memory for ``[rows of all shards, ..., features]``."""
@@ -185,23 +200,19 @@ class _SteppedRow(torch.autograd.Function):
         weight, input_ = ctx.saved_tensors
         needs_wgrad, _, needs_dgrad = ctx.needs_input_grad
         dgrad = loop.of_all(grad_output, weight.shape[1]) if needs_dgrad else None
+        dy = flat(grad_output) if loop.shards == 1 else loop.memory(grad_output)
+
+        def add_dgrad(tokens: slice) -> None:
+            if dgrad is not None:
+                gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
+
+        if loop.shards == 1:
+            add_dgrad(WHOLE)
+        else:
+            loop.gather(grad_output, dy, add_dgrad)
         wgrad = None
-        with loop.start([grad_output], None) as comm:
-            dy = comm.whole(0, lambda: loop.memory(grad_output))
-            if loop.shards == 1:
-                if dgrad is not None:
-                    gemm_into(flat(dgrad), dy, weight, accumulate=False)
-            else:
-                steps = loop.cut(grad_output, own="first")
-                arriving = [comm.fetch_to_place(0, step, dy) for step in steps]
-                for step, arrived in zip(steps, arriving, strict=True):
-                    arrived()
-                    if dgrad is None:
-                        continue
-                    for tokens in loop.places(step, grad_output):
-                        gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
-            if needs_wgrad:
-                gradient = WeightGrad(ctx.param, loop.fuse_wgrad)
-                gradient.add(WHOLE, WHOLE, dy, flat(input_))
-                wgrad = gradient.result()
+        if needs_wgrad:
+            gradient = WeightGrad(ctx.param, loop.fuse_wgrad)
+            gradient.add(WHOLE, WHOLE, dy, flat(input_))
+            wgrad = gradient.result()
         return wgrad, None, dgrad

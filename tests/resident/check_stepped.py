@@ -1,4 +1,4 @@
-"""Column and row layers by steps of tokens: bit for bit as with blocking collectives, and close to stock's.
+"""Layers and the LM head by steps of tokens: bit for bit as with blocking collectives, and close to stock's.
 
 torchrun --standalone --nproc-per-node TP -m tests.resident.check_stepped
 """
@@ -168,24 +168,70 @@ def check_what_runs_as_before() -> None:
             assert reason_for_no_steps(layer, is_row) == "gathers its output"
 
 
+def check_head() -> None:
+    """Losses whose input is gathered behind the first tile's product, where that has all tokens."""
+    from megatron_tiling.tiles import step_comm
+    from megatron_tiling.tiles.comm import ColumnComm
+    from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
+    from megatron_tiling.tiles.head_cut import HeadTiles
+    from megatron_tiling.tiles.stepped_linear import LinearSteps
+
+    group, vocabulary, rows = dist.group.WORLD, 48, 24
+    comm = ColumnComm(group, True, False, lambda shape, dtype: torch.full(tuple(shape), torch.nan, dtype=dtype))
+    labels = torch.randint(vocabulary, (rows, BATCH), generator=torch.Generator().manual_seed(9))
+
+    def losses(tiles: HeadTiles, dtype: torch.dtype, wide: bool, steps: LinearSteps | None) -> list[torch.Tensor]:
+        hidden = drawn((rows // TP, BATCH, IN), 3 + dist.get_rank(), dtype).requires_grad_()
+        weight = drawn((vocabulary // TP, IN), 50 + dist.get_rank(), dtype).requires_grad_()
+        loop = HeadLoop(tiles, group, comm, steps, logits_in_fp32=wide)
+        loss = tiled_linear_cross_entropy(hidden, weight, labels, loop).loss
+        loss.backward(drawn(loss.shape, 4, loss.dtype))
+        return [loss.detach(), hidden.grad, weight.grad]
+
+    for dtype in (torch.float64, torch.bfloat16):
+        for tiles in (HeadTiles(), HeadTiles(vocabulary_tiles=3), HeadTiles(vocabulary_tiles=2, keep=0)):
+            for steps in (2, 3, 5):
+                how = tiles, dtype, steps == 3
+                found, blocking = (losses(*how, LinearSteps(steps, comm, False, by)) for by in ("auto", "blocking"))
+                assert all(map(torch.equal, found, blocking)), f"{how}: other bits than with blocking collectives"
+                for ours, without in zip(found, losses(*how, None), strict=True):
+                    error = relative_error(ours, without)
+                    assert error < TOLERANCE[dtype], f"{how}: {error:.1e} from the head without steps"
+    least = step_comm.LEAST_STEP_TOKENS
+    # The backward pass gathers at once, under a product; so does the forward pass of token tiles, and of few tokens.
+    for tiles, tokens, at_once in ((HeadTiles(), least, 1), (HeadTiles(tokens=16), least, 2), (HeadTiles(), 48, 2)):
+        step_comm.LEAST_STEP_TOKENS = tokens
+        with Counter() as counter:
+            losses(tiles, torch.float64, False, LinearSteps(3, comm))
+        gathers = sum(count for name, count in counter.collectives.items() if "allgather" in name.replace("_", ""))
+        assert gathers == at_once, counter.collectives
+    step_comm.LEAST_STEP_TOKENS = least
+
+
 def check_models() -> None:
     """What the table says is what runs; attention in a model, dense against tiled."""
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.report import note
     from megatron_tiling.resident import stepped
     from megatron_tiling.tiles import step_comm
+    from megatron_tiling.tiles.stepped_linear import LinearSteps
     from tests.check_models import assert_same, batch, gpt, make_config, step
 
     overlaps = f"at most 3 token steps, communication behind products from {2 * step_comm.LEAST_STEP_TOKENS} tokens on"
     exposed = "no overlap: without sequence parallelism nothing is exposed"
     seen: list[int] = []
-    steps_now = stepped._steps_now
+    gathers: list[torch.Tensor] = []
+    steps_now, gather = stepped._steps_now, LinearSteps.gather
 
     def noting(layer: Any, input_: Any, is_row: bool) -> int:
         seen.append(steps_now(layer, input_, is_row))
         return seen[-1]
 
-    stepped._steps_now = noting
+    def noting_gather(loop: LinearSteps, shard: torch.Tensor, *arguments: Any) -> None:
+        gathers.append(shard)
+        gather(loop, shard, *arguments)
+
+    stepped._steps_now, LinearSteps.gather = noting, noting_gather  # type: ignore[method-assign]
     for sequence_parallel in (True, False):
         config = {"tensor_model_parallel_size": TP, "sequence_parallel": sequence_parallel}
         dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
@@ -194,11 +240,15 @@ def check_models() -> None:
             notes = {report.name.rpartition(".")[2]: (str(report.grid), note(report)) for report in reports}
             assert notes["linear_qkv"] == ("1x1", overlaps if sequence_parallel else exposed), notes
             assert notes["linear_proj"] == ("1x1", overlaps), notes
+            head = notes["output_layer"][1]
+            assert head.startswith("loss in tiles") and head.endswith(overlaps if sequence_parallel else exposed), head
             if sequence_parallel is False:
                 break  # why not is told where it is asked for
         seen.clear()
+        gathers.clear()
         assert_same(step(tiled, **batch()), step(dense, **batch()))
         layers = len(tiled.decoder.layers)
+        assert len(gathers) == (layers + 1 if sequence_parallel else 0)  # proj's backward, and the head's forward
         assert seen == ([3, 3] if sequence_parallel else [3]) * layers, seen
         seen.clear()
         tiled.zero_grad()
@@ -207,7 +257,7 @@ def check_models() -> None:
         dense.zero_grad()
         assert_same(step(tiled, **batch()), step(dense, **batch()))
         assert seen == ([3] * 4 if sequence_parallel else [3] * 2) * layers, seen
-    stepped._steps_now = steps_now
+    stepped._steps_now, LinearSteps.gather = steps_now, gather  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -222,6 +272,7 @@ def main() -> None:
                 check(case)
         check_products()
         check_what_runs_as_before()
+        check_head()
         check_models()
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
