@@ -10,7 +10,7 @@ from megatron_tiling.arguments import AUTOMATIC, add_tiling_args
 from megatron_tiling.config import DEFAULT_FACTOR, argument_of, parse_splits
 
 #: More tiles take less memory at once, and each takes a less efficient product.
-FACTORS = (4, 8, 16)
+FACTORS = (2, 4, 8, 16)
 #: Of an MLP's tiles. What is not kept takes a product again, which costs more than more tiles do.
 KEPT = (1, 0.75, 0.5, 0.25, 0)
 

@@ -68,7 +68,7 @@ def draw(file: str, runs: Mapping[str, Run], limit: float, found: Mapping[str, M
             _draw_history(axis, measured, seconds[-1])
         axis.set_title(title, loc="left", fontsize="medium")
         axis.set_ylabel("GiB")
-    stretched = "; measured steps are stretched to the same length" * bool(found)
+    stretched = ";\nmeasured steps are stretched to the same length" * bool(found)
     axes[-1].set_xlabel(f"milliseconds of the kernels, estimated, of the micro-batches that were looked at{stretched}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize="small")
