@@ -1,14 +1,15 @@
 """pages.py RESULTS_DIR name=newname ...: copy result pages into the lead worktree, with the hand note where flash ran."""
 import sys, json, re
 from pathlib import Path
+DATE = "2026-11-27"  # of the run
 R, D = Path(sys.argv[1]), Path("benchmarks/results")
 NOTE = """**Added by hand.** TransformerEngine 2.17.1 hands flash-attn-4 4.0.0b36 the window (-1, 0), which that build takes for one
 without keys (TransformerEngine#3528). One line was put into flash-attn-4: a negative left window is none. {more}
 """
 for arg in sys.argv[2:]:
     name, new, *more = arg.split("=")
-    for p in R.glob(f"2026-11-27-{name}.*"):
-        q = D / f"2026-11-27-{new}{p.suffix}"
+    for p in R.glob(f"{DATE}-{name}.*"):
+        q = D / f"{DATE}-{new}{p.suffix}"
         if p.suffix == ".png": q.write_bytes(p.read_bytes()); continue
         t = p.read_text().replace("/tmp/q/", "").replace("/tmp/q", "OUT")
         if p.suffix == ".md" and ("flash-attn-4 4" in t or more):

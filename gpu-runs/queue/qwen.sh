@@ -5,7 +5,7 @@ set -euo pipefail
 mkdir -p "$OUT"
 timeout 290 "${PYTHON:-python}" -m benchmarks.longest_context \
     --layers 4 --hidden-size 2048 --heads 32 --query-groups 4 --vocabulary 151936 \
-    --experts 128 --top-k 8 --moe-ffn-hidden-size 768 --attention flash --gpu-memory-gib 79.2 --sequence 262144 \
-    --repeats 5 --time-limit 230 --results "$OUT" --name longest-context-qwen3-30b-a3b \
+    --experts 128 --top-k 8 --moe-ffn-hidden-size 768 --attention flash $CAP --sequence 131072 \
+    --repeats 4 --time-limit 170 --results "$OUT" --name longest-context-qwen3-30b-a3b \
     --settings stock 'stock, recompute moe_act' 'stock, recompute moe' 'stock, full recompute' \
     'tiled: output alone' 'tiled: output alone, recompute moe' 'tiled: default' 'tiled: keep 0'

@@ -20,9 +20,7 @@ export -f ranks
 
 nvidia-smi topo -m >"$OUT/topology.txt" 2>&1
 part bits-4 60 bash -c 'ranks 4 -m tests.tiles.check_overlap_gpu auto'
-part bits-2 50 bash -c 'ranks 2 -m tests.tiles.check_overlap_gpu auto'
 part bits-4-nccl 50 bash -c 'ranks 4 -m tests.tiles.check_overlap_gpu collectives'
-TAIL=90 part bench-4 110 bash -c 'ranks 4 -m benchmarks.tp_overlap --sizes 8192x28672 4096x14336 --tokens 8192 16384 --repeats 15 --results "$OUT/results"'
-TAIL=50 part bench-2 60 bash -c 'ranks 2 -m benchmarks.tp_overlap --sizes 8192x28672 --tokens 8192 --repeats 15 --results "$OUT/results"'
-TAIL=40 part bench-4-userbuffers 50 bash -c 'ranks 4 -m benchmarks.tp_overlap --sizes 8192x28672 --tokens 8192 --repeats 15 --userbuffers --results "$OUT/results"'
+TAIL=90 part bench-4 150 bash -c 'ranks 4 -m benchmarks.tp_overlap --sizes 8192x28672 4096x14336 --tokens 8192 16384 --repeats 15 --results "$OUT/results"'
+TAIL=40 part bench-4-userbuffers 70 bash -c 'ranks 4 -m benchmarks.tp_overlap --sizes 8192x28672 --tokens 8192 --repeats 15 --userbuffers --results "$OUT/results"'
 ls -la "$OUT/results"
