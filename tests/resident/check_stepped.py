@@ -260,6 +260,25 @@ def check_models() -> None:
     stepped._steps_now, LinearSteps.gather = steps_now, gather  # type: ignore[method-assign]
 
 
+def check_heads() -> None:
+    """An output layer with a weight of its own and with the embedding's, in a loss and as logits."""
+    from megatron_tiling import TilingConfig, tile
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    for tied in (False, True):
+        dense, tiled = (gpt(make_config(**config), share_embeddings_and_output_weights=tied) for _ in range(2))
+        tile(tiled, TilingConfig(factor=2, modules=("output",), tp_overlap=3))
+        for labels in ({}, {"labels": None}):
+            with naming(f"TP={TP}, tied={tied}, {labels}"):
+                dense.zero_grad()
+                tiled.zero_grad()
+                with Counter() as counter:
+                    found = step(tiled, **(batch() | labels))
+                assert counter.collectives["send"] > 0, counter.collectives
+                assert_same(found, step(dense, **(batch() | labels)))
+
+
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP):
         from megatron_tiling.tiles import step_comm
@@ -274,6 +293,7 @@ def main() -> None:
         check_what_runs_as_before()
         check_head()
         check_models()
+        check_heads()
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 
