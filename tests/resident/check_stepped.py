@@ -260,6 +260,22 @@ def check_models() -> None:
     stepped._steps_now, LinearSteps.gather = steps_now, gather  # type: ignore[method-assign]
 
 
+def check_after_inference() -> None:
+    """A model trains after the first use of the shared buffer was in inference mode."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    from megatron_tiling import TilingConfig, tile
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+    tile(tiled, TilingConfig(factor=2, tp_overlap=3))
+    get_global_memory_buffer().buffer.clear()
+    with torch.inference_mode():
+        tiled(**(batch() | {"labels": None}))
+    assert_same(step(tiled, **batch()), step(dense, **batch()))
+
+
 def check_heads() -> None:
     """An output layer with a weight of its own and with the embedding's, in a loss and as logits."""
     from megatron_tiling import TilingConfig, tile
@@ -294,6 +310,7 @@ def main() -> None:
         check_head()
         check_models()
         check_heads()
+        check_after_inference()
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 
