@@ -246,7 +246,8 @@ def check_models() -> None:
             assert notes["linear_qkv"] == ("1x1", overlaps if sequence_parallel else exposed), notes
             assert notes["linear_proj"] == ("1x1", overlaps), notes
             head = notes["output_layer"][1]
-            assert head.startswith("loss in tiles") and head.endswith(overlaps if sequence_parallel else exposed), head
+            ends = f"{overlaps}, where one tile of logits has all tokens" if sequence_parallel else exposed
+            assert head.startswith("loss in tiles") and head.endswith(ends), head
             if sequence_parallel is False:
                 break  # why not is told where it is asked for
         seen.clear()
