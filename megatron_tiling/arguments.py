@@ -240,9 +240,10 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         "--tiled-tp-overlap",
         type=_number_or_text,
         metavar="N|off",
-        help="MLPs, qkv and proj go by at most N steps of tokens, and the tensor-parallel communication of a step runs "
-        "behind the products of others; an MLP keeps the pre-activations of all tokens, or none. Default off: it runs "
-        "before and after the products.",
+        help="MLPs, qkv, proj and the gather before the output layer go by at most N (2 or more) steps of tokens, and "
+        "the tensor-parallel communication of a step runs behind the products of others. An MLP keeps the "
+        "pre-activations of all tokens, or none. qkv and proj are tiled too by default. Default off: communication "
+        "runs before and after the products.",
     )
     group.add_argument(
         "--tiled-linear-storage",

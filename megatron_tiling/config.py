@@ -245,7 +245,7 @@ class TilingConfig:
             (
                 f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {overlap}",
                 overlap and self.mlp_keep not in (None, 0, "all"),
-                "an MLP that goes by steps of tokens keeps all or none; give all or 0",
+                not untiled_mlp and "an MLP that goes by steps of tokens keeps all or none; give all or 0",
             ),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
             (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),

@@ -128,21 +128,20 @@ class _Plan:
                 continue
             looks_linear = name.rpartition(".")[2] in (*MODULE_OF_ATTRIBUTE, *MLA_DOWN_PROJECTIONS)
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) or looks_linear:
-                adapted = path != name
-                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied, is_adapted=adapted)
+                self.reports[layer] = self._planned_layer(name, layer, is_tied=layer in tied)
         for one in models:
             self._plan_head(one)
         for name, module in model.named_modules():
             if isinstance(module, MLP):
                 self._plan_mlp(name, module)
 
-    def _planned_layer(self, name: str, layer: Any, is_tied: bool, is_adapted: bool) -> LayerReport:
+    def _planned_layer(self, name: str, layer: Any, is_tied: bool) -> LayerReport:
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
             report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
             if layer.overlap_steps is not None:
-                return self._with_steps(report, layer, layer.overlap_steps, is_adapted)
+                return self._with_steps(report, layer, layer.overlap_steps)
             without = self.config.overlap_steps and module in OVERLAPPED_MODULES
             return replace(report, no_overlap="it was tiled without") if without else report
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
@@ -160,13 +159,13 @@ class _Plan:
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
         report = replace(report, grid=grid, partitioned=self.config.partitioned)
-        return self._with_steps(report, layer, self.config.overlap_steps, is_adapted)
+        return self._with_steps(report, layer, self.config.overlap_steps)
 
-    def _with_steps(self, report: LayerReport, layer: Any, steps: int | None, is_adapted: bool) -> LayerReport:
+    def _with_steps(self, report: LayerReport, layer: Any, steps: int | None) -> LayerReport:
         """In how many steps a layer outside an MLP overlaps its communication, and why not if it was asked to."""
         if steps is None or report.module not in OVERLAPPED_MODULES:
             return report
-        reason = "an adapter" if is_adapted else reason_for_no_steps(layer, is_row=report.module in ROW_MODULES)
+        reason = reason_for_no_steps(layer, is_row=report.module in ROW_MODULES)
         return replace(report, overlap_steps=0 if reason else steps, no_overlap=reason)
 
     def _planned_experts(self, name: str, experts: Any) -> LayerReport:

@@ -135,7 +135,9 @@ def note(report: LayerReport) -> str:
 def _steps_notes(report: LayerReport) -> list[str]:
     """Of a layer outside an MLP, in how many steps it overlaps, or why not."""
     steps = f"at most {report.overlap_steps} token steps" if report.overlap_steps else ""
-    note = f"{steps}{_overlap_note(report)}".removeprefix(", ")
+    # The loss gathers behind its first tile, if that needs the tokens of all ranks: the bound decides at each call.
+    only = ", where one tile of logits has all tokens" if steps and report.loss_tiles is not None else ""
+    note = f"{steps}{_overlap_note(report)}{only}".removeprefix(", ")
     return [note] if note else []
 
 

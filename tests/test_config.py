@@ -181,6 +181,7 @@ def test_tiles_of_experts_are_one_number() -> None:
     config = TilingConfig(splits=parse_splits(["experts=8", "fc1=1x2"]))
     assert config.splits_of("experts") == (1, 8) and config.setting_of("experts") == "experts=8"
     assert TilingConfig(modules=("experts",), mlp_keep=2).kept_tiles == 2
+    assert TilingConfig(modules=("qkv", "proj", "experts"), mlp_keep=2, tp_overlap=3).kept_tiles == 2
 
 
 def test_storage_follows_the_engine_unless_it_is_given() -> None:

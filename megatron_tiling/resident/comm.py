@@ -42,6 +42,14 @@ def comm_of(layer: Any) -> ColumnComm | None:
 
 
 def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Megatron's shared gather buffer, the same that stock layers use."""
-    buffer: Tensor = get_global_memory_buffer().get_tensor(list(shape), dtype, "mpu")
+    """Megatron's shared gather buffer, the same that stock layers use.
+
+    One that was made in inference mode is replaced: outside of it, copies could not write there.
+    """
+    memory = get_global_memory_buffer()
+    buffer: Tensor = memory.get_tensor(list(shape), dtype, "mpu")
+    if buffer.is_inference():
+        with torch.inference_mode(False):
+            del memory.buffer["mpu", dtype], buffer
+            buffer = memory.get_tensor(list(shape), dtype, "mpu")
     return buffer

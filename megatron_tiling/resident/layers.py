@@ -112,7 +112,7 @@ class TiledParallelLinear(torch.nn.Module):
 
     def reason_to_be_called(self) -> str:
         """Why a ``TiledMLP`` must call this layer's ``forward`` now, or nothing."""
-        if not fits(self.grid, self.weight):
+        if self.weight is not None and not fits(self.grid, self.weight):  # else it is given the embedding's
             return "has a weight of another shape than its tiles"
         return replaced_forward(type(self))
 

@@ -86,13 +86,13 @@ def head_loop(layer: ColumnParallelLinear, tiles: HeadTiles) -> HeadLoop:
         comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
     overlap_steps = getattr(layer, "overlap_steps", None)
     steps = None
-    if overlap_steps is not None and comm is not None and sequence_parallel and not _in_capture(layer.weight):
+    if overlap_steps is not None and comm is not None and sequence_parallel and not _in_capture():
         steps = LinearSteps(overlap_steps, comm, transport=layer.transport)
     return HeadLoop(tiles, group, comm, steps, fuse_wgrad=layer.gradient_accumulation_fusion)
 
 
-def _in_capture(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _in_capture() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:

@@ -22,8 +22,12 @@ def reason_for_no_steps(layer: Any, is_row: bool) -> str:
         return "an expert"
     if group is None or group.size() == 1:
         return "one tensor-parallel rank"
+    returns_norm, gathers_norm = (
+        getattr(layer, f"return_layernorm_output{which}", False) for which in ("", "_gathered")
+    )  # of TransformerEngine's layers: Megatron-Bridge sets both
     refusals = {
         "without sequence parallelism nothing is exposed": not (is_row or layer.sequence_parallel),
+        "an adapter takes the gathered input too": returns_norm and gathers_norm,
         "gathers its output": getattr(layer, "gather_output", False),  # TransformerEngine's never do
         "splits its input itself": not getattr(layer, "input_is_parallel", True),
         "activations are offloaded to the CPU": getattr(layer.config, "cpu_offloading", False),

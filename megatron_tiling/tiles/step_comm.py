@@ -12,7 +12,7 @@ Depends on torch alone.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple, Self
@@ -72,7 +72,7 @@ def cut(rows: int, tokens_of_row: int, ranks: int, steps: int, own: Own = "both"
     return _cut(rows, tokens_of_row, ranks, steps, max(1, TOKEN_MULTIPLE // tokens_of_row), own)
 
 
-@cache
+@lru_cache
 def _cut(rows: int, tokens_of_row: int, ranks: int, steps: int, multiple: int, own: Own) -> list[Step]:
     if ranks == 1:
         bounds = _bounds(0, rows, steps, multiple)

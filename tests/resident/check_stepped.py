@@ -164,6 +164,11 @@ def check_what_runs_as_before() -> None:
             layer.input_is_parallel = False
             assert reason_for_no_steps(layer, is_row) == "splits its input itself"
         else:
+            layer.return_layernorm_output = True
+            assert not reason_for_no_steps(layer, is_row)
+            layer.return_layernorm_output_gathered = True
+            assert reason_for_no_steps(layer, is_row) == "an adapter takes the gathered input too"
+            layer.return_layernorm_output = False
             layer.gather_output = True
             assert reason_for_no_steps(layer, is_row) == "gathers its output"
 
@@ -241,7 +246,8 @@ def check_models() -> None:
             assert notes["linear_qkv"] == ("1x1", overlaps if sequence_parallel else exposed), notes
             assert notes["linear_proj"] == ("1x1", overlaps), notes
             head = notes["output_layer"][1]
-            assert head.startswith("loss in tiles") and head.endswith(overlaps if sequence_parallel else exposed), head
+            ends = f"{overlaps}, where one tile of logits has all tokens" if sequence_parallel else exposed
+            assert head.startswith("loss in tiles") and head.endswith(ends), head
             if sequence_parallel is False:
                 break  # why not is told where it is asked for
         seen.clear()
@@ -260,6 +266,77 @@ def check_models() -> None:
     stepped._steps_now, LinearSteps.gather = steps_now, gather  # type: ignore[method-assign]
 
 
+class Adapter(torch.nn.Module):
+    """Around a layer as Megatron-Bridge's, with a factor in place of a low rank."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.to_wrap = layer
+
+    def forward(self, *arguments: Any) -> Any:
+        output, bias = self.to_wrap(*arguments)
+        return 1.5 * output, bias
+
+
+def check_adapters() -> None:
+    """qkv and proj overlap under adapters, which come before or after ``tile``; the table says so."""
+    from megatron_tiling import TilingConfig, tile
+    from megatron_tiling.report import note
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    tiling = TilingConfig(modules=("qkv", "proj"), tp_overlap=3)
+    for first in (tile, None):
+        dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+        if first is not None:
+            tile(tiled, tiling)
+        for model in (dense, tiled):
+            for attention in (layer.self_attention for layer in model.decoder.layers):
+                attention.linear_qkv = Adapter(attention.linear_qkv)
+                attention.linear_proj = Adapter(attention.linear_proj)
+        notes = [note(report) for report in tile(tiled, tiling) if report.module in ("qkv", "proj")]
+        assert all(one.startswith("at most 3 token steps") for one in notes), notes
+        with Counter() as counter:
+            found = step(tiled, **batch())
+        assert counter.collectives["send"] >= 6 * len(dense.decoder.layers), counter.collectives
+        assert_same(found, step(dense, **batch()))
+
+
+def check_after_inference() -> None:
+    """A model trains after the first use of the shared buffer was in inference mode."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    from megatron_tiling import TilingConfig, tile
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+    tile(tiled, TilingConfig(factor=2, tp_overlap=3))
+    get_global_memory_buffer().buffer.clear()
+    with torch.inference_mode():
+        tiled(**(batch() | {"labels": None}))
+    assert_same(step(tiled, **batch()), step(dense, **batch()))
+
+
+def check_heads() -> None:
+    """An output layer with a weight of its own and with the embedding's, in a loss and as logits."""
+    from megatron_tiling import TilingConfig, tile
+    from tests.check_models import assert_same, batch, gpt, make_config, step
+
+    config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
+    for tied in (False, True):
+        dense, tiled = (gpt(make_config(**config), share_embeddings_and_output_weights=tied) for _ in range(2))
+        tile(tiled, TilingConfig(factor=2, modules=("output",), tp_overlap=3))
+        for labels in ({}, {"labels": None}):
+            with naming(f"TP={TP}, tied={tied}, {labels}"):
+                dense.zero_grad()
+                tiled.zero_grad()
+                with Counter() as counter:
+                    found = step(tiled, **(batch() | labels))
+                assert counter.collectives["send"] > 0, counter.collectives
+                assert_same(found, step(dense, **(batch() | labels)))
+
+
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP):
         from megatron_tiling.tiles import step_comm
@@ -274,6 +351,9 @@ def main() -> None:
         check_what_runs_as_before()
         check_head()
         check_models()
+        check_heads()
+        check_adapters()
+        check_after_inference()
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 

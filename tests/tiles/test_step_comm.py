@@ -81,6 +81,12 @@ def test_two_steps_are_own_tokens_and_others() -> None:
     assert [piece.ahead for piece in others.pieces] == [1, 2, 3] and others.own_rows is None
 
 
+def test_not_all_lengths_that_ever_came_are_remembered() -> None:
+    for rows in range(1, 300):
+        cut(rows, 1, 2, 3)
+    assert step_comm._cut.cache_info().currsize < 299
+
+
 def test_few_tokens_go_in_fewer_steps() -> None:
     least = step_comm.LEAST_STEP_TOKENS
     assert [steps_for(tokens, 4) for tokens in (0, least, 2 * least, 3 * least - 1, 9 * least)] == [1, 1, 2, 2, 4]
