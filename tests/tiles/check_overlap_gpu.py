@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node TP -m tests.tiles.check_overlap_gpu auto|collectives
 
-Ranks are delayed at random, two MLPs, each after a column and a row layer, follow each other, and sizes change between
-passes: whatever is read too early or overwritten too early shows in the numbers.
+Ranks are delayed at random, two MLPs, each after a column and a row layer, follow each other, the LM head follows them,
+and sizes change between passes: whatever is read too early or overwritten too early shows in the numbers.
 """
 
 import itertools
@@ -21,12 +21,14 @@ from torch import Tensor
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.head import HeadLoop, tiled_linear_cross_entropy
+from megatron_tiling.tiles.head_cut import HeadTiles
 from megatron_tiling.tiles.linear import TileLoop, tiled_linear
 from megatron_tiling.tiles.stepped_linear import LinearSteps, stepped_column, stepped_row
 from megatron_tiling.tiles.stepped_mlp import SteppedLoop, stepped_mlp
 from megatron_tiling.tiles.symmetric import symmetric_bytes
 
-HIDDEN, FFN, QKV = 512, 768, 384
+HIDDEN, FFN, QKV, WORDS = 512, 768, 384, 640  # those of a rank, but HIDDEN
 ROWS = (512, 256, 768)  # of a shard: the workspace grows, and is larger than what a pass needs
 PASSES = 3
 
@@ -48,15 +50,15 @@ def gathered(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def weights(dtype: torch.dtype, layers: int = 2) -> list[Tensor]:
-    """qkv, proj, fc1 and fc2 of each layer, this rank's shard."""
+    """qkv, proj, fc1 and fc2 of each layer, and the head's, this rank's shard."""
     generator = torch.Generator("cuda").manual_seed(11 + dist.get_rank())
-    shapes = [(QKV, HIDDEN), (HIDDEN, QKV), (2 * FFN, HIDDEN), (HIDDEN, FFN)] * layers
+    shapes = [(QKV, HIDDEN), (HIDDEN, QKV), (2 * FFN, HIDDEN), (HIDDEN, FFN)] * layers + [(WORDS, HIDDEN)]
     drawn = [torch.randn(shape, device="cuda", generator=generator) * 0.05 for shape in shapes]
     return [weight.to(dtype).requires_grad_() for weight in drawn]
 
 
 def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: Any) -> list[Tensor]:
-    """Outputs and gradients of ``PASSES`` passes forward and backward through all layers."""
+    """Outputs, losses and gradients of ``PASSES`` passes forward and backward through all layers and the head."""
     activation = Activation(gated=True, function=swiglu, formula=Formula("silu"))
     comm = ColumnComm(dist.group.WORLD, how.pop("sequence_parallel"), True, gathered)
     if comm.sequence_parallel:
@@ -64,6 +66,8 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
     loop = SteppedLoop(activation, comm=comm, fuse_fc1_wgrad=True, fuse_fc2_wgrad=True, **how)
     linear = LinearSteps(loop.steps, comm, fuse_wgrad=True, transport=loop.transport)
     one_tile = TileLoop(TileGrid(HIDDEN, QKV, 1, 1), fuse_wgrad=True, comm=comm)
+    steps = linear if comm.sequence_parallel else None
+    head = HeadLoop(HeadTiles(vocabulary_tiles=2), dist.group.WORLD, comm, steps, fuse_wgrad=True)
     found = []
     for parameter in parameters:
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
@@ -74,7 +78,7 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
         hidden = torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype)
         hidden.requires_grad_()
         output = hidden
-        for qkv, proj, fc1, fc2 in itertools.batched(parameters, 4):
+        for qkv, proj, fc1, fc2 in itertools.batched(parameters[:-1], 4):
             delay(late)
             columns = (
                 stepped_column(output, qkv, None, linear)
@@ -86,9 +90,16 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
             delay(late)
             output = output + stepped_mlp(output, fc1, None, fc2, loop)
         delay(late)
-        output.square().sum().backward()
-        found += [output.detach(), hidden.grad]
+        every = rows * linear.shards
+        losses = tiled_linear_cross_entropy(output, parameters[-1], labels(every), head).loss
+        (output.square().sum() + losses.sum()).backward()
+        found += [output.detach(), hidden.grad, losses.detach()]
     return found + [parameter.main_grad for parameter in parameters]
+
+
+def labels(tokens: int) -> Tensor:
+    """``[tokens, 1]``, of all ranks' words."""
+    return (7 * torch.arange(tokens, device="cuda") % (WORDS * dist.get_world_size())).unsqueeze(1)
 
 
 def delay(late: random.Random | None) -> None:
@@ -105,12 +116,14 @@ def dense(parameters: list[Tensor], rows: int) -> list[Tensor]:
         shards.append(torch.randn(rows, 1, HIDDEN, device="cuda", generator=generator).to(parameters[0].dtype))
     hidden = torch.cat(shards).double().requires_grad_()
     output = hidden
-    for qkv, proj, fc1, fc2 in itertools.batched(every, 4):
+    for qkv, proj, fc1, fc2 in itertools.batched(every[:-1], 4):
         output = output + sum(F.linear(F.silu(F.linear(output, q)), p) for q, p in zip(qkv, proj, strict=True))
         output = output + sum(
             F.linear(swiglu(F.linear(output, u), None, None), w) for u, w in zip(fc1, fc2, strict=True)
         )
-    output.square().sum().backward()
+    logits = F.linear(output[:, 0], every[-1].flatten(0, 1))
+    losses = F.cross_entropy(logits, labels(len(logits))[:, 0], reduction="sum")
+    (output.square().sum() + losses).backward()
     return [tensor.chunk(dist.get_world_size())[dist.get_rank()] for tensor in (output.detach(), hidden.grad)]
 
 
