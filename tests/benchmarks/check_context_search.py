@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting
+from tests.support.harness import leave
 
 HELD, LIMIT = 50.0, 80.0
 MOST_TOKENS = 2**20
@@ -110,8 +111,7 @@ def main() -> None:
                     Path(file[0]).write_text("\n".join(setting.name for setting in trainer.found if setting.longest))
 
             Search(trainer, 3, save, MOST_TOKENS).run()
-    dist.barrier()  # gloo may abort in a rank whose peer has left
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

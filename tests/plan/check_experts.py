@@ -21,6 +21,7 @@ from megatron_tiling.config import TilingConfig
 from megatron_tiling.plan import gpu, routing, run, transformer_engine
 from megatron_tiling.plan.transformer_engine import kernels
 from tests.plan.check_fake import SEQUENCE, seen
+from tests.support.harness import leave
 
 EP = {"expert_model_parallel_size": 2}
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -125,8 +126,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             print("SEEN", json.dumps([name, "fake" if alone else "real", found]), flush=True)
         parallel_state.destroy_model_parallel()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megatron_tiling.config import TilingConfig
 from megatron_tiling.plan import gpu, run
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.tracker import Tracker
+from tests.support.harness import leave
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FROZEN: dict[str, Any] = {"frozen": ("embedding", "decoder.layers.0")}
@@ -114,8 +115,7 @@ def main() -> None:
             found = seen(functools.partial(build, changes, tiling), tensors == "fake")
             if torch.distributed.get_rank() == 0:
                 print("SEEN", json.dumps([name, tensors, found]), flush=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.resident.check_transformer_engine_cpu import prepare
-from tests.support.harness import all_pairs
+from tests.support.harness import all_pairs, leave
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 HIDDEN, FFN, SEQUENCE, BATCH = 128, 1024, 512, 2
@@ -208,7 +208,7 @@ def main() -> None:
     check_micro_batches()
     if RANK == 0:
         print(f"check_fp8_cpu: {len(cases)} cases on {RANKS} ranks: ok", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     parallel_state.initialize_model_parallel(**parallel_sizes)
     model_parallel_cuda_manual_seed(11)
     yield
-    # Not after an error: the other ranks may wait elsewhere, until torchrun ends them.
+    leave()  # not after an error: the other ranks may wait elsewhere, until torchrun ends them
+
+
+def leave() -> None:
+    """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ from megatron_tiling.tiles.head import HeadLoop
 from megatron_tiling.tiles.head_cut import HeadSizes, HeadTiles
 from megatron_tiling.tiles.scores import scores_of, tiled_scores
 from megatron_tiling.tiles.softmax import LogitScale
-from tests.support.harness import Counter, peak_bytes, relative_error
+from tests.support.harness import Counter, leave, peak_bytes, relative_error
 from tests.tiles.plain_scores import plain_scores, problem
 
 SEQUENCE, BATCH, VOCABULARY, HIDDEN = 8, 3, 44, 6
@@ -124,7 +124,7 @@ def main() -> None:
             check_memory(sequence_parallel, bound_mib)
     if dist.get_rank() == 0:
         print("scores equal plain torch")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
