@@ -299,11 +299,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="longest-context")
     args = parser.parse_args(given)
-    size, processes = args.expert_parallel, ranks.count()
-    if size != processes:
-        parser.error(
-            f"--expert-parallel {size}: there are {processes} processes; torchrun --nproc-per-node {size} starts {size}"
-        )
+    size = args.expert_parallel
+    ranks.check_count(parser, "--expert-parallel", size)
     if size > 1 and (not args.experts or args.experts % size):
         parser.error(f"--expert-parallel {size}: --experts {args.experts} must be a multiple of it")
     if args.sequence < 4 * STEP:

@@ -1,5 +1,6 @@
 """What the ranks of a benchmark decide together, and how they end together. Of one process it is its own."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -13,6 +14,12 @@ import torch.distributed as dist
 def count() -> int:
     """Ranks that torchrun has started, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_count(parser: argparse.ArgumentParser, flag: str, size: int) -> None:
+    """Refuse a flag that asks for another number of processes than there are."""
+    if size != count():
+        parser.error(f"{flag} {size}: there are {count()} processes; torchrun --nproc-per-node {size} starts {size}")
 
 
 def is_first() -> bool:

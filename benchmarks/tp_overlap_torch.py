@@ -14,6 +14,7 @@ import torch.distributed._symmetric_memory as symmetric_memory  # defines the op
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.wgrad import WeightGrad
 
 WHOLE = slice(None)
@@ -53,7 +54,8 @@ class _MLP(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @first_order
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from megatron.core.fusions.fused_bias_swiglu import swiglu, swiglu_back
 
         whole, pre = ctx.saved_tensors

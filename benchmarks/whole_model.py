@@ -298,11 +298,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args(given)
-    size, processes = args.tensor_parallel, ranks.count()
-    if size != processes:
-        parser.error(
-            f"--tensor-parallel {size}: there are {processes} processes; torchrun --nproc-per-node {size} starts {size}"
-        )
+    size = args.tensor_parallel
+    ranks.check_count(parser, "--tensor-parallel", size)
     for flag, value in (("--fp8", args.fp8), ("--more", args.more), ("--experts", args.experts)):
         if size > 1 and value:
             parser.error(f"{flag}: not with --tensor-parallel {size}")

@@ -24,6 +24,7 @@ from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.lazy_logits import LazyLogits, compute_language_model_loss, has_tiled_loss, stock_caller
 from megatron_tiling.resident.stock_code import PREDICTION_LOSSES, calls_the_loss, reason_for_whole_logits
 from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.device import in_capture
 from megatron_tiling.tiles.head import HeadLoop
 from megatron_tiling.tiles.head_cut import HeadTiles
 from megatron_tiling.tiles.stepped_linear import LinearSteps
@@ -86,13 +87,9 @@ def head_loop(layer: ColumnParallelLinear, tiles: HeadTiles) -> HeadLoop:
         comm = ColumnComm(group, sequence_parallel, reduces, mpu_buffer)
     overlap_steps = getattr(layer, "overlap_steps", None)
     steps = None
-    if overlap_steps is not None and comm is not None and sequence_parallel and not _in_capture():
+    if overlap_steps is not None and comm is not None and sequence_parallel and not in_capture():
         steps = LinearSteps(overlap_steps, comm, transport=layer.transport)
     return HeadLoop(tiles, group, comm, steps, fuse_wgrad=layer.gradient_accumulation_fusion)
-
-
-def _in_capture() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_head(model: LanguageModule, config: TilingConfig) -> str:

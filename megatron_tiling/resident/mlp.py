@@ -25,6 +25,7 @@ from megatron_tiling.resident.comm import comm_of, reduced
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.resident.stock_code import replaced_in_layers, replaced_in_mlp
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
+from megatron_tiling.tiles.device import in_capture
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 from megatron_tiling.tiles.remade import made_again
@@ -139,7 +140,7 @@ class TiledMLP(MLP):
         """In how many steps of tokens a call now goes, with communication behind products; 1: without."""
         if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self):
             return 1
-        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+        if in_capture():
             return 1
         comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_tiling.resident.comm import column_comm
 from megatron_tiling.resident.stock_code import replaced_in_layers
 from megatron_tiling.tiles.comm import ColumnComm
+from megatron_tiling.tiles.device import in_capture
 from megatron_tiling.tiles.step_comm import steps_for
 from megatron_tiling.tiles.stepped_linear import LinearSteps, stepped_column, stepped_row
 
@@ -65,9 +66,7 @@ def _steps_now(layer: Any, input_: Any, is_row: bool) -> int:
         return 1
     if reason_for_no_steps(layer, is_row) or layer.reason_to_be_called() or replaced_in_layers():
         return 1
-    if torch.is_autocast_enabled(input_.device.type):
-        return 1
-    if input_.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.is_autocast_enabled(input_.device.type) or in_capture():
         return 1
     ranks = layer.tp_group.size() if layer.sequence_parallel else 1
     if is_row and input_.shape[0] % ranks:

@@ -29,6 +29,11 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or _planning
 
 
+def in_capture() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def blocks(count: int, size: int) -> int:
     """How many blocks of a size cover so many. Triton's own functions, called from Python, take microseconds."""
     return -(-count // size)

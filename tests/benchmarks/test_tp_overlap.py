@@ -34,12 +34,13 @@ class Group:
 def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """TransformerEngine's modules that communicate."""
     parents = "transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.module"
-    modules = {name: ModuleType(name) for name in parents}
+    modules: dict[str, Any] = {name: ModuleType(name) for name in parents}
     for name in ("base", "layernorm_linear", "linear"):
-        modules[f"{parents[-1]}.{name}"] = module = ModuleType(name)
+        module: Any = ModuleType(name)
+        module.gather_along_first_dim = "stock"
+        modules[f"{parents[-1]}.{name}"] = module
         setattr(modules[parents[-1]], name, module)
-        module.gather_along_first_dim = "stock"  # type: ignore[attr-defined]
-    modules[f"{parents[-1]}.linear"].reduce_scatter_along_first_dim = "stock"  # type: ignore[attr-defined]
+    modules[f"{parents[-1]}.linear"].reduce_scatter_along_first_dim = "stock"
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return SimpleNamespace(**{name: modules[f"{parents[-1]}.{name}"] for name in ("base", "linear")})

@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node TP -m tests.resident.check_stepped
 import copy
 import os
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -236,7 +237,9 @@ def check_models() -> None:
         gathers.append(shard)
         gather(loop, shard, *arguments)
 
-    stepped._steps_now, LinearSteps.gather = noting, noting_gather  # type: ignore[method-assign]
+    patches = patch.object(stepped, "_steps_now", noting), patch.object(LinearSteps, "gather", noting_gather)
+    for one in patches:
+        one.start()
     for sequence_parallel in (True, False):
         config = {"tensor_model_parallel_size": TP, "sequence_parallel": sequence_parallel}
         dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
@@ -263,7 +266,8 @@ def check_models() -> None:
         dense.zero_grad()
         assert_same(step(tiled, **batch()), step(dense, **batch()))
         assert seen == ([3] * 4 if sequence_parallel else [3] * 2) * layers, seen
-    stepped._steps_now, LinearSteps.gather = steps_now, gather  # type: ignore[method-assign]
+    for one in patches:
+        one.stop()
 
 
 class Adapter(torch.nn.Module):
