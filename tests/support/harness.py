@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed.nn  # before there is a group: its functions' defaults would keep the group, and its threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,9 +36,15 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
 
 
 def leave() -> None:
-    """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left."""
+    """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left.
+
+    Raises:
+        AssertionError: something still holds the default group. Its threads would outlive Python, and abort.
+    """
+    world = weakref.ref(torch.distributed.group.WORLD)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    assert world() is None, gc.get_referrers(world())
 
 
 @contextmanager
