@@ -116,6 +116,7 @@ class _Stream:
 
 def _patch_torch() -> None:
     import torch._dynamo.config
+    import torch.distributed.nn  # noqa: F401 (later, defaults of its functions would keep gloo's group and threads)
 
     torch._dynamo.config.disable = True  # Megatron's jit_fuser is torch.compile: minutes of C++ on a CPU
     _patch_device_names()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.support.harness import leave
+
 VOCABULARY, LENGTH, BLOCK = 128, 512, 256
 PROMPTS = [[5, 9, 2, 77, 31], [64, 3], [8, 8, 8, 100, 1, 2, 3, 4]]
 #: Logits are about 10 at most: in bf16, of which a neighbour is then 0.06 away, a token may win by rounding.
@@ -142,7 +144,7 @@ def main() -> None:
         assert difference <= TOLERANCE[dtype], f"{prompt}: log-probabilities differ by {difference}"
         print(f"{prompt} -> {tokens}, the first {same} the same, log-probabilities within {difference:.1e}")
     print(f"the {sys.argv[1]} engine generates the same, dense and tiled, in {dtype}")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

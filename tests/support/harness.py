@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed.nn  # before there is a group: its functions' defaults would keep the group, and its threads
+import torch.distributed.nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,11 +39,12 @@ def leave() -> None:
     """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left.
 
     Raises:
-        AssertionError: something still holds the default group. Its threads would outlive Python, and abort.
+        AssertionError: something still holds the default group, whose threads would run while Python ends, and abort.
     """
     world = weakref.ref(torch.distributed.group.WORLD)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    gc.collect()
     assert world() is None, gc.get_referrers(world())
 
 

@@ -37,6 +37,7 @@ from megatron_tiling.arguments import add_tiling_args
 from megatron_tiling.resident.lm_head import TiledOutputLayer
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.install import MARK
+from tests.support.harness import leave
 from tests.support.training import COMMON
 
 WRAPPED = {
@@ -246,9 +247,8 @@ def main() -> None:
     check_an_untiled_model_is_refused()
     check_without_arguments()
     check_yaml(folder)
-    torch.distributed.barrier()
     print("install checks passed")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
