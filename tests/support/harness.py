@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed.nn
+import torch.distributed.nn  # before there is a group, which defaults of its functions would keep
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
