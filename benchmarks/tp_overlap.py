@@ -9,7 +9,7 @@ An MLP, fc1 with its norm and fc2, or a whole transformer layer: TransformerEngi
 with it by symmetric memory and by NCCL; dense and ours also with communication left out, which says what it costs.
 Float32 gradients (``main_grad``) are held all the time. Candidates run interleaved, in one random order on all ranks.
 ``--userbuffers`` adds TransformerEngine's own overlap, ``--fused-ops`` torch's (of an MLP), both without multicast. A
-peer that fails is left out, and says why. Writes a record, its page and its picture into benchmarks/results/.
+peer that fails is left out, and the page says why. Writes a record, its page and its picture into benchmarks/results/.
 """
 
 import argparse
@@ -99,6 +99,7 @@ def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, is_f
     hidden.requires_grad_()
     rows: list[Row] = []
     found_rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     exact: dict[str, Tensor] = {}
     for row in rows_of(kind, dense, args.steps, args):
         for parameter in dense.parameters():
@@ -115,9 +116,10 @@ def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, is_f
                 for _ in range(3):
                     measure.step(row.candidate, hidden, grad_output)
                 peak = measure.peak_memory(row.candidate, hidden, grad_output, held=True)
-        except Exception:  # on all ranks; of what is on one alone the others hear when they have waited
+        except Exception as error:  # on all ranks; of what is on one alone the others hear when they have waited
             if row.name in (report.DENSE, report.DENSE_STILL):
                 raise
+            left_out[row.name] = traceback.format_exception_only(error)[-1].strip()
             print(f"{row.name} left out: {traceback.format_exc()}", flush=True)
             continue
         differences = largest_of_ranks(differences)
@@ -145,7 +147,7 @@ def run_size(shape: tuple[int, int], tokens: int, args: argparse.Namespace, is_f
         for row in rows:
             if row.name in report.TRACED:
                 traces[row.name] = trace(row, hidden, grad_output)
-    return {"shape": shape, "tokens": tokens, "rows": found_rows, "traces": traces}
+    return {"shape": shape, "tokens": tokens, "rows": found_rows, "left_out": left_out, "traces": traces}
 
 
 def profile_host(row: Row, hidden: Tensor, grad_output: Tensor, path: Path) -> None:

@@ -70,7 +70,10 @@ def _section(run: dict[str, Any]) -> list[str]:
             f"| {row['name']} | {median:.2f} ({low:.2f} to {high:.2f}) | {median / dense:.3f} | {exposed:.2f} | "
             f"{host} | {row['peak_mib']:.0f} | {row['held_mib']:.0f} | {errors} |"
         )
-    return [*lines, "", f"Dense's exposed communication: {dense - floor:.2f} ms, {(dense - floor) / dense:.1%} of it."]
+    lines += ["", f"Dense's exposed communication: {dense - floor:.2f} ms, {(dense - floor) / dense:.1%} of it."]
+    for name, error in run.get("left_out", {}).items():
+        lines += ["", f"Left out: {name}: `{error}`"]
+    return lines
 
 
 def kind(name: str) -> str:

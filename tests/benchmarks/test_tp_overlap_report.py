@@ -22,6 +22,7 @@ def record(**changes: object) -> dict[str, object]:
     ]
     traces = {DENSE: [("nvjet_tst", 7, 0.0, 50.0), ("ncclDevKernel_AllGather", 20, 50.0, 9.0)]}
     run = {"shape": [8192, 28672], "tokens": 8192, "rows": rows, "traces": traces}
+    run["left_out"] = {"torch's fused ops": "RuntimeError: no symmetric memory"}
     origin = asdict(Origin("2026-11-27", "a command", "4x a GPU", {"torch": "2.11"}))
     return {"origin": origin, "tp": 4, "repeats": 3, "transport": "symmetric memory", "runs": [run]} | changes
 
@@ -34,6 +35,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
     assert "| ours, 4 steps | 13.25 (13.25 to 13.35) | 0.946 | 0.25 | 4.50 | 100 | 64 | 1.0e-03 | 3.0e-03 |" in page
     assert "Dense's exposed communication: 1.00 ms, 7.1% of it." in page and "(record.png)" in page
     assert f"| {DENSE_STILL} | 13.00 (13.00 to 13.10) | 0.929 | 0.00 |  | 100 | 0 | | |" in page
+    assert "Left out: torch's fused ops: `RuntimeError: no symmetric memory`" in page
     assert "# Communication beside an MLP's products, 2026-11-27" in page and "CONNECTIONS=1, main_grad" in page
     pytest.importorskip("matplotlib")
     assert path.with_suffix(".png").stat().st_size > 1000
