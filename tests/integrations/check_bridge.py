@@ -22,7 +22,7 @@ from megatron_tiling.integrations.bridge import tile_provider
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.check_models import expect_error
 from tests.integrations import small_models
-from tests.support.harness import Counter, megatron, peak_bytes, relative_error
+from tests.support.harness import Counter, load_deepspeed, megatron, peak_bytes, relative_error
 
 CONFIG = TilingConfig(3, MODULES)
 #: Model, tied embeddings, specs of TransformerEngine, and settings of the provider.
@@ -299,6 +299,7 @@ def main() -> None:
 
     utils.version = lambda name: "2.6.0"  # the stand-in has no package metadata
     folder = Path(sys.argv[1])
+    load_deepspeed()
     with megatron(tensor_model_parallel_size=2):
         for size in (2, 1):
             parallel_state.destroy_model_parallel()

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_tiling.integrations.settings import VARIABLE
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.integrations import small_models
-from tests.support.harness import megatron, relative_error
+from tests.support.harness import load_deepspeed, megatron, relative_error
 
 KINDS = ("llama", "qwen3")
 LINEARS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -96,6 +96,7 @@ def main() -> None:
     stub("datasets", "utils.filelock", FileLock=filelock.FileLock)
     stub("modelscope", "hub.utils.utils", get_cache_dir=lambda: sys.argv[1])
     folder = Path(sys.argv[1])
+    load_deepspeed()
     with megatron(tensor_model_parallel_size=2):
         if dist.get_rank() == 0:  # before mcore-bridge changes transformers
             for kind in KINDS:

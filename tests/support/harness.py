@@ -35,6 +35,15 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     leave()  # not after an error: the other ranks may wait elsewhere, until torchrun ends them
 
 
+def load_deepspeed() -> None:
+    """Before there is a group, which defaults of DeepSpeed's functions would keep: trainers load it when they like."""
+    from megatron_tiling import cpu
+    from megatron_tiling.zero3.engine import import_deepspeed
+
+    cpu.install(train=False)
+    import_deepspeed()
+
+
 def leave() -> None:
     """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left.
 

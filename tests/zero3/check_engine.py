@@ -15,9 +15,7 @@ from unittest import mock
 
 import torch
 
-from megatron_tiling import cpu
-from megatron_tiling.zero3.engine import import_deepspeed
-from tests.support.harness import Counter, megatron
+from tests.support.harness import Counter, load_deepspeed, megatron
 from tests.zero3.check_checkpoint_check import check_resuming
 from tests.zero3.check_gather import check_gathering, check_submodules
 from tests.zero3.small_gpt import ENGINE, TENSOR_PARALLEL, close, engine_of, gpt, train_dense, train_zero3, transformer
@@ -214,8 +212,7 @@ def main() -> None:
         if not passed or torch.distributed.get_rank() == 0:
             print(f"ok: {name}" if passed else f"FAILED: {name} {detail}", flush=True)
 
-    cpu.install(train=False)
-    import_deepspeed()  # before there is a group, which defaults of its functions would keep
+    load_deepspeed()
     with megatron(tensor_model_parallel_size=TENSOR_PARALLEL):
         for check in (
             check_agreement,
