@@ -48,7 +48,7 @@ def leave() -> None:
     """End all process groups, on all ranks together: gloo may abort in a rank whose peer has left.
 
     Raises:
-        AssertionError: something still holds gloo's default group, whose threads would run while Python ends, and abort.
+        AssertionError: something still holds gloo's default group: its threads would run while Python ends, and abort.
     """
     has_threads = torch.distributed.get_backend() == "gloo"
     world = weakref.ref(torch.distributed.group.WORLD)
