@@ -7,8 +7,9 @@ all or some files of them twice with the installed megatron-core: with stock lay
 and LM head replaced by a tiled one. A test that passes with stock layers on every rank must pass with tiled ones.
 
 With ``--gpus`` the tests run on TransformerEngine, one GPU a rank, as they are but for ``GPU_EDITS``: no download of
-data, unfused attention, which every machine has, and no equal bits of GEMMs that differ in height. Without, on a CPU:
-gloo for NCCL, ``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's, longer timeouts, and ``EDITS``.
+data, unfused attention, which every machine has, and no equal bits of GEMMs that differ in height. Ranks share GPUs
+where those are fewer, with gloo for NCCL, which is enough for checkpoints. Without, on a CPU: gloo for NCCL,
+``megatron_tiling.cpu`` for a GPU, local specs for TransformerEngine's, longer timeouts, and ``EDITS``.
 What cannot run there fails or is skipped in both runs, and the table at the end says why.
 """
 
@@ -43,6 +44,10 @@ NO_DOWNLOAD = (
     ("tests/unit_tests/conftest.py", r"from tests\.test_utils.*download_and_extract_asset\n", "", 1),
     ("tests/unit_tests/conftest.py", r", autouse=True(?=\)\ndef ensure_test_data)", "", 1),
 )
+GLOO = (
+    ("tests/unit_tests/test_utilities.py", r"backend='nccl'", "backend='gloo'", 1),
+    ("tests/unit_tests/test_utilities.py", r"timedelta\(minutes=1\)", "timedelta(minutes=20)", 2),
+)
 UNFUSED_ATTENTION = {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"}
 GPU_EDITS = (
     *NO_DOWNLOAD,
@@ -57,8 +62,7 @@ GPU_EDITS = (
 )
 EDITS = (
     *NO_DOWNLOAD,
-    ("tests/unit_tests/test_utilities.py", r"backend='nccl'", "backend='gloo'", 1),
-    ("tests/unit_tests/test_utilities.py", r"timedelta\(minutes=1\)", "timedelta(minutes=20)", 2),
+    *GLOO,
     ("tests/unit_tests/transformer/test_mlp.py", r"device\.type == 'cuda'", "device.type == 'cpu'", 2),
     (  # one generator is the CPU's and the GPU's here: the seed that is to count comes last
         "tests/unit_tests/tensor_parallel/test_initialization.py",
@@ -239,6 +243,13 @@ def use_tiled_layers(factor: int, made: collections.Counter[str]) -> None:
     then(GPTModel, head)
 
 
+def over_gloo(options: argparse.Namespace) -> bool:
+    """NCCL wants a GPU for each rank."""
+    import torch
+
+    return not options.gpus or options.world > torch.cuda.device_count()
+
+
 def run_rank(options: argparse.Namespace, folder: Path) -> int:
     """The tests, in one of the ranks."""
     import torch
@@ -252,6 +263,7 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
     else:
         cpu.install()
         use_local_specs()
+    if over_gloo(options):
         destroy_groups_too()
     rank = os.environ["RANK"]
     outcomes = Outcomes(options.factor if options.tiles else None, options.gpus)
@@ -270,7 +282,8 @@ def run_all(options: argparse.Namespace, folder: Path, tiles: bool) -> dict[str,
     for file in folder.glob("outcomes.*"):
         file.unlink()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.world)]
-    command = [*launcher, __file__, "--rank-folder", str(folder), "--factor", str(options.factor), *options.files]
+    command = [*launcher, __file__, "--rank-folder", str(folder), "--factor", str(options.factor)]
+    command += ["--world", str(options.world), *options.files]
     command += ["--gpus"] if options.gpus else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
     log = Path(options.log or folder, f"{'tiled' if tiles else 'stock'}.log")
@@ -348,9 +361,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "run")
         folder.mkdir()
-        adapted(
-            options.checkout or checkout_of_tag(Path(place, "checkout")), folder, GPU_EDITS if options.gpus else EDITS
-        )
+        edits = (*GPU_EDITS, *(GLOO if over_gloo(options) else ())) if options.gpus else EDITS
+        adapted(options.checkout or checkout_of_tag(Path(place, "checkout")), folder, edits)
         return report(run_all(options, folder, tiles=False), run_all(options, folder, tiles=True))
 
 
