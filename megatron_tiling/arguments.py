@@ -239,11 +239,12 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--tiled-tp-overlap",
         type=_number_or_text,
-        metavar="N|off",
+        metavar="N|auto|off",
         help="MLPs, qkv, proj and the gather before the output layer go by at most N (2 or more) steps of tokens, and "
-        "the tensor-parallel communication of a step runs behind the products of others. An MLP keeps the "
-        "pre-activations of all tokens, or none. qkv and proj are tiled too by default. Default off: communication "
-        "runs before and after the products.",
+        "the tensor-parallel communication of a step runs behind the products of others. With auto they do so, by "
+        "at most 4 steps, in micro-batches that are large enough for it to pay. An MLP keeps the pre-activations of "
+        "all tokens, or none. qkv and proj are tiled too by default. Default off: communication runs before and after "
+        "the products.",
     )
     group.add_argument(
         "--tiled-linear-storage",

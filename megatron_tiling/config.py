@@ -15,6 +15,7 @@ ATTENTION_MODULES = ("qkv", "proj")
 #: Layers outside an MLP whose communication can run behind their products.
 OVERLAPPED_MODULES = (*ATTENTION_MODULES, "output")
 DEFAULT_FACTOR = 4
+AUTO_STEPS = 4  # of --tiled-tp-overlap auto
 DEFAULT_HEAD_MEMORY_MIB = 600
 #: Attribute name of a layer in its parent module -> the module name that flags use.
 MODULE_OF_ATTRIBUTE = {
@@ -158,8 +159,9 @@ class TilingConfig:
         fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
             TransformerEngine's layers do, and do not make them again for each.
         tp_overlap: MLPs, qkv and proj whose tensor-parallel communication runs behind their products go by at most so
-            many steps of tokens, in place of tiles of features, and so does the output layer's first tile. ``None`` or
-            ``"off"``: it runs before and after the products.
+            many steps of tokens, in place of tiles of features, and so does the output layer's first tile. ``"auto"``:
+            ``AUTO_STEPS``, where there are so many tokens that it pays. ``None`` or ``"off"``: it runs before and after
+            the products.
 
     Hashable, and can be pickled and copied: lists become tuples, ``splits`` a read-only dict.
 
@@ -178,7 +180,7 @@ class TilingConfig:
     storage: Storage = "resident"
     head_keep: int | Literal["all"] | None = None
     fp8_hold_weights: bool = False
-    tp_overlap: int | Literal["off"] | None = None
+    tp_overlap: int | Literal["auto", "off"] | None = None
 
     def __post_init__(self) -> None:
         modules: Any = self.modules
@@ -196,7 +198,11 @@ class TilingConfig:
             ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
             ("storage", self.storage in STORAGES, f"{' or '.join(STORAGES)}; the flag alone can also be auto"),
             ("fp8_hold_weights", isinstance(self.fp8_hold_weights, bool), "True or False"),
-            ("tp_overlap", self.tp_overlap in (None, "off") or _is_whole(self.tp_overlap, 2), f"{_WHOLE} 2, or off"),
+            (
+                "tp_overlap",
+                self.tp_overlap in (None, "auto", "off") or _is_whole(self.tp_overlap, 2),
+                f"{_WHOLE} 2, auto, or off",
+            ),
         ):
             value = getattr(self, name)
             if not fine:
@@ -241,9 +247,9 @@ class TilingConfig:
                 self.partitioned and in_one_piece,
             ),
             (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
-            (f"{FLAGS['tp_overlap']} {overlap}", overlap, (self.partitioned and once) or nothing_to_overlap),
+            (f"{FLAGS['tp_overlap']} {self.tp_overlap}", overlap, (self.partitioned and once) or nothing_to_overlap),
             (
-                f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {overlap}",
+                f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {self.tp_overlap}",
                 overlap and self.mlp_keep not in (None, 0, "all"),
                 not untiled_mlp and "an MLP that goes by steps of tokens keeps all or none; give all or 0",
             ),
@@ -268,6 +274,8 @@ class TilingConfig:
     @property
     def overlap_steps(self) -> int | None:
         """``tp_overlap`` as a number; ``None`` is off."""
+        if self.tp_overlap == "auto":
+            return AUTO_STEPS
         return None if self.tp_overlap == "off" else self.tp_overlap
 
     @property

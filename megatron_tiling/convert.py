@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ from megatron_tiling.resident.stock_code import replaced_in_products
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
+from megatron_tiling.tiles.step_comm import LEAST_LAYER_OPERATIONS, LEAST_MLP_OPERATIONS, tokens_for
 
 TILED_CLASSES: dict[type[torch.nn.Module], type[TiledParallelLinear]] = {**RESIDENT_CLASSES, **TILED_TE_CLASSES}
 #: Of experts in grouped GEMMs.
@@ -141,7 +143,7 @@ class _Plan:
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
             report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
             if layer.overlap_steps is not None:
-                return self._with_steps(report, layer, layer.overlap_steps)
+                return self._with_steps(report, layer, layer.overlap_steps, layer.least_overlap_tokens)
             without = self.config.overlap_steps and module in OVERLAPPED_MODULES
             return replace(report, no_overlap="it was tiled without") if without else report
         reason = _reason_to_stay_dense(name, layer, module, self.config, layer not in self.in_bf16)
@@ -159,14 +161,22 @@ class _Plan:
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
         report = replace(report, grid=grid, partitioned=self.config.partitioned)
-        return self._with_steps(report, layer, self.config.overlap_steps)
+        least_tokens = self._least_tokens(LEAST_LAYER_OPERATIONS, layer)
+        return self._with_steps(report, layer, self.config.overlap_steps, least_tokens)
 
-    def _with_steps(self, report: LayerReport, layer: Any, steps: int | None) -> LayerReport:
+    def _with_steps(self, report: LayerReport, layer: Any, steps: int | None, least_tokens: int) -> LayerReport:
         """In how many steps a layer outside an MLP overlaps its communication, and why not if it was asked to."""
         if steps is None or report.module not in OVERLAPPED_MODULES:
             return report
-        reason = reason_for_no_steps(layer, is_row=report.module in ROW_MODULES)
-        return replace(report, overlap_steps=0 if reason else steps, no_overlap=reason)
+        if reason := reason_for_no_steps(layer, is_row=report.module in ROW_MODULES):
+            return replace(report, no_overlap=reason)
+        return replace(report, overlap_steps=steps, least_overlap_tokens=least_tokens)
+
+    def _least_tokens(self, operations: float, *layers: Any) -> int:
+        """Tokens from which on these layers' products are worth their steps, where that is for us to say."""
+        if self.config.tp_overlap != "auto" or None in layers:
+            return 0
+        return tokens_for(operations, sum(prod(shard_shape(layer)) for layer in layers) or 1)
 
     def _planned_experts(self, name: str, experts: Any) -> LayerReport:
         """Of grouped experts, fc1 and fc2 of all of them."""
@@ -224,8 +234,11 @@ class _Plan:
             grids = self._fp8_grids(mlp, layers)
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
+        steps, least_tokens = self.config.overlap_steps, self._least_tokens(LEAST_MLP_OPERATIONS, *layers)
         if isinstance(mlp, TiledMLP):
             keep = mlp.keep
+            if not in_fp8:
+                steps, least_tokens = mlp.overlap_steps, mlp.least_overlap_tokens
         elif in_fp8:
             reason = self._plan_fp8_loop(mlp, layers, grids)
         elif len(partitioned) == 2:
@@ -242,9 +255,11 @@ class _Plan:
             if self.config.partitioned:
                 reason = reason or adapted
             if not reason:
-                self.mlps.append(partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps))
+                self.mlps.append(partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps, least_tokens))
                 reason = adapted  # the MLP runs the loop once that adapter is gone
-        steps, no_overlap = self._overlap_of(mlp, in_fp8)
+        no_overlap = "" if steps is None else "FP8" if in_fp8 else reason_for_no_overlap(mlp)
+        if steps is None or no_overlap:
+            steps, least_tokens = 0, 0
         for layer, report, grid in zip(layers, reports, grids, strict=True):
             if report is None or grid is None:
                 continue
@@ -252,17 +267,8 @@ class _Plan:
                 self.reports[layer] = replace(report, reason=reason)
             else:
                 kept = grid.tiles if keep is None else keep
-                how: dict[str, Any] = {"kept_tiles": kept, "overlap_steps": steps, "no_overlap": no_overlap}
-                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, fp8=in_fp8, **how)
-
-    def _overlap_of(self, mlp: Any, in_fp8: bool) -> tuple[int, str]:
-        """In how many steps an MLP in tiles overlaps its communication, and why not if it was asked to."""
-        tiled_before = isinstance(mlp, TiledMLP) and not in_fp8
-        steps = mlp.overlap_steps if tiled_before else self.config.overlap_steps
-        if steps is None:
-            return 0, ""
-        reason = "FP8" if in_fp8 else reason_for_no_overlap(mlp)
-        return (0, reason) if reason else (steps, "")
+                report = replace(report, overlap_steps=steps, least_overlap_tokens=least_tokens, no_overlap=no_overlap)
+                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, kept_tiles=kept, fp8=in_fp8)
 
     def _is_in_fp8(self, layers: list[Any]) -> bool:
         """Whether two layers stay TransformerEngine's, and an MLP that is tiled in FP8 may run in their place."""
@@ -316,7 +322,8 @@ class _Plan:
         layer.__class__ = TILED_CLASSES[type(layer)]
         layer.adopt()
         layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
-        layer.overlap_steps = self.reports[layer].overlap_steps or None
+        report = self.reports[layer]
+        layer.overlap_steps, layer.least_overlap_tokens = report.overlap_steps or None, report.least_overlap_tokens
         if self.config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = self.config.fuse_wgrad
 

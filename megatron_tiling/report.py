@@ -31,6 +31,7 @@ class LayerReport:
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
         overlap_steps: in at most so many steps of tokens that MLP's, or this layer's, communication runs
             behind its products; 0: it does not.
+        least_overlap_tokens: of all ranks, from which on it does where that is more than two steps have.
         no_overlap: why not, where it was asked for. Fewer tokens than make two steps go by tiles.
         experts: how many grouped experts the row is of; ``shape`` is that of one's fc1.
         expert_tiles: at most so many tiles of them; 0 if they stayed dense.
@@ -48,6 +49,7 @@ class LayerReport:
     kept_tiles: int = 0
     fp8: bool = False
     overlap_steps: int = 0
+    least_overlap_tokens: int = 0
     no_overlap: str = ""
     experts: int = 0
     expert_tiles: int = 0
@@ -144,11 +146,10 @@ def _steps_notes(report: LayerReport) -> list[str]:
 def _overlap_note(report: LayerReport) -> str:
     if report.no_overlap:
         return f", no overlap: {report.no_overlap}"
-    return (
-        f", communication behind products from {2 * step_comm.LEAST_STEP_TOKENS} tokens on"
-        if report.overlap_steps
-        else ""
-    )
+    if not report.overlap_steps:
+        return ""
+    tokens = max(2 * step_comm.LEAST_STEP_TOKENS, report.least_overlap_tokens)
+    return f", communication behind products from {tokens} tokens on"
 
 
 def _keep_note(report: LayerReport) -> str:

@@ -39,7 +39,8 @@ def test_each_flag_sets_its_field() -> None:
         3, ("fc1", "fc2", "output"), {"fc1": (2, 8), "fc2": (8, 2)}, None, True, 2, 5, 7, "resident", 9, True
     )
     assert parse(f"{ON} --tiled-tp-overlap 4 --tiled-mlp-keep 0") == TilingConfig(mlp_keep=0, tp_overlap=4)
-    assert parse(f"{ON} --tiled-tp-overlap off") == TilingConfig(tp_overlap="off")
+    for word in ("auto", "off"):
+        assert parse(f"{ON} --tiled-tp-overlap {word}") == TilingConfig(tp_overlap=word)
     assert parse(f"{ON} --tiled-linear-modules all") == TilingConfig(modules="all")
     partitioned = parse(f"{ON} --tiled-linear-storage partitioned --tiled-mlp-keep all")
     assert partitioned == TilingConfig(mlp_keep="all", storage="partitioned")
@@ -76,7 +77,7 @@ BAD_VALUES = (
     ("--tiled-head-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
     ("--tiled-head-memory-mib", ("0", "-1", "272MiB"), "must be a whole number of at least 1"),
     ("--tiled-head-tokens", ("0", "-1", "all"), "must be a whole number of at least 1"),
-    ("--tiled-tp-overlap", ("0", "1", "-2", "on", "2.5"), "must be a whole number of at least 2, or off"),
+    ("--tiled-tp-overlap", ("0", "1", "-2", "on", "2.5"), "must be a whole number of at least 2, auto, or off"),
     ("--tiled-linear-storage", ("disk", "0"), "must be resident or partitioned; the flag alone"),
     ("--tiled-linear-modules", ("fc1 mlp", "fc1 fc1", "0", "fc1 --tiled-linear-modules fc1"), "must be some of qkv"),
     ("--tiled-linear-splits", ("fc1", "fc1=8", "fc1=1x-2", "fc1=0x2", "0"), "write MODULE=INxOUT, both whole numbers"),

@@ -28,6 +28,9 @@ def test_defaults() -> None:
     )
     overlap = TilingConfig(tp_overlap=4)
     assert overlap.tiled_modules == MODULES and TilingConfig(tp_overlap="off").tiled_modules == config.tiled_modules
+    assert (
+        TilingConfig(tp_overlap="auto").tiled_modules == MODULES and TilingConfig(tp_overlap="auto").overlap_steps == 4
+    )
     assert [overlap.splits_of(module) for module in MODULES] == [(1, 1), (1, 1), (1, 4), (4, 1), (1, 4), (1, 4)]
     assert TilingConfig(tp_overlap=4, splits={"qkv": (1, 2)}).splits_of("qkv") == (1, 2)
     assert config.splits == {} and config.kept_tiles is None and not config.partitioned
@@ -95,7 +98,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("head_memory_mib", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("head_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
         ("head_tokens", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
-        ("tp_overlap", (*NO_NUMBERS, 0, 1, "on", np.int64(1)), f"{WHOLE} 2, or off"),
+        ("tp_overlap", (*NO_NUMBERS, 0, 1, "on", np.int64(1)), f"{WHOLE} 2, auto, or off"),
         ("fp32_accumulate", (1, 0, "yes", None), "must be True or False"),
         ("fp8_hold_weights", (1, 0, "yes", None), "must be True or False"),
         ("storage", ("auto", "disk", None, ["resident"]), "must be resident or partitioned; the flag alone"),

@@ -74,9 +74,10 @@ def test_table() -> None:
         LayerReport("mlp.experts", (64, 32), 2, experts=8, expert_tiles=4, no_overlap="experts"),
         replace(layer("self_attention.linear_qkv", (64, 32), (1, 1)), partitioned=False, overlap_steps=4),
         replace(layer("self_attention.linear_proj", (64, 32), (1, 1)), partitioned=False, no_overlap="an expert"),
+        layer("mlp.linear_fc2", (32, 64), (4, 1), **(mlp | {"overlap_steps": 4, "least_overlap_tokens": 5000})),
         LayerReport("output_layer", (64, 32), 2, TileGrid(32, 64, 1, 4), loss_tiles=HeadTiles(9, 8), overlap_steps=4),
     ]
-    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:15]] == [
+    assert [line.split(maxsplit=1)[1].split() for line in table(layers).splitlines()[1:16]] == [
         "1 4096 x 6144 1x4 12.00 partitioned".split(),
         "1 4096 x 28672 1x4 56.00 TiledMLP, keep all, at most 4 token steps".split(),
         "1 14336 x 4096 4x1 28.00 TiledMLP, keep 1, at most 4 token steps".split(),
@@ -90,6 +91,7 @@ def test_table() -> None:
         "1 8 x 32 x 64 - - TiledExperts, at most 4 tiles of about as many rows, keep 0, no overlap: experts".split(),
         f"1 32 x 64 1x1 0.00 {OVERLAP}".split(),
         "1 32 x 64 1x1 0.00 no overlap: an expert".split(),
+        f"1 64 x 32 4x1 0.00 TiledMLP, keep all, {OVERLAP.replace('2048', '5000')}".split(),
         "1 32 x 64 - - loss in tiles of 8 tokens x columns of logits within 9 MiB, keep what fits, "
         f"{OVERLAP}, where one tile of logits has all tokens".split(),
     ]

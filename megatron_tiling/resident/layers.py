@@ -34,6 +34,7 @@ class TiledParallelLinear(torch.nn.Module):
     Attributes:
         overlap_steps: in at most so many steps of tokens communication runs behind products, in place of tiles, where
             a call can do so. Of fc1 and fc2 where a ``TiledMLP`` calls them; its loop has its own.
+        least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
         transport: what bytes move with then.
     """
 
@@ -50,6 +51,7 @@ class TiledParallelLinear(torch.nn.Module):
     fp32_accumulate: bool
     input_is_already_split: bool
     overlap_steps: int | None = None
+    least_overlap_tokens: int = 0
     transport: Transport = "auto"
 
     @classmethod

@@ -88,7 +88,7 @@ def head_loop(layer: ColumnParallelLinear, tiles: HeadTiles) -> HeadLoop:
     overlap_steps = getattr(layer, "overlap_steps", None)
     steps = None
     if overlap_steps is not None and comm is not None and sequence_parallel and not in_capture():
-        steps = LinearSteps(overlap_steps, comm, transport=layer.transport)
+        steps = LinearSteps(overlap_steps, comm, transport=layer.transport, least_tokens=layer.least_overlap_tokens)
     return HeadLoop(tiles, group, comm, steps, fuse_wgrad=layer.gradient_accumulation_fusion)
 
 

@@ -47,6 +47,7 @@ class TiledMLP(MLP):
             ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
         overlap_steps: in at most so many steps of tokens communication runs behind products, where a call can do so.
             Then ``keep`` is ``None`` or 0, and collectives are those of ``tiles/step_comm.py``.
+        least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
         transport: what bytes move with then.
     """
 
@@ -58,6 +59,7 @@ class TiledMLP(MLP):
     takes_adapters = True
     keep: int | None
     overlap_steps: int | None = None
+    least_overlap_tokens: int = 0
     transport: Transport = "auto"
 
     def forward(
@@ -146,7 +148,7 @@ class TiledMLP(MLP):
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
             return 1
         ranks = comm.group.size() if comm.sequence_parallel else 1
-        return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps)
+        return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps, self.least_overlap_tokens)
 
     @torch.compiler.disable
     def _in_steps(self, hidden_states: Tensor, steps: int) -> Tensor:
@@ -218,6 +220,7 @@ def convert_mlp(
     keep: int | None = None,
     classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES,
     overlap_steps: int | None = None,
+    least_overlap_tokens: int = 0,
 ) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
@@ -225,7 +228,7 @@ def convert_mlp(
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
         classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
-        overlap_steps: as of ``TiledMLP``.
+        overlap_steps, least_overlap_tokens: as of ``TiledMLP``.
 
     Returns:
         Nothing, or why this MLP stays as it is.
@@ -243,7 +246,7 @@ def convert_mlp(
         return reason
     mlp.__class__ = tiled_class
     mlp.keep = keep
-    mlp.overlap_steps = overlap_steps
+    mlp.overlap_steps, mlp.least_overlap_tokens = overlap_steps, least_overlap_tokens
     mlp.adopt_tiles()
     return ""
 

@@ -72,4 +72,4 @@ def _steps_now(layer: Any, input_: Any, is_row: bool) -> int:
     if is_row and input_.shape[0] % ranks:
         return 1
     tokens = input_[..., 0].numel() * (1 if is_row else ranks)
-    return steps_for(tokens, layer.overlap_steps)
+    return steps_for(tokens, layer.overlap_steps, layer.least_overlap_tokens)

@@ -154,7 +154,9 @@ class _TiledHead(torch.autograd.Function):
         sizes = _sizes(loop, hidden, weight, rows, ctx.needs_input_grad)
         cut = ctx.cut = loop.tiles.cut(sizes)
         steps = loop.steps
-        if steps is None or rows is not None or len(cut.tokens) > 1 or steps_for(sizes.tokens, steps.steps) == 1:
+        if steps is not None and steps_for(sizes.tokens, steps.steps, steps.least_tokens) == 1:
+            steps = None
+        if rows is not None or len(cut.tokens) > 1:
             steps = None
         x = _rows(_gather(hidden, loop, async_op=False)[0], rows) if steps is None else steps.memory(hidden)
         first_column = 0 if loop.group is None else loop.group.rank() * len(weight)

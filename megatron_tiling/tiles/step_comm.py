@@ -14,7 +14,7 @@ Depends on torch alone.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from math import prod
+from math import ceil, prod
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -27,8 +27,13 @@ from megatron_tiling.tiles.device import on_gpu
 
 #: ``auto``: symmetric memory where it is there, else collectives beside the products. ``blocking``: one after another.
 Transport = Literal["auto", "collectives", "blocking"]
-#: A step of fewer tokens costs more in small products and launches than it hides. Not measured yet.
+#: A step of fewer tokens costs more in small products and launches than it hides.
 LEAST_STEP_TOKENS = 1024
+#: ``auto``: from so many operations on, forward and backward, of this rank's products in a call of an MLP, and of
+#: another layer. Fewer are done before a slow host has launched their steps: over 4 H200s 8.7e12 of an MLP gained, and
+#: 2.2e12 lost; of qkv and proj 1.0e12 and 0.8e12 gained, 0.3e12 and 0.2e12 lost
+#: (benchmarks/results/2026-11-28-whole-model-tp4-8192.md and -4096.md).
+LEAST_MLP_OPERATIONS, LEAST_LAYER_OPERATIONS = 6e12, 7e11
 TOKEN_MULTIPLE = 256  # tokens of a step, which fill a GPU's blocks
 #: Where this rank's own tokens come in a pass: first where others are only fetched, last where sums are only pushed.
 Own = Literal["first", "last", "both"]
@@ -54,9 +59,17 @@ class Step(NamedTuple):
         return self.pieces[0].rows if len(self.pieces) == 1 and self.pieces[0].ahead == 0 else None
 
 
-def steps_for(tokens: int, wanted: int) -> int:
-    """In how many steps so many tokens of all ranks go, of those that are wanted at most; 1: not in steps."""
-    return max(1, min(wanted, tokens // LEAST_STEP_TOKENS))
+def steps_for(tokens: int, wanted: int, least_tokens: int = 0) -> int:
+    """In how many steps so many tokens of all ranks go, of those that are wanted at most; 1: not in steps.
+
+    Fewer than ``least_tokens`` do not.
+    """
+    return 1 if tokens < least_tokens else max(1, min(wanted, tokens // LEAST_STEP_TOKENS))
+
+
+def tokens_for(operations: float, weights: int) -> int:
+    """Tokens whose products with so many weights are so many operations, forward and backward."""
+    return ceil(operations / (6 * weights))
 
 
 def cut(rows: int, tokens_of_row: int, ranks: int, steps: int, own: Own = "both") -> list[Step]:

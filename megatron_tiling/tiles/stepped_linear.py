@@ -35,12 +35,14 @@ class LinearSteps:
             collectives backward, too.
         fuse_wgrad: add the weight gradient to ``weight.main_grad`` in place.
         transport: what bytes move with.
+        least_tokens: of all ranks. Fewer do not go by steps.
     """
 
     steps: int
     comm: ColumnComm
     fuse_wgrad: bool = False
     transport: Transport = "auto"
+    least_tokens: int = 0
 
     @property
     def shards(self) -> int:

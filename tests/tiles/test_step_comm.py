@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tiling.tiles import step_comm
-from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, few_steps, places, steps_for
+from megatron_tiling.tiles.step_comm import Step, add_pieces, cut, few_steps, places, steps_for, tokens_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,6 +90,15 @@ def test_not_all_lengths_that_ever_came_are_remembered() -> None:
 def test_few_tokens_go_in_fewer_steps() -> None:
     least = step_comm.LEAST_STEP_TOKENS
     assert [steps_for(tokens, 4) for tokens in (0, least, 2 * least, 3 * least - 1, 9 * least)] == [1, 1, 2, 2, 4]
+    assert [steps_for(tokens, 4, 3 * least) for tokens in (2 * least, 3 * least - 1, 3 * least)] == [1, 1, 3]
+
+
+def test_what_paid_on_gpus_and_what_did_not() -> None:
+    """At TP=4, of one model's MLP, qkv and proj each: h and ffn, with 8 groups of 128 features."""
+    for hidden, ffn, gained in ((8192, 28672, True), (4096, 14336, False)):
+        mlp, qkv, proj = 3 * hidden * ffn // 4, hidden * (hidden + 2 * 8 * 128) // 4, hidden * hidden // 4
+        assert (tokens_for(step_comm.LEAST_MLP_OPERATIONS, mlp) <= 8192) == gained
+        assert all((tokens_for(step_comm.LEAST_LAYER_OPERATIONS, weights) <= 8192) == gained for weights in (qkv, proj))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
