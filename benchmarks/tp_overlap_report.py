@@ -108,7 +108,7 @@ def draw(run: dict[str, Any]) -> Any:
         panel.invert_yaxis()
     panels[-1, 0].set_xlabel("ms, one forward and backward pass under the profiler, rank 0")
     shape, tokens = run["shape"], run["tokens"]
-    figure.suptitle(f"h={shape[0]}, ffn={shape[1]}, {tokens} tokens")
+    figure.suptitle(f"h={shape[0]}, ffn={shape[1]}, {tokens} tokens", x=0.01, horizontalalignment="left")
     patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="upper right", ncol=len(patches))
     figure.tight_layout()
