@@ -40,7 +40,7 @@ from megatron_tiling.config import MODULES
 
 MIB = 2**20
 DENSE, TILED = "dense", "tiled: default"
-OVERLAP_STEPS = 3
+OVERLAP_STEPS = 4
 FP8_DENSE, FP8_TILED = "FP8 dense", "FP8 tiled: default"
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
@@ -93,6 +93,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         yield DENSE, parallel, None
         yield TILED, parallel, {}
         yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
+        yield "tiled: overlap auto", parallel, {"tp_overlap": "auto"}
         return
     yield DENSE, {}, None
     if args.fp8:

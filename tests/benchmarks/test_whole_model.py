@@ -13,10 +13,10 @@ def test_settings_under_tensor_parallelism(monkeypatch: pytest.MonkeyPatch) -> N
     assert all("tensor_model_parallel_size" not in changes for _, changes, _ in one)
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = list(whole_model.settings(whole_model.arguments(["--tensor-parallel", "4"])))
-    assert [name for name, *_ in found] == ["dense", "tiled: default", "tiled: overlap 3 steps"]
+    assert [name for name, *_ in found] == ["dense", "tiled: default", "tiled: overlap 4 steps", "tiled: overlap auto"]
     parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     assert all(changes == parallel for _, changes, _ in found)
-    assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": 3}]
+    assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": 4}, {"tp_overlap": "auto"}]
 
 
 @pytest.mark.parametrize(

@@ -270,55 +270,42 @@ def check_models() -> None:
         one.stop()
 
 
-def check_auto() -> None:
-    """Layers go by steps from the tokens on that the table names, each by its own size; MLPs and the head too."""
+def check_auto(qkv_goes: bool, mlp_goes: bool) -> None:
+    """A layer, and an MLP, goes by steps from the tokens on that the table names, which its own size says."""
     from megatron_tiling import TilingConfig, convert, tile
     from megatron_tiling.report import note
     from megatron_tiling.resident import stepped
-    from megatron_tiling.tiles.step_comm import tokens_for
+    from megatron_tiling.resident.mlp import TiledMLP
     from tests.check_models import assert_same, batch, gpt, make_config, step
 
     config = {"tensor_model_parallel_size": TP, "sequence_parallel": True}
-    tokens = batch()["input_ids"].numel()
-    layer = gpt(make_config(**config)).decoder.layers[0]
-    weights = {name: child.weight.numel() for name, child in layer.named_modules() if hasattr(child, "weight")}
-    qkv, mlp = weights["self_attention.linear_qkv"], weights["mlp.linear_fc1"] + weights["mlp.linear_fc2"]
-    for qkv_goes, mlp_goes in ((True, False), (False, True)):
-        rule = {
-            "LEAST_LAYER_OPERATIONS": 6 * qkv * (tokens if qkv_goes else tokens + 1),
-            "LEAST_MLP_OPERATIONS": 6 * mlp * (tokens if mlp_goes else tokens + 1),
-        }
-        dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
-        with patch.multiple(convert, **rule):
-            found = tile(tiled, TilingConfig(factor=2, tp_overlap="auto"))
-        reports = {report.module: report for report in found}
-        assert tile(tiled, TilingConfig(factor=2)) == found  # tiled before
-        for module, goes, size in (("qkv", qkv_goes, qkv), ("fc1", mlp_goes, mlp)):
-            kind = "LAYER" if module == "qkv" else "MLP"
-            least = tokens_for(rule[f"LEAST_{kind}_OPERATIONS"], size)
-            assert least == tokens + (not goes) and f"from {least} tokens on" in note(reports[module]), note(
-                reports[module]
-            )
-        went: dict[str, list[int]] = {"qkv": [], "mlp": []}
-        steps_now, mlp_steps_now = stepped._steps_now, type(tiled.decoder.layers[0].mlp).steps_now
+    dense, tiled = gpt(make_config(**config)), gpt(make_config(**config))
+    layer, tokens = dense.decoder.layers[0], batch()["input_ids"].numel()
+    qkv = layer.self_attention.linear_qkv.weight.numel()
+    mlp = layer.mlp.linear_fc1.weight.numel() + layer.mlp.linear_fc2.weight.numel()
+    least = {"qkv": tokens + (not qkv_goes), "fc1": tokens + (not mlp_goes)}
+    rule = {"LEAST_LAYER_OPERATIONS": 6 * qkv * least["qkv"], "LEAST_MLP_OPERATIONS": 6 * mlp * least["fc1"]}
+    with patch.multiple(convert, **rule):
+        found = tile(tiled, TilingConfig(factor=2, tp_overlap="auto"))
+    assert tile(tiled, TilingConfig(factor=2)) == found  # tiled before
+    notes = {report.module: note(report) for report in found}
+    assert all(f"from {least[module]} tokens on" in notes[module] for module in least), (notes, least)
+    went: dict[str, list[int]] = {"qkv": [], "mlp": []}
+    steps_now, mlp_steps_now = stepped._steps_now, TiledMLP.steps_now
 
-        def noting(layer: Any, input_: Any, is_row: bool) -> int:
-            steps = steps_now(layer, input_, is_row)
-            if not is_row:
-                went["qkv"].append(steps)
-            return steps
+    def noting(layer: Any, input_: Any, is_row: bool) -> int:
+        steps = steps_now(layer, input_, is_row)
+        went["qkv"] += [] if is_row else [steps]
+        return steps
 
-        def noting_mlp(mlp: Any, *arguments: Any) -> int:
-            went["mlp"].append(mlp_steps_now(mlp, *arguments))
-            return went["mlp"][-1]
+    def noting_mlp(mlp: TiledMLP, *arguments: Any) -> int:
+        went["mlp"].append(mlp_steps_now(mlp, *arguments))
+        return went["mlp"][-1]
 
-        with (
-            patch.object(stepped, "_steps_now", noting),
-            patch.object(type(tiled.decoder.layers[0].mlp), "steps_now", noting_mlp),
-        ):
-            assert_same(step(tiled, **batch()), step(dense, **batch()))
-        assert {steps > 1 for steps in went["mlp"]} == {mlp_goes}, went
-        assert (max(went["qkv"]) > 1) == qkv_goes, went
+    with patch.object(stepped, "_steps_now", noting), patch.object(TiledMLP, "steps_now", noting_mlp):
+        assert_same(step(tiled, **batch()), step(dense, **batch()))
+    assert {steps > 1 for steps in went["mlp"]} == {mlp_goes}, went
+    assert {steps > 1 for steps in went["qkv"][: len(tiled.decoder.layers)]} == {qkv_goes}, went
 
 
 class Adapter(torch.nn.Module):
@@ -406,7 +393,8 @@ def main() -> None:
         check_what_runs_as_before()
         check_head()
         check_models()
-        check_auto()
+        check_auto(qkv_goes=True, mlp_goes=False)
+        check_auto(qkv_goes=False, mlp_goes=True)
         check_heads()
         check_adapters()
         check_after_inference()
