@@ -10,7 +10,8 @@ from benchmarks.record import Origin
 
 DENSE = "TransformerEngine"
 DENSE_STILL = "TransformerEngine, without communication"
-FUSED_OPS = "torch's fused ops"
+USERBUFFERS, FUSED_OPS = "TransformerEngine, --tp-comm-overlap", "torch's fused ops"
+PEERS = USERBUFFERS, FUSED_OPS
 OURS = "ours, whole"
 TRACED = (DENSE, OURS, "ours, 4 steps", "ours, 4 steps, by NCCL")
 COLOURS = {"products": "tab:blue", "NCCL": "tab:red", "copies": "tab:green", "barriers": "black", "others": "tab:gray"}

@@ -181,7 +181,7 @@ def rows_of(kind: MLPs | Layers, dense: Any, steps: list[int], peers: argparse.N
     yield Row(report.DENSE, kind.forward(dense))
     yield Row(report.DENSE_STILL, kind.forward(dense), still.in_dense)
     if peers.userbuffers:
-        yield Row("TransformerEngine, --tp-comm-overlap", kind.forward(with_userbuffers(kind, dense)))
+        yield Row(report.USERBUFFERS, kind.forward(with_userbuffers(kind, dense)))
     if peers.fused_ops and isinstance(kind, MLPs):
         from megatron.core.parallel_state import get_tensor_model_parallel_group
 

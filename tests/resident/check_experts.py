@@ -32,8 +32,8 @@ from megatron_tiling.report import LayerReport, table
 from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
 from tests.check_models import assert_same, expect_error, gpt, make_config, step
-from tests.resident.check_transformer_engine import EXPERTS, entries, inputs
 from tests.support.harness import megatron
+from tests.support.te_models import EXPERTS, entries, inputs
 
 HIDDEN, FEATURES = 12, 10
 SWIGLU = {"gated_linear_unit": True, "activation_func": F.silu}

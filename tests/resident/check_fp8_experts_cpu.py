@@ -202,8 +202,8 @@ def check_padded_source() -> None:
 
 
 def experts_of(recipe: str, **changes: Any) -> Any:
-    from tests.resident.check_transformer_engine import EXPERTS
     from tests.resident.check_transformer_engine_cpu import build
+    from tests.support.te_models import EXPERTS
 
     settings = {"fp8": "e4m3", "fp8_recipe": recipe, "bf16": True, "params_dtype": torch.bfloat16, "num_layers": 1}
     settings |= {"hidden_size": HIDDEN, "ffn_hidden_size": FEATURES, "moe_ffn_hidden_size": FEATURES}

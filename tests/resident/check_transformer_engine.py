@@ -6,7 +6,6 @@ PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.res
 import copy
 import itertools
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +14,6 @@ import torch
 import transformer_engine
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from transformer_engine import pytorch
 
@@ -26,65 +24,13 @@ from megatron_tiling.resident.mlp import TiledMLP
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES
 from megatron_tiling.spec import TiledSpecProvider
 from megatron_tiling.tiles import step_comm
-from tests.check_models import assert_same, batch, by_name, expect_error, gpt, make_config, step
+from tests.check_models import assert_same, by_name, expect_error, step
 from tests.support.harness import Counter, megatron, relative_error
+from tests.support.te_models import EXPERTS, LLAMA, entries, inputs, settings, te_gpt, tp
 
 LINEARS = TilingConfig(factor=3, modules=("qkv", "proj", "fc1", "fc2"))
 ALL = TilingConfig(factor=3, modules="all")
 OFFLOADS = {"fine_grained_activation_offloading": True}
-LLAMA = {
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "num_query_groups": 2,
-    "layernorm_zero_centered_gamma": True,
-}
-EXPERTS = LLAMA | {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 24,
-    "moe_token_dispatcher_type": "allgather",
-    "moe_shared_expert_intermediate_size": 16,
-}
-
-
-def tp() -> int:
-    return parallel_state.get_tensor_model_parallel_world_size()
-
-
-def te_gpt(grouped: bool = False, rewrite: Any = None, **changes: Any) -> Any:
-    """A dense model; every parameter, the norms' too, has other values than others of its kind."""
-    config = make_config(tensor_model_parallel_size=tp(), **changes)
-    spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, moe_grouped_gemm=grouped)
-    model = gpt(config, spec=rewrite(spec) if rewrite else spec)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            noise = torch.randn(parameter.numel() * 2, generator=generator)  # a shard draws as much as a whole
-            parameter.data += 0.1 * noise[: parameter.numel()].view_as(parameter)
-    return model
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    return batch() | {"attention_mask": None}
-
-
-def entries(model: Any) -> dict[str, Any]:
-    """What a sharded checkpoint would hold of a model, without the values."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    attributes = ("key", "global_shape", "global_offset", "local_shape", "replica_id", "axis_fragmentations")
-    return {
-        key: [type(entry), *(str(getattr(entry, attribute, None)) for attribute in attributes)]
-        for key, entry in model.sharded_state_dict(metadata=metadata).items()
-    }
-
-
-def settings() -> Iterator[dict[str, Any]]:
-    """Models, with and without sequence parallelism; Megatron trains experts with tensor parallelism only with it."""
-    for changes, sequence_parallel in itertools.product(({}, LLAMA, EXPERTS), (False, True)):
-        if sequence_parallel == (tp() > 1) or (tp() > 1 and changes is not EXPERTS):
-            yield changes | {"sequence_parallel": sequence_parallel}
 
 
 def check_steps() -> None:
@@ -350,7 +296,7 @@ def te_layers(model: Any) -> set[str]:
 def check_layers_whose_options_tiles_do_not_honour() -> None:
     """They stay TransformerEngine's, say why, and compute as before; the other layers and the output are tiled."""
     every = {"qkv", "proj", "fc1", "fc2"}
-    for settings, words, concerned in (
+    for options, words, concerned in (
         ({"fp8": "hybrid"}, "--fp8-format hybrid", every),
         ({"fp4": "e2m1"}, "--fp4-format e2m1", every),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute", every),
@@ -364,12 +310,12 @@ def check_layers_whose_options_tiles_do_not_honour() -> None:
         ({"offload_modules": ["qkv_linear"]}, "", set()),
     ):
         model = te_gpt(**LLAMA)
-        vars(model.config).update(settings)
+        vars(model.config).update(options)
         reports = [report for report in tile(model, ALL) if ".0." in report.name or report.name == "output_layer"]
-        assert te_layers(model) == {report.module for report in reports if report.grid is None} == concerned, settings
+        assert te_layers(model) == {report.module for report in reports if report.grid is None} == concerned, options
         assert all(report.reason.startswith(words) for report in reports if report.grid is None), reports
         assert all("fuser" not in report.reason for report in reports if report.grid is not None)
-        vars(model.config).update(dict.fromkeys(settings, False))
+        vars(model.config).update(dict.fromkeys(options, False))
         assert_same(step(model, **inputs()), step(te_gpt(**LLAMA), **inputs()))
 
 

@@ -27,7 +27,7 @@ def prepare(folder: Path) -> None:
 def models() -> dict[str, dict[str, Any]]:
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from tests.resident.check_transformer_engine import EXPERTS, LLAMA
+    from tests.support.te_models import EXPERTS, LLAMA
 
     latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
     return {
@@ -90,7 +90,8 @@ def check_models() -> None:
     """The same parameters, state dicts and checkpoint entries; each loads the other's."""
     from megatron_tiling import TilingConfig, tile
     from megatron_tiling.resident.experts import TiledExperts
-    from tests.resident.check_transformer_engine import TILED_CLASSES, entries
+    from megatron_tiling.resident.transformer_engine import TILED_CLASSES
+    from tests.support.te_models import entries
 
     for name, changes in models().items():
         dense, tiled = build(**changes), build(**changes)
@@ -144,7 +145,7 @@ def check_reasons() -> None:
 
     from megatron_tiling import TilingConfig, tile
     from tests.check_models import by_name
-    from tests.resident.check_transformer_engine import LLAMA
+    from tests.support.te_models import LLAMA
 
     recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}
     matcher = {"config": "bf16", "type": "glob", "pattern": "*.layers.0.*linear_fc1", "enabled": True}
@@ -179,7 +180,7 @@ def check_fp8() -> None:
     from megatron_tiling.resident.experts import TiledTEGroupedMLP
     from megatron_tiling.resident.fp8_experts import TiledFP8GroupedMLP
     from megatron_tiling.resident.mlp import TiledMLP
-    from tests.resident.check_transformer_engine import EXPERTS, LLAMA
+    from tests.support.te_models import EXPERTS, LLAMA
 
     fp8.is_non_tn_fp8_gemm_supported = lambda: False  # there is no GPU to ask
     settings = {"fp8": "hybrid", "fp8_recipe": "blockwise", "ffn_hidden_size": 512, "bf16": True}
