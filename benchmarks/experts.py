@@ -113,6 +113,10 @@ def candidates(
     yield f"{STOCK}, recompute moe_act", run(recomputed.experts)
     stock = run(dense.experts)
     yield f"{STOCK}, recompute moe", lambda hidden: tensor_parallel.checkpoint(stock, False, hidden)
+    default = build(*case)
+    share(default, dict(dense.named_parameters()))
+    tile(default, TilingConfig())
+    yield "ours: default", run(default.experts)
     for tiles, keep in OURS:
         model = build(*case)
         share(model, dict(dense.named_parameters()))

@@ -28,7 +28,7 @@ from megatron_tiling.resident.stock_code import is_own_function, replaced_forwar
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.device import on_gpu
-from megatron_tiling.tiles.expert_groups import Group, expert_groups
+from megatron_tiling.tiles.expert_groups import Group, expert_groups, tiles_worth_it
 from megatron_tiling.tiles.expert_products import GroupedGemm, Products, one_by_one
 from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
 
@@ -61,6 +61,7 @@ class TiledExperts(torch.nn.Module):
         tiles: at most so many groups of experts, with about as many rows each; an expert with more is cut.
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them.
+        fewer_if_small: where all tiles keep theirs, of little work there are fewer tiles.
         fp32_accumulate: sum over tiles in float32.
         _dispatcher: knows the tokens that rows are copies of, which are kept in their place.
         fuse_wgrad: whether weight gradients go into ``main_grad``; ``None`` follows the layers' own setting.
@@ -71,6 +72,7 @@ class TiledExperts(torch.nn.Module):
     activation_func: Any
     tiles: int
     keep: int | None
+    fewer_if_small: bool
     fp32_accumulate: bool
     fuse_wgrad: bool | None
     _dispatcher: RememberingDispatcher | None = None
@@ -168,7 +170,13 @@ class TiledExperts(torch.nn.Module):
         raise NotImplementedError
 
     def groups(self, rows: list[int], features: int) -> list[Group]:
-        return expert_groups(rows, features, self.tiles, self.tiles if self.keep is None else self.keep)
+        if self.keep is not None:
+            return expert_groups(rows, features, self.tiles, self.keep)
+        tiles = self.tiles
+        if self.fewer_if_small:
+            out, hidden = shard_shape(self)
+            tiles = tiles_worth_it(sum(rows), (out + features) * hidden, tiles)
+        return expert_groups(rows, features, tiles, tiles)
 
     def products(self, hidden: Tensor, recomputes: bool) -> Products:
         return Products(self.gemm() if on_gpu(hidden) else one_by_one)
@@ -348,6 +356,7 @@ def convert_experts(experts: Any, config: TilingConfig, dispatcher: Any = None) 
     """
     experts.__class__ = TILED_CLASSES[type(experts)]
     experts.tiles, experts.keep = config.splits_of("experts")[1], config.kept_tiles
+    experts.fewer_if_small = "experts" not in config.splits
     experts.fp32_accumulate, experts.fuse_wgrad = config.fp32_accumulate, config.fuse_wgrad
     if dispatcher is not None:
         experts._dispatcher = remember(dispatcher)

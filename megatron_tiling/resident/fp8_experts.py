@@ -207,4 +207,5 @@ def convert_fp8_experts(experts: Any, config: TilingConfig, dispatcher: Any = No
     """As ``convert_experts``, into ``TiledFP8GroupedMLP``, where there is no ``reason_for_no_fp8_experts``."""
     grouped.convert_experts(experts, config, dispatcher)
     experts.__class__ = TiledFP8GroupedMLP
+    experts.fewer_if_small = False  # not measured in FP8
     experts.holds_weights, experts._copies = config.fp8_hold_weights, {}

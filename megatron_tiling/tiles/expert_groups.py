@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid, partition_uniform
 
+#: Of a tile's products, forward and backward. With fewer, one tile was as fast as TransformerEngine's layers, and four
+#: took up to 1.14 of their time (benchmarks/results/2026-11-27-experts.md and -experts-h200.md).
+LEAST_TILE_OPERATIONS = 3.5e12
+
 
 class Segment(NamedTuple):
     """Rows of one expert."""
@@ -88,6 +92,16 @@ def cut_by_rows(groups: Sequence[Group], multiple: int) -> list[Group]:
 def rows_of(segments: Sequence[Segment]) -> slice:
     """Of neighbouring experts."""
     return slice(segments[0].rows.start, segments[-1].rows.stop)
+
+
+def tiles_worth_it(rows: int, weights: int, most: int) -> int:
+    """How many tiles, of ``most``, have enough work each for their borders to cost little; at least 1.
+
+    Args:
+        rows: of all experts.
+        weights: of one expert, fc1's and fc2's elements on this rank.
+    """
+    return max(1, min(most, int(6 * rows * weights / LEAST_TILE_OPERATIONS)))
 
 
 def expert_groups(rows: Sequence[int], features: int, tiles: int, keep: int) -> list[Group]:

@@ -31,6 +31,7 @@ from megatron_tiling import TilingConfig, tile
 from megatron_tiling.report import LayerReport, table
 from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
+from megatron_tiling.tiles import expert_groups
 from tests.check_models import assert_same, expect_error, gpt, make_config, step
 from tests.support.harness import megatron
 from tests.support.te_models import EXPERTS, entries, inputs
@@ -344,6 +345,24 @@ def check_recomputed_layers() -> None:
     assert_same(step(tiled, **inputs()), step(dense, **inputs()))
 
 
+def check_fewer_tiles_of_little_work() -> None:
+    """Where all are kept, and nobody has said how many there are."""
+    rows = [3, 4, 3, 2]
+    for enough, options, tiles in (
+        (1.0, {}, 3),
+        (1e12, {}, 1),
+        (1e12, {"splits": {"experts": (1, 3)}}, 3),
+        (1e12, {"mlp_keep": 2}, 3),
+        (1e12, {"mlp_keep": 0}, 3),
+    ):
+        experts = te_experts(**SWIGLU)
+        tiled = copy_of(experts)
+        assert report_of(tiled, factor=3, **options).expert_tiles == 3
+        with patch.object(expert_groups, "LEAST_TILE_OPERATIONS", enough):
+            assert sum(group.count for group in tiled.groups(rows, FEATURES)) == tiles, (enough, options)
+            assert_equal(run(tiled, rows), run(experts, rows))
+
+
 def check_grouped_mlp() -> None:
     """megatron-core 0.16's own."""
     if not hasattr(stock, "GroupedMLP"):
@@ -362,7 +381,7 @@ def check_grouped_mlp() -> None:
         config.bf16 = True  # stock says that it computes nothing else
         for rows, keep in zip(ROWS, (0, 1, None, 2), strict=True):
             tiled = copy.copy(experts)  # the same parameters
-            report_of(tiled, factor=3, mlp_keep=keep)
+            report_of(tiled, splits={"experts": (1, 3)}, mlp_keep=keep)
             assert isinstance(tiled, grouped.TILED_CLASSES[stock.GroupedMLP])
             assert_equal(run(tiled, rows), run(experts, rows))
     print("GroupedMLP: as stock", flush=True)

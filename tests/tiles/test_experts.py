@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
-from megatron_tiling.tiles.expert_groups import expert_groups
+from megatron_tiling.tiles.expert_groups import expert_groups, tiles_worth_it
 from megatron_tiling.tiles.expert_products import Products, one_by_one
 from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
 from tests.support.harness import Counter, peak_bytes
@@ -254,3 +254,12 @@ def test_grouped_products(keep: int, numbers: list[int]) -> None:
     output, expected = case.tiled(case.loop(2, keep, products=Products(gemm))), case.sequential()
     assert_same([output, *case.gradients(output)], [expected, *case.gradients(expected)])
     assert calls == numbers
+
+
+@pytest.mark.parametrize(
+    ("top_k", "ffn", "tiles"), [(2, 1536, 1), (8, 768, 1), (8, 1536, 2), (2, 14336, 4), (8, 14336, 4)]
+)
+def test_work_that_paid_for_its_tiles_on_gpus(top_k: int, ffn: int, tiles: int) -> None:
+    """Of 8192 tokens, h=4096, SwiGLU."""
+    assert tiles_worth_it(8192 * top_k, 3 * ffn * 4096, most=4) == tiles
+    assert tiles_worth_it(0, 3 * ffn * 4096, most=4) == 1
