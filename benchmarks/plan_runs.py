@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.arguments import positive
 from benchmarks.record import RESULTS, Origin, machine
-from megatron_tiling.plan.command import RESERVED
 from megatron_tiling.plan.measure import Failed, records
+from megatron_tiling.plan.room import RESERVED
 
 MIB = 2**20
 LLAMA = """

@@ -16,6 +16,7 @@ from benchmarks.record import RESULTS, Origin
 from megatron_tiling.plan.command import GIB, Command, Plan
 from megatron_tiling.plan.options import OUTSIDE_GIB
 from megatron_tiling.plan.processes import in_processes
+from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import prepare
 
 LLAMA = """
@@ -95,12 +96,13 @@ def main() -> None:
         rows.append(f"| {' | '.join([case.model, f'{case.gpus:,}', layout, f'{case.tokens:,}', *found])} |")
         print(rows[-1], flush=True)
     origin = Origin.now(("torch", "megatron-core"), "no GPU")
+    left = room(80, OUTSIDE_GIB, {})
     (args.results / f"{origin.date}-planner-scale.md").write_text("\n".join([
         *origin.head("Planned peaks of known models, to 1,024 GPUs"),
         "GiB on the fullest rank, as `torch.cuda.max_memory_allocated` counts them, and what runs then. Predicted, not",
         "measured. One sequence is a micro-batch; the distributed optimizer; TransformerEngine with flash attention;",
-        f"experts get a balanced router's rows. A GPU of 80 GiB has some {80 - OUTSIDE_GIB:g} for these. Flags:",
-        "`benchmarks/plan_scale.py`.", "",
+        f"experts get a balanced router's rows. A GPU of 80 GiB has some {left.peak:.0f} for these, and {left.torch:g}",
+        "with expandable segments. Flags: `benchmarks/plan_scale.py`.", "",
         "| model | GPUs | layout | tokens | dense | tiled | tiled, keep 0 |", "|---|---|---|---|---|---|---|", *rows,
     ]) + "\n")  # fmt: skip
 

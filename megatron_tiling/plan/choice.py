@@ -9,12 +9,14 @@ best of the settings that the planner compares.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from typing import Any
 
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, undominated
 from megatron_tiling.plan.options import GPU_MEMORY_GIB, shared_parser
+from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.trainer.planned import ANSWER
@@ -79,13 +81,15 @@ def main() -> None:
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
     memory = GPU_MEMORY_GIB if options.gpu_memory_gib is None else options.gpu_memory_gib
-    limit = (memory - options.outside_gib) * GIB
+    left = room(memory, options.outside_gib, os.environ)
+    limit = left.peak * GIB
     if command.automatic:
         answer = automatic(command, tracker, limit)
     else:
         answer = instead(command, tracker, limit, options.below)
     supposed = f" (experts: {options.expert_imbalance:g} times balanced rows)" if command.has_experts else ""
-    print(ANSWER + json.dumps(answer | {"limit_gib": limit / GIB, "supposed": supposed}))
+    rooms = {"limit_gib": left.peak, "torch_gib": left.torch, "fragmentation": left.fragmentation}
+    print(ANSWER + json.dumps(answer | rooms | {"supposed": supposed}))
 
 
 if __name__ == "__main__":

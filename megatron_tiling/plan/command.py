@@ -26,6 +26,7 @@ from megatron_tiling.plan.longest import longest, search
 from megatron_tiling.plan.options import parse
 from megatron_tiling.plan.picture import draw
 from megatron_tiling.plan.processes import in_processes
+from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import Run, plan, prepare
 from megatron_tiling.plan.tracker import Tracker
 
@@ -45,9 +46,6 @@ UNEVEN = {
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
 }
-#: What torch reserves, by the peak of what is allocated: near the middle of 30 training runs, of 1.007 to 1.1
-#: (benchmarks/results/2026-11-27-plan-runs.md). It gives back what is free before it runs out.
-RESERVED = 1.045
 #: Megatron then takes its optimizers, with the local implementation too. Found out before it is stood in for.
 TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
@@ -204,14 +202,14 @@ class Command:
         self.tiled = Setting(f"as given, {flags}", [*self.tiled.arguments, *flags.split()])
 
 
-def table(plans: Sequence[Plan], names: Sequence[str]) -> str:
-    """Parts of memory at the peak in MiB, a column for each plan."""
+def table(plans: Sequence[Plan], names: Sequence[str], reserved: float) -> str:
+    """Parts of memory at the peak in MiB, a column for each plan, and ``reserved`` times the peak."""
     parts = dict.fromkeys(part for one in plans for part in one.run.parts)
     order = sorted(parts, key=lambda part: -max(one.run.parts.get(part, 0) for one in plans))
     rows = [["MiB at the peak", *names]]
     rows += [[part, *(f"{one.run.parts.get(part, 0) / MIB:.0f}" for one in plans)] for part in order]
     rows.append(["peak", *(f"{one.run.peak / MIB:.0f}" for one in plans)])
-    rows.append(["torch reserves, about", *(f"{RESERVED * one.run.peak / MIB:.0f}" for one in plans)])
+    rows.append(["torch reserves, about", *(f"{reserved * one.run.peak / MIB:.0f}" for one in plans)])
     rows.append(["set by", *(one.run.phase for one in plans)])
     rows.append(["pipeline stage", *(str(one.stage) for one in plans)])
     return columns(rows)
@@ -249,7 +247,7 @@ def main(environment: Mapping[str, str] | None = None) -> None:
     """Run the command that ``sys.argv`` holds.
 
     Args:
-        environment: in which measured runs see GPUs; by default this process's.
+        environment: in which measured runs see GPUs, and torch's allocator is set; by default this process's.
 
     Raises:
         SystemExit: the script, or Megatron, does not take its arguments, with what it said.
@@ -272,30 +270,30 @@ def main(environment: Mapping[str, str] | None = None) -> None:
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
-    limit = options.gpu_memory_gib - options.outside_gib
-    left = f"{options.gpu_memory_gib:.4g} GiB less {options.outside_gib:g} that torch does not count;"
+    left = room(options.gpu_memory_gib, options.outside_gib, environment)
+    limit = left.peak * GIB
     if command.automatic:
-        command.choose(tracker, limit * GIB)
+        command.choose(tracker, limit)
     if options.longest:
-        print(left, f"the longest sequence that fits, in steps of {command.multiple} tokens:")
-        for setting, tokens in command.longest(tracker, limit * GIB).items():
+        print(f"{left}; the longest sequence that fits, in steps of {command.multiple} tokens:")
+        for setting, tokens in command.longest(tracker, limit).items():
             name = setting.flags or "dense"
             print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
         return
     plans = _dense_and_tiled(command, tracker, options.picture is not None)
-    print(table(list(plans.values()), list(plans)), flush=True)
+    print(table(list(plans.values()), list(plans), left.reserved), flush=True)
     found: dict[str, measure.Measured | measure.Failed] = {}
     if options.measure:
         print()
         settings = {name: one.arguments for name, one in zip(plans, (command.dense, command.tiled), strict=True)}
         found = measure.runs(command.script, settings, command.gpus, environment, options.picture is not None)
-        expected = {name: (one.run, int(RESERVED * one.run.peak), one.seconds) for name, one in plans.items()}
+        expected = {name: (one.run, int(left.reserved * one.run.peak), one.seconds) for name, one in plans.items()}
         print(measure.comparison(expected, found), flush=True)
     if options.picture:
         measured = {name: one for name, one in found.items() if isinstance(one, measure.Measured)}
-        draw(options.picture, {name: one.run for name, one in plans.items()}, limit * GIB, measured)
-    print(f"\n{left}", end=" ")
-    print("\n".join(_compared(command, tracker, list(plans.values()), limit * GIB)))
+        draw(options.picture, {name: one.run for name, one in plans.items()}, limit, measured)
+    print(f"\n{left}", end="; ")
+    print("\n".join(_compared(command, tracker, list(plans.values()), limit)))
     if failed := [name for name, one in found.items() if isinstance(one, measure.Failed) and not one.phase]:
         raise SystemExit(f"megatron_tiling plan: the measured run failed, see above: {', '.join(failed)}")
 

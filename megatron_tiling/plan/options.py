@@ -15,8 +15,8 @@ USAGE = (
 )
 #: By default.
 GPU_MEMORY_GIB = 80.0
-#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB
-#: (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
+#: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB, in
+#: expandable segments (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
 
 
@@ -33,8 +33,7 @@ def shared_parser() -> argparse.ArgumentParser:
         "--outside-gib",
         type=float,
         default=OUTSIDE_GIB,
-        help="left to what torch's peak does not count and this does not predict: the driver, NCCL, fragmentation "
-        f"(default: {OUTSIDE_GIB:g})",
+        help=f"left to what neither torch counts nor this predicts: the driver, NCCL (default: {OUTSIDE_GIB:g})",
     )
     parser.add_argument(
         routing.FLAG,

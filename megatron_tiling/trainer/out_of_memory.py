@@ -69,10 +69,11 @@ def _left_by_others() -> float | None:
 
 def _words(answer: dict[str, Any], left: float | None) -> str:
     given, best, smallest = (answer[name] for name in ("given", "best", "smallest"))
-    limit = answer["limit_gib"]
-    shared = f" (the driver, NCCL and other processes leave it {left:.1f})" if left is not None and left < limit else ""
+    shared = left is not None and left < answer["torch_gib"]
+    aside = f" (the driver, NCCL and other processes leave it {left:.1f})" if shared else ""
     planned_at = (
-        f"The planner has this command at {given['gib']:.1f} GiB of {limit:.1f}{shared}, set by {given['phase']}"
+        f"The planner has this command at {given['gib']:.1f} GiB of {planned.limit_of(answer, aside)}, set by "
+        + given["phase"]
         + answer["supposed"]
     )
     if best is not None:

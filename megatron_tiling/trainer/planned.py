@@ -78,6 +78,12 @@ def ask(asked: Sequence[str]) -> dict[str, Any]:
     raise NoPlan(next(filter(None, reversed(done.stderr.splitlines())), f"it ended with {done.returncode}"))
 
 
+def limit_of(answer: dict[str, Any], aside: str = "") -> str:
+    """The largest peak that fits, in GiB, with words of the caller's, and what is left beside it."""
+    beside = f", beside {answer['fragmentation']}" if answer["fragmentation"] else ""
+    return f"{answer['limit_gib']:.1f}{aside}{beside}"
+
+
 def once_in_a_run(name: str, work: Callable[[], str]) -> str:
     """What ``work`` returns on the rank that comes first. For all others, which wait for it.
 
@@ -145,10 +151,10 @@ def choose(args: Namespace) -> None:
         answer = {"refused": str(none)}
     if "refused" in answer:
         raise ValueError(f"{asked}: there is no plan of this command ({answer['refused']}); {numbers}")
-    limit, chosen, before, least = (answer[name] for name in ("limit_gib", "best", "before", "smallest"))
+    chosen, before, least = (answer[name] for name in ("best", "before", "smallest"))
     if chosen is None:
         raise ValueError(
-            f"{asked}: none of {answer['settings']} settings fits into {limit:.1f} GiB. The smallest, "
+            f"{asked}: none of {answer['settings']} settings fits into {limit_of(answer, ' GiB')}. The smallest, "
             f"{least['flags']}, needs {least['gib']:.1f}; give it to try it, or see what else fits: {command_to_run()}"
         )
     words = chosen["flags"].split()
@@ -156,6 +162,6 @@ def choose(args: Namespace) -> None:
         setattr(args, argument_of(flag), value if value == "all" else int(value))
     faster = f"the next faster, {before['flags']}, needs {before['gib']:.1f}" if before else "it is the fastest"
     log_on_rank_0(
-        f"{asked}: chosen is {chosen['flags']}, which needs {chosen['gib']:.1f} GiB of {limit:.1f}, set by "
-        f"{chosen['phase']}{answer['supposed']}; {faster}"
+        f"{asked}: chosen is {chosen['flags']}, which needs {chosen['gib']:.1f} GiB of {limit_of(answer)}, set "
+        f"by {chosen['phase']}{answer['supposed']}; {faster}"
     )

@@ -75,9 +75,10 @@ def test_ranking() -> None:
 
 
 def test_table() -> None:
-    lines = table([plan("", 50, 1.0), plan("--tiled", 40, 1.0)], ["dense", "tiled"]).splitlines()
-    assert [line.split() for line in lines[:3]] == [
+    lines = table([plan("", 50, 1.0), plan("--tiled", 40, 1.0)], ["dense", "tiled"], 1.5).splitlines()
+    assert [line.split() for line in lines[:4]] == [
         ["MiB", "at", "the", "peak", "dense", "tiled"], ["weights", "51200", "40960"], ["peak", "51200", "40960"],
+        ["torch", "reserves,", "about", "76800", "61440"],
     ]  # fmt: skip
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_tiling.plan.clock import H100, Clock
-from megatron_tiling.plan.command import RESERVED
 from megatron_tiling.plan.curve import SPANS, Moments
 from megatron_tiling.plan.picture import reason_not_to_draw
+from megatron_tiling.plan.room import RESERVED
 from megatron_tiling.plan.tracker import Tracker
 from tests.support.launch import EXAMPLES, ROOT
 from tests.support.training import COMMON

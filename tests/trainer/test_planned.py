@@ -11,6 +11,7 @@ import pytest
 
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.options import OUTSIDE_GIB
+from megatron_tiling.plan.room import RESERVED
 from megatron_tiling.trainer.phases import phase_of
 from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
 from tests.support.training import COMMON, LLAMA, losses
@@ -29,19 +30,23 @@ NOT_PLANNED = ["--optimizer", "sgd"]
 
 
 def of_mib(mib: float) -> str:
-    """GiB of a GPU that has so much for torch."""
-    return f"{mib / 1024 + OUTSIDE_GIB:.4f}"
+    """GiB of a GPU into which a peak of so much fits, and no larger one."""
+    return f"{RESERVED * mib / 1024 + OUTSIDE_GIB:.4f}"
 
 
 RUNS: dict[str, tuple[float, str, list[str]]] = {
     "out of memory": (MIB, "backward", TILED),
     "auto": (MIB, "nowhere", KEEP),
+    "auto, expandable segments": (MIB, "nowhere", KEEP),
     "auto, none fits": (60, "nowhere", KEEP),
     "auto, no plan": (MIB, "nowhere", [*KEEP, *NOT_PLANNED]),
     "no plan, building": (MIB, "building", [*TILED, *NOT_PLANNED]),
     "no plan, forward": (MIB, "forward", [*TILED, *NOT_PLANNED, "--save-interval", "1"]),
     "no plan, optimizer": (MIB, "optimizer", [*TILED, *NOT_PLANNED]),
 }
+#: The setting of torch's allocator, for the planner alone: there is no GPU.
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+LEFT = "0.1, beside 0.0 for fragmentation (none with PYTORCH_ALLOC_CONF=expandable_segments:True)"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,8 @@ def runs(folder: Path) -> dict[str, tuple[int, list[str]]]:
         if "--save-interval" in flags:
             flags = [*flags, "--save", str(folder / "saved"), "--ckpt-format", "torch"]
         argv = [CHECK, of_mib(mib), place, SCRIPT, *flags]
-        jobs.append({"name": name, "log": str(folder / str(index)), "argv": argv, "check": True})
+        job = {"name": name, "log": str(folder / str(index)), "argv": argv, "check": True}
+        jobs.append(job | ({"env": EXPANDABLE} if "expandable" in name else {}))
     (folder / "runs.json").write_text(json.dumps(jobs))
     output = torchrun(TRAIN_MANY, folder / "runs.json", world=2)
     codes = dict(re.findall(r"^(.*): exit (\d+)", output, re.M))
@@ -85,7 +91,8 @@ def test_the_last_line_has_the_phase_and_what_the_planner_lists_first(runs: dict
         *_, error, line = log.splitlines()
         assert error.endswith("torch.OutOfMemoryError: CUDA out of memory. Raised by a test.")
         assert f"megatron_tiling: rank {rank} is out of memory in MLP, backward. The planner has this command" in line
-        assert f": {flags}, in the place of its tiling flags" in line
+        assert f" GiB of {LEFT}, set by " in line
+        assert f". What fits best, at 0.1: {flags}, in the place of its tiling flags" in line
         assert len(losses(log)) <= 1
     assert sum(log.count("ASKED") for log in logs) == 1, "one planner for all ranks"
 
@@ -94,7 +101,7 @@ def test_auto_keeps_as_many_tiles_as_fit(runs: dict[str, tuple[int, list[str]]])
     code, logs = runs["auto"]
     assert code == 0 and len(losses(logs[1])) == 3, logs[1][-3000:]
     assert sum(log.count("ASKED") for log in logs) == 1
-    assert re.search(r"auto: chosen is --tiled-mlp-keep 2, which needs [\d.]+ GiB of [\d.]+, set by \w+", logs[0])
+    assert f"auto: chosen is --tiled-mlp-keep 2, which needs 0.1 GiB of {LEFT}, set by " in logs[0]
     assert "; the next faster, --tiled-mlp-keep 3, needs" in logs[0]
     peaks = dict(
         re.findall(r"PEAK (\d) (\d+)", subprocess.run(
@@ -102,6 +109,16 @@ def test_auto_keeps_as_many_tiles_as_fit(runs: dict[str, tuple[int, list[str]]])
         ).stdout)
     )  # fmt: skip
     assert int(peaks["2"]) <= MIB * 2**20 < int(peaks["3"])
+
+
+def test_auto_leaves_nothing_for_fragmentation_where_segments_are_expandable(
+    runs: dict[str, tuple[int, list[str]]],
+) -> None:
+    """The same GPU, of which torch needs no more than the peak."""
+    code, logs = runs["auto, expandable segments"]
+    assert code == 0, logs[1][-3000:]
+    assert "auto: chosen is --tiled-mlp-keep 3, which needs 0.1 GiB of 0.1, set by " in logs[0]
+    assert "; the next faster, --tiled-mlp-keep all, needs" in logs[0]
 
 
 #: Of plans with numbers.
@@ -119,7 +136,10 @@ for one in command.plan(settings, prepare()):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("auto, none fits", "none of 5 settings fits into 0.1 GiB. The smallest, --tiled-mlp-keep 0, needs 0.1; give"),
+        (
+            "auto, none fits",
+            f"none of 5 settings fits into {LEFT.replace(',', ' GiB,')}. The smallest, --tiled-mlp-keep 0, needs 0.1",
+        ),
         ("auto, no plan", "there is no plan of this command (megatron_tiling plan: --optimizer sgd: not planned yet"),
     ],
 )
