@@ -1,8 +1,9 @@
-"""Numbers on command lines: those that a benchmark cannot use are refused before it starts."""
+"""What stands on command lines: what a benchmark cannot use is refused before it starts."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -32,3 +33,13 @@ def above_zero(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above zero")
     return number
+
+
+def output_folder(text: str) -> Path:
+    """The ``type`` of an option that takes a folder to write to, which is made: what was measured shall not be lost."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be made a folder: {error.strerror}") from None
+    return path

@@ -83,6 +83,8 @@ class Search:
 
     def run(self) -> None:
         for setting in self._trainer.found:
+            if setting.longest:  # it is known
+                continue
             if self._late():
                 break
             self.find_longest(setting)

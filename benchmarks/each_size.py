@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.record import RESULTS, Origin
 
 
@@ -28,7 +28,7 @@ def measured(
     parser.add_argument("--sizes", nargs="+", default=["4096x14336", "8192x28672"], help="hidden x ffn_hidden")
     parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--repeats", type=positive, default=repeats)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--one-size-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_size_into:
@@ -43,5 +43,4 @@ def measured(
             command = [sys.executable, "-m", f"benchmarks.{Path(sys.argv[0]).stem}", "--sizes", size, *common.split()]
             subprocess.run([*command, "--one-size-into", f"{folder}/{size}"], check=True)
             runs.append(json.loads(Path(folder, size).read_text()))
-    args.results.mkdir(parents=True, exist_ok=True)
     return args, Origin.now(packages, runs[0]["gpu"], f"--sizes {' '.join(args.sizes)} {common}"), runs

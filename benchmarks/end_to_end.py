@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arguments import at_least, positive
+from benchmarks.arguments import at_least, output_folder, positive
 from benchmarks.record import Origin, machine
 
 MODEL = """
@@ -147,7 +147,7 @@ def report(rows: list[tuple[Candidate, int, Measurement | str]], args: argparse.
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time and peak memory on the stock trainer.")
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_folder, required=True)
     parser.add_argument("--gpus", type=positive, default=1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates, beside dense; by default all")
     parser.add_argument("--iterations", type=positive, default=20)
@@ -155,7 +155,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.warm_up >= args.iterations:
         parser.error(f"--warm-up {args.warm_up}: must be less than --iterations {args.iterations}")
-    args.output.mkdir(parents=True, exist_ok=True)
     text = report(run_all(args), args)
     (args.output / "end_to_end.md").write_text(text)
     print(text)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import experts_sonic
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.record import RESULTS, Origin, kernel_lines, machine
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "sonic-moe", "quack-kernels")
@@ -224,6 +224,17 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    origin = Origin.now(PACKAGES, runs[0]["gpu"])
+    record = {"origin": asdict(origin), "hidden_size": args.hidden_size, "tokens": args.tokens}
+    record |= {"repeats": args.repeats, "combine": args.combine, "runs": runs}
+    path = args.results / f"{origin.date}-experts{'-combined' * args.combine}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    page = markdown(record)
+    path.with_suffix(".md").write_text(page)
+    print(page, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="local experts:top-k:ffn")
@@ -231,7 +242,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--combine", action="store_true", help="the combination of tokens too, beside SonicMoE's")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--one-case-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_case_into:
@@ -247,13 +258,7 @@ def main() -> None:
             command += ["--combine"] * args.combine
             subprocess.run([*command, "--one-case-into", str(path)], check=True)
             runs.append(json.loads(path.read_text()))
-    origin = Origin.now(PACKAGES, runs[0]["gpu"])
-    record = {"origin": asdict(origin), "hidden_size": args.hidden_size, "tokens": args.tokens}
-    record |= {"repeats": args.repeats, "combine": args.combine, "runs": runs}
-    path = args.results / f"{origin.date}-experts{'-combined' * args.combine}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(record))
-    print(markdown(record), flush=True)
+            write(args, runs)  # a run that is stopped leaves those that are done
 
 
 if __name__ == "__main__":

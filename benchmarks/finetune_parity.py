@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import output_folder
 from benchmarks.loss_parity import MODEL, PLAIN
 from benchmarks.record import RESULTS, Origin, machine
 
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--iterations", type=int, default=150, help="of which a third comes before the hand-over")
     parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_parity"), help="an empty folder, for logs")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=output_folder, default=RESULTS)
     parser.add_argument("flags", nargs="*", help="Megatron flags for every run, after --")
     args = parser.parse_args()
     if args.iterations < 9:
@@ -170,7 +171,6 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if any(args.work.iterdir()):
         parser.error(f"--work {args.work}: is not empty")
-    args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
     origin = Origin.now(("torch", "megatron-core"), machine(several=True))
     text = report(curves, origin, args)

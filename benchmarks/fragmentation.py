@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import above_zero, positive
+from benchmarks.arguments import above_zero, output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 from benchmarks.zero3_runs import forget, megatron, quiet_engine, transformer
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear, PartitionedRowParallelLinear
@@ -289,12 +289,11 @@ def main() -> None:
         "--host-gib", type=above_zero, default=120, help="host memory to use at most, of what is available"
     )
     parser.add_argument("--seconds", type=above_zero, default=330, help="no trial starts later")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         parser.error("expandable segments move pieces together: leave them out of PYTORCH_CUDA_ALLOC_CONF")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    args.results.mkdir(parents=True, exist_ok=True)
     with megatron(tensor_parallel=1):
         fragments = Fragments(args.piece_mib * MIB + SLACK)
         host = min(available_host_memory(), int(args.host_gib * GIB))

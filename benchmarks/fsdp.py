@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.record import Origin, machine
 from tests.support.hosts import torchrun
 
@@ -150,9 +150,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=positive, default=20)
     parser.add_argument("--hosts", type=positive, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--flags", default="", help="more Megatron flags for every run, as one string")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_folder, required=True)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[str]] = {}
     for layout in args.layouts:
         for fsdp in args.fsdps:

@@ -11,11 +11,10 @@ which the weights of ``tiles/head_cut.py`` are taken. Writes a dated page and a 
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.lm_head_candidates import (
     FUSED,
     FixedCut,
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=positive, default=128256)
     parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     initialize()
     vocabulary = args.vocabulary // args.ranks
@@ -97,7 +96,6 @@ def main() -> None:
     for result in results:
         if result.kernels:
             lines += kernel_lines(f"Kernels of one step, {result.name}", result.kernels[:12])
-    args.results.mkdir(parents=True, exist_ok=True)
     page = args.results / f"{origin.date}-head-cuts-tp{args.ranks}.md"
     page.write_text("\n".join(lines) + "\n")
     record = {**asdict(origin), "results": [asdict(result) for result in results]}

@@ -9,12 +9,11 @@ in random order. Writes a dated page into benchmarks/results/.
 import argparse
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.mlp_measure import seconds
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.tiles.gemm import gemm_into, scratch
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=positive, default=4096)
     parser.add_argument("--narrowest", type=positive, default=4096)
     parser.add_argument("--widest", type=positive, default=33792)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     if args.narrowest > args.widest:
         parser.error(f"--narrowest {args.narrowest} is above --widest {args.widest}")

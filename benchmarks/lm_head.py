@@ -11,7 +11,6 @@ divided among the processes, Megatron and ours are compared, and collectives are
 
 import argparse
 import collections
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.lm_head_candidates import (
     FUSED,
     LIMIT,
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=positive, nargs="+", default=bounds)
     parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     tensor_parallel_size = initialize()
     dense = output_layer(args.hidden_size, args.vocabulary, args.sequence_parallel)
@@ -192,7 +191,6 @@ def main() -> None:
     text = report(results, missing, counts, origin, args)
     if dist.get_rank() == 0:
         kind = f"-tp{tensor_parallel_size}{'-sp' * args.sequence_parallel}" if tensor_parallel_size > 1 else ""
-        args.results.mkdir(parents=True, exist_ok=True)
         (args.results / f"{origin.date}-lm-head{kind}.md").write_text(text)
         print(text)
     dist.destroy_process_group()

@@ -7,7 +7,8 @@ One process, one set of parameters: bf16 weights, float32 gradients (``main_grad
 weights and moments, all on this GPU. A step is forward, backward and optimizer, one sequence a step. First the longest
 sequence that fits, up to ``--sequence``, is sought for each setting, in steps of 1024 tokens. Then, at the longest one
 of each stock setting, its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as
-far. What was found so far is written after each of them.
+far. What was found so far is written after each of them. ``--known RECORD.json`` takes the longest contexts from an
+earlier record of the same model on the same machine, and searches for those of other settings alone.
 
 Under torchrun experts are divided among the ranks (``--expert-parallel``), all else is data parallel: each rank has a
 sequence of its own, all of the same length. A length fits where no rank allocates more than 98% of its memory. A rank
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpt, ranks
-from benchmarks.arguments import above_zero, positive
+from benchmarks.arguments import above_zero, output_folder, positive
 from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting
 from benchmarks.record import RESULTS, Origin, machine
 
@@ -224,6 +225,9 @@ def remarks(record: dict[str, Any]) -> list[str]:
             "sequence of its own of the given length. Tokens/s are of one GPU, by the slowest; memory is that of "
             f"the fullest. A length fits where no GPU allocates more than {MOST:.0%} of {record['limit']:.1f} GiB."
         )
+    if "known" in record:
+        names, source = "; ".join(record["known"]["settings"]), record["known"]["record"]
+        found.append(f"Longest contexts and peaks of these settings are those of {source}: {names}.")
     if record["not_reached"]:
         found.append(f"Not searched: {'; '.join(record['not_reached'])}.")
     if record["cut"]:
@@ -252,34 +256,72 @@ def picture(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def record_of(args: argparse.Namespace, origin: Origin, trainer: Trainer, cut: bool) -> dict[str, Any]:
-    """What was found so far, for JSON. A collective."""
+def model_of(args: argparse.Namespace) -> str:
+    """The model in words."""
     tied = ", tied" if args.tied else ""
     ffn = f"ffn={args.ffn_hidden_size}"
     if args.experts:
         ffn = f"{args.experts} experts of ffn={args.moe_ffn_hidden_size}, top-{args.top_k}"
     heads = f", {args.heads} heads" if args.heads else ""
+    return (
+        f"{args.layers} layers, h={args.hidden_size}{heads}, {ffn}, {args.query_groups} groups, "
+        f"{args.vocabulary} words{tied}; attention: {args.attention}"
+    )
+
+
+def conditions_of(args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What the longest context depends on, but for our code, as records have it. A collective."""
+    return {"model": model_of(args), "gpus": ranks.count(), "limit": trainer.limit(), "most": args.sequence}
+
+
+def take_known(record: dict[str, Any], conditions: dict[str, Any], origin: Origin, found: list[Setting]) -> list[str]:
+    """Give settings the longest context and the peaks that an earlier record has of them.
+
+    Returns:
+        The names of these settings.
+
+    Raises:
+        SystemExit: the record is of other conditions, GPUs or packages, with the first one that differs.
+    """
+    of_record = {name: record[name] for name in conditions} | {
+        name: record["origin"][name] for name in ("machine", "versions")
+    }
+    for name, value in (conditions | {"machine": origin.machine, "versions": origin.versions}).items():
+        if of_record[name] != value:
+            raise SystemExit(f"--known: the record's {name} is {of_record[name]}, and here it is {value}")
+    rows = {row["name"]: row for row in record["settings"]}
+    known = [setting for setting in found if setting.name in rows]
+    for setting in known:
+        row = rows[setting.name]
+        setting.longest, setting.peaks = row["longest"], {int(tokens): peak for tokens, peak in row["peaks"].items()}
+    return [setting.name for setting in known]
+
+
+def record_of(
+    args: argparse.Namespace, origin: Origin, trainer: Trainer, cut: bool, known: list[str] | None = None
+) -> dict[str, Any]:
+    """What was found so far, for JSON. A collective.
+
+    Args:
+        known: settings whose longest contexts are an earlier record's.
+    """
     searched = [setting for setting in trainer.found if setting.longest]
     record = {
         "origin": asdict(origin),
-        "model": f"{args.layers} layers, h={args.hidden_size}{heads}, {ffn}, "
-        f"{args.query_groups} groups, {args.vocabulary} words{tied}; attention: {args.attention}",
-        "gpus": ranks.count(),
+        **conditions_of(args, trainer),
         "held": trainer.held / GIB,
-        "limit": trainer.limit(),
         "repeats": args.repeats,
-        "most": args.sequence,
         "time_limit": args.time_limit,
         "cut": cut,
         "not_reached": [setting.name for setting in trainer.found if not setting.longest],
         "settings": [{k: v for k, v in vars(setting).items() if k != "model"} for setting in searched],
     }
+    record |= {"known": {"record": args.known.stem, "settings": known}} if known else {}
     return record | ({"moe_router": gpt.ROUTING} if args.experts else {})
 
 
 def write(record: dict[str, Any], path: Path) -> str:
     """Write a record and its page, each at once; returns the page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     page = markdown(json.loads(json.dumps(record)))
     for file, text in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), page)):
         whole = file.with_name(f"{file.name}.new")
@@ -295,8 +337,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--expert-parallel", type=positive, default=1, help="GPUs, each with its part of the experts")
     parser.add_argument("--gpu-memory-gib", type=above_zero, help="as on a smaller GPU")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="some of the settings, by name; by default all")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        metavar="RECORD.json",
+        help="an earlier record of the same model, whose longest contexts hold",
+    )
     parser.add_argument("--time-limit", type=above_zero, metavar="SECONDS", help="no search, no timing starts later")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--name", default="longest-context")
     args = parser.parse_args(given)
     size = args.expert_parallel
@@ -329,16 +377,20 @@ def run(args: argparse.Namespace, begin: float) -> None:
     trainer = Trainer(args)
     origin = Origin.now(gpt.PACKAGES, machine(several=ranks.count() > 1))
     path = args.results / f"{origin.date}-{args.name}.json"
+    known: list[str] = []
+    if args.known:
+        record = json.loads(args.known.read_text())
+        known = take_known(record, conditions_of(args, trainer), origin, trainer.found)
     search: Search
 
     def save() -> None:
-        record = record_of(args, origin, trainer, search.cut)
+        record = record_of(args, origin, trainer, search.cut, known)
         if ranks.is_first():
             write(record, path)
 
     search = Search(trainer, args.repeats, save, args.sequence, args.time_limit, begin)
     search.run()
-    record = record_of(args, origin, trainer, search.cut)
+    record = record_of(args, origin, trainer, search.cut, known)
     if ranks.is_first():
         print(write(record, path), flush=True)
         picture(json.loads(path.read_text()), path.with_suffix(".png"))

@@ -10,13 +10,12 @@ three modules of ``megatron.bridge.utils`` that it imports.
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import gpt, whole_model
-from benchmarks.arguments import at_least
+from benchmarks.arguments import at_least, output_folder
 from benchmarks.record import RESULTS
 
 LINEARS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -43,7 +42,7 @@ def main() -> None:
     gpt.add_shape(parser, **shape, sequence=2048, batch=4, rank=16)
     parser.add_argument("--repeats", type=at_least(2), default=10)
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--name", default="lora")
     args = parser.parse_args()
     gpt.initialize()

@@ -16,14 +16,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpt, lora
-from benchmarks.arguments import above_zero
+from benchmarks.arguments import above_zero, output_folder
 from benchmarks.loss_parity import difference
 from benchmarks.record import RESULTS, Origin, machine
 
@@ -112,7 +111,7 @@ def main() -> None:
     gpt.add_shape(parser, **shape, sequence=512, batch=8, rank=16, iterations=50)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--lr", type=above_zero, default=2e-3)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -15,7 +15,8 @@ two micro-batches of 2048 tokens an iteration. The yardstick is a dense run on t
 Megatron shuffles anew for another ``--split``, from the same seed, with the same initial weights.
 
 Writes DATE-loss-parity.md (DATE-loss-parity-fp8.md) and, with matplotlib, a picture. ``--at-once`` runs share a GPU,
-which the host would not fill. Flags that are not its own go to Megatron.
+which the host would not fill. ``--resume`` goes on where one was cut off: it takes the logs of runs that ended. Flags
+that are not its own go to Megatron.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.record import Origin, machine
 
 MODEL = """
@@ -53,6 +54,7 @@ KINDS = {
     "tiled": ["--use-tiled-linear"],
 }
 OVERLAP, OVERLAPS = "tiled, overlap", "communication behind products"  # a run's kind, and what its table says
+FINISHED = "[after training is done]"  # in the log of a run that was not cut off
 #: Beside ``KINDS`` where there is communication. A micro-batch has 4096 tokens, which make 3 steps.
 PARALLEL_KINDS = {OVERLAP: ["--use-tiled-linear", "--tiled-tp-overlap", "3"]}
 
@@ -110,6 +112,8 @@ def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> lis
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
     command += ["--tokenizer-model", args.tokenizer_model, *run.flags, *args.more]
     log = args.output / f"loss_parity.{re.sub('[^a-zA-Z0-9=]+', '_', run.name)}.log"
+    if args.resume and log.exists() and FINISHED in log.read_text():
+        return losses_of(log, run, args.iterations, status=0)
     first_gpu = places.get()
     environment = os.environ | {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -119,9 +123,18 @@ def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> lis
     with log.open("w") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     places.put(first_gpu)
+    return losses_of(log, run, args.iterations, status)
+
+
+def losses_of(log: Path, run: Run, iterations: int, status: int) -> list[float]:
+    """Of a run that ended with ``status``.
+
+    Raises:
+        SystemExit: it failed, or it was not what it is called.
+    """
     text = log.read_text()
     losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
-    if status or len(losses) != args.iterations:
+    if status or len(losses) != iterations:
         raise SystemExit(f"{run.name} failed (exit {status}, {len(losses)} losses): {log}\n{text[-3000:]}")
     if ("megatron_tiling: tiled linear layers" in text) != run.kind.startswith("tiled"):
         raise SystemExit(f"{run.name}: the startup table says otherwise: {log}")
@@ -200,9 +213,11 @@ def main() -> None:
     parser.add_argument("--fp8", nargs="+", default=[], metavar="RECIPE", help="train in FP8 on one GPU instead")
     parser.add_argument("--at-once", type=positive, default=1, help="runs that share a GPU")
     parser.add_argument("--iterations", type=positive, default=100)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--resume", action="store_true", help="runs whose logs in the output folder end are not made again"
+    )
+    parser.add_argument("--output", type=output_folder, required=True)
     args, args.more = parser.parse_known_args()  # more of Megatron's flags
-    args.output.mkdir(parents=True, exist_ok=True)
     curves = train_all(args)
     packages = ("torch", "megatron-core", *["transformer_engine"] * bool(args.fp8))
     origin = Origin.now(packages, machine(several=True))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.plan.measure import Failed, records
 from megatron_tiling.plan.room import RESERVED
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=positive, default=4)
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--name", default="plan-runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--record", type=Path, help="what was measured")
     args = parser.parse_args()
     if args.measure == (args.record is not None):

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.arguments import output_folder
 from benchmarks.plan_runs import KEEP_0, TILED, TRAINING, ZERO1
 from benchmarks.record import RESULTS, Origin
 from megatron_tiling.plan.command import GIB, Command, Plan
@@ -84,7 +85,7 @@ def planned(case: Case, script: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, required=True, help="a Megatron-LM pretrain_gpt.py")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")

@@ -12,14 +12,13 @@ import random
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import output_folder, positive
 from benchmarks.lm_head_candidates import initialize, of_ours, output_layer
 from benchmarks.mlp_candidates import Candidate
 from benchmarks.mlp_measure import MIB, measure_held, seconds, step
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=positive, default=128256)
     parser.add_argument("--packed", type=positive, nargs=2, metavar=("TOKENS", "VOCABULARY"))
     parser.add_argument("--repeats", type=positive, default=15)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args()
     initialize()
     dense = output_layer(args.hidden_size, args.vocabulary)
@@ -181,7 +180,6 @@ def main() -> None:
     lines += ["", *(f"Left out: {name} ({reason})." for name, reason in missing.items())]
     if args.packed:
         lines += ["", *packed(*args.packed, args.hidden_size, (OURS, ours), (PLAIN, from_logits))]
-    args.results.mkdir(parents=True, exist_ok=True)
     page = args.results / f"{origin.date}-scores.md"
     page.write_text("\n".join(lines) + "\n")
     print(page.read_text())

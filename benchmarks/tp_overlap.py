@@ -36,7 +36,7 @@ from torch import Tensor
 
 from benchmarks import mlp_measure as measure
 from benchmarks import tp_overlap_report as report
-from benchmarks.arguments import at_least, positive
+from benchmarks.arguments import at_least, output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 from benchmarks.te_mlp import add_to_main_grad
 from benchmarks.tp_overlap_rows import KINDS, QUERY_GROUPS, Row, rows_of
@@ -203,7 +203,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fused-ops", action="store_true", help="torch's fused collectives and products, of an MLP")
     parser.add_argument("--userbuffers", action="store_true")
     parser.add_argument("--profile-host", type=Path, metavar="FILE", help="where the host's time goes, in steps")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     args = parser.parse_args(given)
     if args.userbuffers and len(args.sizes) * len(args.tokens) > 1:
         parser.error("--userbuffers takes one size and one number of tokens: its buffers are of one shape")
@@ -234,7 +234,6 @@ def main() -> None:
                 from megatron_tiling.tiles.symmetric import symmetric_bytes
 
                 record["transport"] = "symmetric memory" if symmetric_bytes() else "collectives: no symmetric memory"
-                args.results.mkdir(parents=True, exist_ok=True)
                 path = args.results / f"{name}.json"
                 path.write_text(json.dumps(record) + "\n")
                 print(report.write(path), flush=True)

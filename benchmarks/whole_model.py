@@ -27,14 +27,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpt, ranks
-from benchmarks.arguments import at_least, positive
+from benchmarks.arguments import at_least, output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import MODULES
 
@@ -296,7 +295,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--more", action="store_true", help="more settings of the tiling")
     parser.add_argument("--tensor-parallel", type=positive, default=1, help="GPUs, each with its part of all layers")
     parser.add_argument("--fp8", metavar="RECIPE", help="FP8 beside bf16, in place of other settings")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--name", default="whole-model")
     args = parser.parse_args(given)
     size = args.tensor_parallel
@@ -336,7 +335,6 @@ def save(found: list[Candidate], args: argparse.Namespace, title: str) -> None:
             for candidate in found
         ],
     }
-    args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{origin.date}-{args.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import above_zero, positive
+from benchmarks.arguments import above_zero, output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 
 MIB = 2**20
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=positive, default=1, help="hosts that this one plays, sharing its GPUs")
     parser.add_argument("--small", action="store_true", help="sizes for a dry run on CPUs")
     parser.add_argument("--seconds", type=above_zero, default=180, help="limit of one layout")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--one-layout-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     layouts = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
@@ -334,7 +334,6 @@ def main() -> None:
 
 
 def write(record: dict[str, Any], results: Path) -> None:
-    results.mkdir(parents=True, exist_ok=True)
     path = results / f"{record['origin']['date']}-zero3.md"
     path.with_suffix(".json").write_text(json.dumps(record))
     path.write_text(markdown(record))

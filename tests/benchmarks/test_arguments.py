@@ -1,13 +1,15 @@
-"""Numbers on the command lines of benchmarks."""
+"""What benchmarks take of their command lines, and what they refuse."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from benchmarks import end_to_end, lora, whole_model
-from benchmarks.arguments import above_zero, at_least, positive
+from benchmarks.arguments import above_zero, at_least, output_folder, positive
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,27 @@ def test_numbers_that_can() -> None:
     assert (positive("1"), at_least(0)("0"), above_zero("79.2")) == (1, 0, 79.2)
 
 
+def test_folder_is_made_before_anything_is_measured(tmp_path: Path) -> None:
+    made = output_folder(f"{tmp_path}/some/where")
+    assert made.is_dir() and output_folder(str(made)) == made
+    file = tmp_path / "file"
+    file.touch()
+    for text in (str(file), f"{file}/below"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} cannot be made a folder: "):
+            output_folder(text)
+
+
+def test_benchmarks_that_write_make_their_folders_first() -> None:
+    """All of them, by the same type."""
+    options = [
+        (path.stem, option.group())
+        for path in Path(end_to_end.__file__).parent.glob("*.py")
+        for option in re.finditer(r'"--(results|output)", [^)]*', path.read_text())
+    ]
+    assert len(options) >= 15
+    assert [each for each in options if "type=output_folder" not in each[1]] == []
+
+
 @pytest.mark.parametrize(
     ("main", "options", "complaint"),
     [
@@ -53,7 +76,9 @@ def test_benchmark_says_which_option(
     complaint: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmark", *options.split()])
     with pytest.raises(SystemExit) as ended:
         main()

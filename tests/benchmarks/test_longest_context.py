@@ -87,7 +87,7 @@ def record(trainer: Any, *options: str, cut: bool = False) -> dict[str, Any]:
 
 
 def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "found.json"
+    path = tmp_path / "found.json"
     pages = []
     Search(reckoned, 3, lambda: pages.append(longest_context.write(record(reckoned), path)), MOST_TOKENS).run()
     for number, page in itertools.islice(enumerate(pages, 1), len(COSTS)):
@@ -101,6 +101,31 @@ def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_
     assert sorted(file.name for file in path.parent.iterdir()) == ["found.json", "found.md"]
     longest_context.picture(json.loads(path.read_text()), path.with_suffix(".png"))
     assert path.with_suffix(".png").stat().st_size
+
+
+def test_what_an_earlier_record_knows_is_not_searched(reckoned: Reckoning) -> None:
+    Search(reckoned, 3, lambda: None, MOST_TOKENS).run()
+    earlier = record(reckoned)
+    first, *others = earlier["settings"]
+    args = longest_context.arguments(["--known", "2000-01-01-earlier.json"])
+    origin = longest_context.Origin(**earlier["origin"])
+    again = Reckoning(random.Random(0))
+    conditions = longest_context.conditions_of(args, again)
+    known = longest_context.take_known(earlier | {"settings": others}, conditions, origin, again.found)
+    assert known == [row["name"] for row in others]
+    assert [(one.longest, one.peaks) for one in again.found[1:]] == [
+        (one.longest, one.peaks) for one in reckoned.found[1:]
+    ]
+    Search(again, 3, lambda: None, MOST_TOKENS).run()
+    assert again.found[0].longest and 4 * STEP in [tokens for name, tokens in again.steps if name == first["name"]]
+    tried = [tokens for name, tokens in again.steps if name == others[-1]["name"]]
+    assert tried and max(tried) <= others[-1]["longest"] and 4 * STEP not in tried
+    found = json.loads(json.dumps(longest_context.record_of(args, origin, again, False, known)))
+    assert f"are those of 2000-01-01-earlier: {'; '.join(known)}." in longest_context.markdown(found)
+    for name, other in (("model", "another"), ("limit", 1.0), ("machine", "TPU"), ("versions", {})):
+        there = earlier | {"origin": earlier["origin"] | {name: other}, **({name: other} if name in earlier else {})}
+        with pytest.raises(SystemExit, match=f"--known: the record's {name} is "):
+            longest_context.take_known(there, conditions, origin, again.found)
 
 
 def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkey
 
     monkeypatch.setattr(subprocess, "run", trains)
     args = argparse.Namespace(script="script", iterations=2, data="data", cache="cache", tokenizer_model="model")
-    args.more, args.output = [], tmp_path
+    args.more, args.output, args.resume = [], tmp_path, False
     places: queue.Queue[int] = queue.Queue()
     places.put(0)
     if says:
@@ -53,3 +53,28 @@ def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkey
     else:
         with pytest.raises(SystemExit, match="the startup table says nothing of communication behind products"):
             loss_parity.train(args, run, places)
+
+
+def test_resumed_runs_are_those_that_did_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def trains(command: list[str], stdout: Any, **options: Any) -> SimpleNamespace:
+        trained.append(Path(stdout.name).name)
+        stdout.write("lm loss: 7.5E+00\nlm loss: 7.0E+00\n[after training is done]\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", trains)
+    args = argparse.Namespace(script="script", iterations=2, data="data", cache="cache", tokenizer_model="model")
+    args.more, args.output, args.resume = [], tmp_path, True
+    places: queue.Queue[int] = queue.Queue()
+    places.put(0)
+    ended, cut_off = (Run("TP=4", kind, 4, ()) for kind in ("dense", "dense, half the micro-batch"))
+    text = "lm loss: 8.5E+00\nlm loss: 8.0E+00\n"
+    (tmp_path / "loss_parity.TP=4_dense.log").write_text(f"{text}[after training is done] at some time\n")
+    (tmp_path / "loss_parity.TP=4_dense_half_the_micro_batch.log").write_text(text)
+    assert loss_parity.train(args, ended, places) == [8.5, 8.0]
+    assert loss_parity.train(args, cut_off, places) == [7.5, 7.0]
+    assert trained == ["loss_parity.TP=4_dense_half_the_micro_batch.log"]
+    args.iterations = 3
+    with pytest.raises(SystemExit, match="TP=4 dense failed"):
+        loss_parity.train(args, ended, places)
