@@ -1,7 +1,7 @@
 """pages.py RESULTS_DIR name=newname ...: copy result pages into the lead worktree, with the hand note where flash ran."""
 import sys, json, re
 from pathlib import Path
-DATE = "2026-11-27"  # of the run
+DATE = "2026-11-28"  # of the run
 R, D = Path(sys.argv[1]), Path("benchmarks/results")
 NOTE = """**Added by hand.** TransformerEngine 2.17.1 hands flash-attn-4 4.0.0b36 the window (-1, 0), which that build takes for one
 without keys (TransformerEngine#3528). One line was put into flash-attn-4: a negative left window is none. {more}

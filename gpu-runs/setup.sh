@@ -5,6 +5,8 @@ mkdir -p $S /tmp/q/log
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $S /tmp/tree/.dev/whl/*.whl >> /tmp/q/log/setup.txt 2>&1
 for f in verl verl/utils; do : > $S/$f/__init__.py; done
 touch /tmp/wheels.done
+mkdir -p /tmp/mlm /tmp/data && tar xf /tmp/tree/.dev/pack/mlm.tar.xz -C /tmp/mlm --strip-components 1
+(cd /tmp/tree; . .dev/pack/env.sh; python3 examples/gpt/prepare_data.py --output /tmp/data/stdlib > /tmp/q/log/data.txt 2>&1; touch /tmp/data.done) &
 while [ ! -e /tmp/p2.done ]; do sleep 0.5; done
 cat /tmp/p1 /tmp/p2 | xz -d -T8 | tar x -C $S
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fa /tmp/flash*.whl >> /tmp/q/log/setup.txt 2>&1
