@@ -12,6 +12,9 @@ n = int(os.environ.get("GPUS", 0)) or int(subprocess.run("nvidia-smi -L | wc -l"
 free = {g: 1.0 for g in range(n)}
 running = []
 T0 = time.time()
+def family(pid):  # workers of torchrun are in sessions of their own
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(one for child in children for one in family(int(child)))]
 def note(s):
     with open(out / "log" / "schedule.txt", "a") as f: f.write(f"{time.time()-T0:6.0f} {s}\n")
 note(f"{n} GPUs, {len(jobs)} jobs")
@@ -20,7 +23,7 @@ while jobs or running:
         p, j, gpus, t = r
         rc = p.poll()
         if rc is None and time.time() - t > j.get("limit", 400):
-            subprocess.run(["pkill", "-9", "-s", str(p.pid)]); rc = p.wait()
+            subprocess.run(["kill", "-9", *map(str, family(p.pid))]); rc = p.wait()
         if rc is not None:
             running.remove(r)
             for g in gpus: free[g] += j.get("share", 1.0)
