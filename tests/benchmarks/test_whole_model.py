@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import whole_model
 from benchmarks.record import Origin
@@ -17,6 +18,15 @@ def test_settings_under_tensor_parallelism(monkeypatch: pytest.MonkeyPatch) -> N
     parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     assert all(changes == parallel for _, changes, _ in found)
     assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": 4}, {"tp_overlap": "auto"}]
+
+
+@pytest.mark.parametrize(("least_tokens", "tokens", "found"), [(0, 2048, True), (0, 1024, False), (4096, 2048, False)])
+def test_symmetric_memory_is_of_models_that_go_by_steps(least_tokens: int, tokens: int, found: bool) -> None:
+    layer = torch.nn.Linear(1, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), layer)
+    assert not whole_model.overlaps(model, 2**20)
+    layer.overlap_steps, layer.least_overlap_tokens = 4, least_tokens  # type: ignore[assignment]
+    assert whole_model.overlaps(model, tokens) == found
 
 
 @pytest.mark.parametrize(
