@@ -168,7 +168,7 @@ def report(curves: dict[Run, list[float]], args: argparse.Namespace, origin: Ori
     dense = {run.group: curve for run, curve in curves.items() if run.kind == "dense"}
     lines = [
         *origin.head(title, setting),
-        *[f"![loss curves]({picture.name})", ""] * (picture is not None),
+        *([] if picture is None else [f"![loss curves]({picture.name})", ""]),
         f"Largest and mean difference of the loss over {args.iterations} iterations:",
         "",
         "| against dense of the same group | largest | mean |",
@@ -218,6 +218,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=output_folder, required=True)
     args, args.more = parser.parse_known_args()  # more of Megatron's flags
+    gpus = 1 if args.fp8 else max(args.tensor_parallel)
+    if gpus > torch.cuda.device_count():
+        parser.error(f"there are {torch.cuda.device_count()} GPUs, and runs want {gpus}")
     curves = train_all(args)
     packages = ("torch", "megatron-core", *["transformer_engine"] * bool(args.fp8))
     origin = Origin.now(packages, machine(several=True))

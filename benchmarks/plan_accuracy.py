@@ -59,8 +59,10 @@ class Planner:
         model_parallel_cuda_manual_seed(7)
 
     def simulation(self) -> AbstractContextManager[Any]:
+        from megatron.core.parallel_state import get_global_memory_buffer
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        get_global_memory_buffer().buffer.clear()  # of the simulation before
         stack = ExitStack()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(self.tracker)
@@ -86,7 +88,7 @@ def arguments(record: dict[str, Any], **shape: int) -> argparse.Namespace:
     gpt.add_shape(parser, **shape)
     parser.add_argument("--settings", nargs="+")
     args = parser.parse_known_args(shlex.split(record["origin"]["command"].partition("benchmarks.")[2])[1:])[0]
-    args.fp8, args.more, args.tensor_parallel = None, True, 1
+    args.fp8, args.more, args.tensor_parallel = None, True, record.get("tensor_parallel", 1)
     return args
 
 
@@ -296,12 +298,50 @@ def grouped_experts(planner: Planner, run: dict[str, Any], hidden_size: int, cou
         yield f"{run['case']}: {name}", peak, measured[name], times[name]
 
 
+def of_tp_overlap(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
+    """Without what moves its bytes by NCCL, and what leaves communication out. Held is symmetric memory, too."""
+    for run in record["runs"]:
+        with planner.simulation():
+            yield from overlapped(planner, run, record)
+
+
+def overlapped(planner: Planner, run: dict[str, Any], record: dict[str, Any]) -> Iterator[Row]:
+    import torch
+
+    from benchmarks import mlp_measure, te_mlp
+    from benchmarks.tp_overlap_rows import KINDS as WHAT
+    from benchmarks.tp_overlap_rows import rows_of
+
+    (hidden_size, _), tokens = run["shape"], run["tokens"]
+    args = argparse.Namespace(sequence=record.get("sequence", tokens), attention=record.get("attention"))
+    kind = WHAT[record["what"]](tuple(run["shape"]), tokens, args)
+    dense = kind.build()
+    for parameter in dense.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
+        parameter.register_post_accumulate_grad_hook(te_mlp.add_to_main_grad)
+    rows = tokens // kind.batch // record["tp"]
+    hidden = torch.randn(rows, kind.batch, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad_output = torch.randn_like(hidden)
+    measured = {row["name"]: row for row in run["rows"]}
+    for row in rows_of(kind, dense, [2, 3, 4], argparse.Namespace(userbuffers=False, fused_ops=False)):
+        if row.name not in measured or "NCCL" in row.name or "without" in row.name:
+            continue
+        step = functools.partial(mlp_measure.step, row.candidate, hidden, grad_output)
+        step()
+        hidden.grad = None
+        found = measured[row.name]
+        time = statistics.median(found["milliseconds"])
+        yield f"h={hidden_size}, {tokens} tokens: {row.name}", planner.peak(step), found["peak_mib"], time
+
+
 KINDS: dict[str, Callable[[Planner, Any, int], Iterator[Row]]] = {
     "whole-model": of_whole_model,
     "mlp-te": of_mlp,
     "mlp-fp8": of_mlp_fp8,
     "experts": of_experts,
     "longest-context": of_longest_context,
+    "tp-overlap": of_tp_overlap,
 }
 
 
@@ -314,9 +354,10 @@ def read(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", nargs="+", default=RECORDS, metavar="NAME")
+    parser.add_argument("--tensor-parallel", type=positive, default=1, help="of the records")
     parser.add_argument("--lengths", type=positive, default=2, help="of those that a record has of a setting")
     args = parser.parse_args()
-    planner = Planner()
+    planner = Planner(args.tensor_parallel)
     errors = []
     for name in args.records:
         record = read(name)

@@ -9,6 +9,8 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.pop("PYTORCH_ALLOC_CONF", None)  # the planner counts fragmentation, or does not, by them
+os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share their parent's
     EXTENSIONS = tempfile.TemporaryDirectory()
     os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name

@@ -13,6 +13,8 @@ from megatron_tiling.config import DEFAULT_FACTOR, argument_of, parse_splits
 FACTORS = (2, 4, 8, 16)
 #: Of an MLP's tiles. What is not kept takes a product again, which costs more than more tiles do.
 KEPT = (1, 0.75, 0.5, 0.25, 0)
+#: Of one that goes by steps of tokens.
+KEPT_IN_STEPS = (1, 0)
 
 
 def automatic_flags(arguments: Sequence[str]) -> list[str]:
@@ -31,8 +33,9 @@ def _combinations(arguments: Sequence[str]) -> Iterator[str]:
     if "auto" not in (factor, keep):
         return
     splits = parse_splits(asked.tiled_linear_splits or ())
+    kept = KEPT if asked.tiled_tp_overlap in (None, "off") else KEPT_IN_STEPS
     for share, tiles in itertools.product(
-        KEPT if keep == "auto" else [None], FACTORS if factor == "auto" else [factor or DEFAULT_FACTOR]
+        kept if keep == "auto" else [None], FACTORS if factor == "auto" else [factor or DEFAULT_FACTOR]
     ):
         flags = [f"--tile-factor {tiles}"] if factor == "auto" else []
         if share is not None:

@@ -29,6 +29,7 @@ from megatron_tiling.plan import gpu, look, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.curve import Moments, Point
 from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.tiles.planned_steps import planned_memory
 from megatron_tiling.trainer.phases import module_kinds
 
 
@@ -130,8 +131,36 @@ def fake_process_groups(world: int, rank: int) -> None:
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         object_list[:] = [obj] * len(object_list)
 
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        setattr(distributed, name, _held_until_waited_for(getattr(distributed, name)))
     distributed.new_group, distributed.all_gather_object = new_group, all_gather_object
     distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
+
+
+def _held_until_waited_for(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """NCCL's collectives, where they are asynchronous, hold the tensors that they are given."""
+
+    @functools.wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        work = collective(*args, **kwargs)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return None if work is None else _Work(work, given)
+
+    return call
+
+
+class _Work:
+    """What is under way, and the tensors that it holds."""
+
+    def __init__(self, work: torch.distributed.Work, tensors: list[Tensor]) -> None:
+        self._work, self._tensors = work, tensors
+
+    def wait(self, *timeout: Any) -> bool:
+        self._tensors = []
+        return self._work.wait(*timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 def _install_seams(tracker: Tracker, draw: bool = False) -> None:
@@ -192,6 +221,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         backward_passes.clear()
         moments = Moments(tracker, CLOCK) if draw else None
         stock_step(*args, **kwargs)
+        tracker.mark("symmetric memory", planned_memory())
         always = {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
         parts = tracker.parts() | always
         seconds = CLOCK.once + (CLOCK.seconds - CLOCK.once) * stock_number() / number_of_microbatches()
@@ -339,8 +369,5 @@ def _refuse(args: Namespace) -> None:
         asked.append("--moe-expert-capacity-factor without --moe-pad-expert-input-to-capacity")  # drops by values
     if getattr(args, "fp8", None):
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
-    steps = getattr(args, "tiled_tp_overlap", None)
-    if getattr(args, "use_tiled_linear", False) and args.tensor_model_parallel_size > 1 and steps not in (None, "off"):
-        asked.append(f"--tiled-tp-overlap {steps}")  # whose memory is beside torch's allocator
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet")

@@ -31,6 +31,7 @@ from megatron_tiling import runner
 from megatron_tiling.plan import look
 from megatron_tiling.plan.curve import thinned
 from megatron_tiling.plan.tracker import BLOCK
+from megatron_tiling.tiles.symmetric import symmetric_bytes
 
 #: The first one warms up. The last one is watched, which costs the host time: those between say how long a step takes.
 STEPS = 5
@@ -216,7 +217,8 @@ def watch_training(record: str, with_history: bool) -> None:
             optimizer.step = watch.during("optimizer step", optimizer.step)
             config.finalize_model_grads_func = watch.during("gradient reduction", config.finalize_model_grads_func)
         watch.on = len(seconds) == STEPS - 1
-        before = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        beside = symmetric_bytes()  # torch's allocator does not count it, and plans do
+        before = torch.cuda.max_memory_allocated() + beside, torch.cuda.memory_allocated() + beside
         if watch.on:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -232,9 +234,9 @@ def watch_training(record: str, with_history: bool) -> None:
         watch.on = False
         free, total = torch.cuda.mem_get_info()
         write({
-            "peak": torch.cuda.max_memory_allocated(), "phase": watch.phase, "earlier peak": before[0],
-            "held": before[1], "reserved": torch.cuda.max_memory_reserved(),
-            "outside": total - free - torch.cuda.memory_reserved(), "seconds": seconds,
+            "peak": torch.cuda.max_memory_allocated() + beside, "phase": watch.phase, "earlier peak": before[0],
+            "held": before[1], "reserved": torch.cuda.max_memory_reserved() + beside,
+            "outside": total - free - torch.cuda.memory_reserved() - beside, "seconds": seconds,
             "loss": {name: float(value) for name, value in result[0].items()},
             "history": histories[0].curve() if histories else [],
         })  # fmt: skip

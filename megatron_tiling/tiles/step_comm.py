@@ -366,10 +366,15 @@ def start_steps(
     """
     if not sequence_parallel:
         return StepComm(group, sources, out, blocking=transport == "blocking")
-    if transport == "auto" and next(tensor for tensor in (*sources, out) if tensor is not None).is_cuda:
+    first = next(tensor for tensor in (*sources, out) if tensor is not None)
+    if transport == "auto" and first.is_cuda:
         from megatron_tiling.tiles.symmetric import SymmetricSteps, workspace_for
 
         workspace = workspace_for(group, sources, out)
         if workspace is not None:
             return SymmetricSteps(group, sources, out, workspace)
+    elif transport == "auto" and on_gpu(first):
+        from megatron_tiling.tiles.planned_steps import PlannedSteps
+
+        return PlannedSteps(group, sources, out)
     return ScatteredSteps(group, sources, out, blocking=transport == "blocking")

@@ -86,8 +86,8 @@ def workspace_for(group: dist.ProcessGroup, sources: Sequence[Tensor], out: Tens
     device = next(tensor for tensor in (*sources, out) if tensor is not None).device
     key = group.group_name, device.index
     named_so, known = _workspaces.pop(key, (None, None))
-    source_bytes = max((_aligned(source.nbytes) for source in sources), default=0)
-    arrived_bytes = 0 if out is None else _aligned(out.nbytes * group.size())
+    source_bytes = max((aligned(source.nbytes) for source in sources), default=0)
+    arrived_bytes = 0 if out is None else aligned(out.nbytes * group.size())
     if named_so is group:
         if known is None or (source_bytes <= known.source_bytes and arrived_bytes <= known.arrived_bytes):
             _workspaces[key] = group, known
@@ -141,7 +141,8 @@ def symmetric_bytes() -> int:
     return sum(workspace.memory.nbytes for _, workspace in _workspaces.values() if workspace is not None)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes of an area of the workspace."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

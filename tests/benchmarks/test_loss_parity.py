@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import loss_parity
 from benchmarks.loss_parity import MODEL, OVERLAP, Run
+from benchmarks.record import Origin
 from megatron_tiling.tiles.step_comm import steps_for
 
 
@@ -78,3 +79,21 @@ def test_resumed_runs_are_those_that_did_not_end(tmp_path: Path, monkeypatch: py
     args.iterations = 3
     with pytest.raises(SystemExit, match="TP=4 dense failed"):
         loss_parity.train(args, ended, places)
+
+
+def test_page_without_a_picture() -> None:
+    args = argparse.Namespace(iterations=2, fp8=[])
+    found = {Run("TP=4", kind, 4, ()): [8.5, 8.0] for kind in ("dense", "tiled")}
+    page = loss_parity.report(found, args, Origin("2000-01-01", "command", "GPU", {}), None)
+    assert "![" not in page and "| TP=4 tiled | 0.0000 | 0.0000 |" in page
+
+
+def test_too_few_gpus_are_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--script s --data d --tokenizer-model m --output {tmp_path} --tensor-parallel 1 4"
+    monkeypatch.setattr("sys.argv", ["loss_parity", *options.split()])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="2"):
+        loss_parity.main()
+    assert "there are 2 GPUs, and runs want 4" in capsys.readouterr().err

@@ -111,6 +111,27 @@ def test_a_stage_without_tiles() -> None:
     assert int(planned(flags, 2, "print('bytes', run().peak)").split()[-1]) > 0
 
 
+@pytest.mark.parametrize(("steps", "mib"), [("2", 4), ("auto", 0)])
+def test_symmetric_memory_is_counted_where_layers_overlap(steps: str, mib: int) -> None:
+    """That of all layers is one: of two sources, and of what arrives from two ranks. ``auto`` leaves small layers."""
+    tokens, hidden = 2048, 512
+    flags = [*COMMON, "--hidden-size", str(hidden), "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    flags += ["--seq-length", str(tokens), "--max-position-embeddings", str(tokens), "--micro-batch-size", "1"]
+    flags += [
+        "--bf16",
+        "--train-iters",
+        "2",
+        "--global-batch-size",
+        "2",
+        "--use-tiled-linear",
+        "--tiled-tp-overlap",
+        steps,
+    ]
+    code = "print('BYTES', run().parts.get('symmetric memory', 0))"
+    found = int(planned(flags, 2, code).rpartition("BYTES ")[2].split()[0])
+    assert found == mib * 2**20
+
+
 def test_backward_passes_that_are_let_go_change_nothing() -> None:
     flags = [*COMMON, "--num-layers", "4", "--pipeline-model-parallel-size", "4"]
     flags += ["--global-batch-size", "10", "--train-iters", "2"]
@@ -140,11 +161,6 @@ print("FLOPS", some.flops / all_.flops, some.seconds / all_.seconds)
         (
             "--fp8-format hybrid --fp8-recipe mxfp8 --num-experts 4",
             "--fp8-recipe mxfp8, --num-experts with --fp8-format: not planned yet",
-        ),
-        (
-            "--tensor-model-parallel-size 2 --use-tiled-linear --tiled-tp-overlap 4 --no-rope-fusion "
-            "--no-masked-softmax-fusion",
-            "--tiled-tp-overlap 4: not planned yet",
         ),
         ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
     ],

@@ -123,6 +123,21 @@ def measured_peaks() -> None:
             raise AssertionError(f"{name}: {predicted:.1f} MiB, measured {measured:.1f}")
 
 
+def measured_peaks_under_tensor_parallelism() -> None:
+    """Of MLPs, transformer layers and GPTs, dense, tiled, and with communication behind products."""
+    from benchmarks.plan_accuracy import of_tp_overlap, of_whole_model, read
+
+    planner = Planner(4)
+    rows = [
+        row for what in ("", "layer-") for row in of_tp_overlap(planner, read(f"2026-11-28-tp-overlap-{what}tp4"), 1)
+    ]
+    rows += [row for h in (4096, 8192) for row in of_whole_model(planner, read(f"2026-11-28-whole-model-tp4-{h}"), 1)]
+    assert len(rows) == 32 + 24 + 2 * 2
+    for name, predicted, measured, _ in rows:
+        if abs(predicted / measured - 1) > 0.002:
+            raise AssertionError(f"{name}: {predicted:.1f} MiB, measured {measured:.1f}")
+
+
 def refusals_of_fp8() -> None:
     """By name: what is not here."""
     Planner()
@@ -175,6 +190,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         linear_layers_under_sequence_parallelism,
         layers_in_fp8,
         measured_peaks,
+        measured_peaks_under_tensor_parallelism,
         refusals_of_fp8,
         backends_of_attention,
     )

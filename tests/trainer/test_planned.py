@@ -186,6 +186,8 @@ def test_what_auto_may_be() -> None:
     assert factors == [f"--tile-factor {tiles}" for tiles in (2, 4, 8, 16)]
     grids = automatic_flags("--tiled-mlp-keep auto --tiled-linear-splits fc1=1x8 fc2=8x1 experts=2".split())
     assert grids == ["--tiled-mlp-keep all", "--tiled-mlp-keep 1", "--tiled-mlp-keep 0"]
+    in_steps = automatic_flags("--tiled-mlp-keep auto --tiled-tp-overlap auto".split())
+    assert in_steps == ["--tiled-mlp-keep all", "--tiled-mlp-keep 0"]
 
 
 def test_phases_without_a_module() -> None:
