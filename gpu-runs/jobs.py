@@ -30,4 +30,5 @@ JOBS = [
     dict(name="experts64", limit=200, needs=FLASH, run="python3 -m benchmarks.experts --cases 64:8:768 8:2:1536 8:8:1536 --repeats 15 --results $OUT/experts"),
     dict(name="units-mlp", limit=300, needs=FLASH, run=UNITS % ("units-mlp", "test_mlp_glu")),
     dict(name="measure-tests-tp2", gpus=2, limit=200, needs=FLASH, run="python3 -m pytest -q -rA -p no:cacheprovider tests/plan/test_measure_gpu.py -k 'side_by_side and 2'"),
+    dict(name="measure-tp2-overlap", gpus=2, limit=260, needs=FLASH, run="OUT=$OUT/measure PYTHON=python3 " + Q + "measure-tp2.sh"),
 ]

@@ -30,6 +30,6 @@ measured() { # measured NAME SECONDS GPUS FLAGS...
     part "$name" "$limit" "$gpus" "$PYTHON" -m megatron_tiling plan --measure $picture examples/gpt/pretrain_gpt.py $MODEL "$@"
 }
 
-measured tp2 230 "$CUDA_VISIBLE_DEVICES" --tensor-model-parallel-size 2 --sequence-parallel
+measured tp2 230 "$CUDA_VISIBLE_DEVICES" --tensor-model-parallel-size 2 --sequence-parallel --tiled-tp-overlap 4
 show tp2 70
 [ -e "$OUT/must-not-be-written" ] && echo "WRITTEN: $OUT/must-not-be-written"
