@@ -1,6 +1,6 @@
 """Memory as the planner predicts it beside what was measured on GPUs: records of benchmarks/results, on fake tensors.
 
-    python -m benchmarks.plan_accuracy [--records NAME ...] [--lengths 2]
+    python -m benchmarks.plan_accuracy [--records NAME ...] [--tensor-parallel N] [--lengths 2]
 
 For every candidate of a record that is TransformerEngine's or ours, the model of its command is built again, and the
 peak of its second step above what is held between steps compared with the record's. No GPU is used.
@@ -361,6 +361,9 @@ def main() -> None:
     errors = []
     for name in args.records:
         record = read(name)
+        size = record.get("tp", record.get("tensor_parallel", 1)) if isinstance(record, dict) else 1
+        if size != args.tensor_parallel:
+            raise SystemExit(f"{name} is a record of TP={size}: give --tensor-parallel {size}, and other records apart")
         kind = next(kind for part, kind in KINDS.items() if part in name)
         print(f"\n{name}\n\n| | predicted MiB | measured MiB | error | seconds |\n|---|---|---|---|---|")
         start = time.perf_counter()
