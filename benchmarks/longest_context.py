@@ -283,12 +283,10 @@ def take_known(record: dict[str, Any], conditions: dict[str, Any], origin: Origi
     Raises:
         SystemExit: the record is of other conditions, GPUs or packages, with the first one that differs.
     """
-    of_record = {name: record[name] for name in conditions} | {
-        name: record["origin"][name] for name in ("machine", "versions")
-    }
+    of_record = record["origin"] | record
     for name, value in (conditions | {"machine": origin.machine, "versions": origin.versions}).items():
-        if of_record[name] != value:
-            raise SystemExit(f"--known: the record's {name} is {of_record[name]}, and here it is {value}")
+        if of_record.get(name) != value:
+            raise SystemExit(f"--known: the record's {name} is {of_record.get(name)}, and here it is {value}")
     rows = {row["name"]: row for row in record["settings"]}
     known = [setting for setting in found if setting.name in rows]
     for setting in known:
@@ -351,6 +349,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     ranks.check_count(parser, "--expert-parallel", size)
     if size > 1 and (not args.experts or args.experts % size):
         parser.error(f"--expert-parallel {size}: --experts {args.experts} must be a multiple of it")
+    if args.known and not args.known.is_file():
+        parser.error(f"--known {args.known}: there is no such file")
     if args.sequence < 4 * STEP:
         parser.error(f"--sequence {args.sequence}: the search begins with {4 * STEP}")
     known = [name for name, *_ in settings(bool(args.experts))]

@@ -138,7 +138,10 @@ def fake_process_groups(world: int, rank: int) -> None:
 
 
 def _held_until_waited_for(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """NCCL's collectives, where they are asynchronous, hold the tensors that they are given."""
+    """NCCL's collectives, where they are asynchronous, hold the tensors that they are given.
+
+    Hazard: who took a function at its import, as Megatron's local layers do, has the one that holds nothing.
+    """
 
     @functools.wraps(collective)
     def call(*args: Any, **kwargs: Any) -> Any:

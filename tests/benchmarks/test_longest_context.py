@@ -103,11 +103,13 @@ def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_
     assert path.with_suffix(".png").stat().st_size
 
 
-def test_what_an_earlier_record_knows_is_not_searched(reckoned: Reckoning) -> None:
+def test_what_an_earlier_record_knows_is_not_searched(reckoned: Reckoning, tmp_path: Path) -> None:
     Search(reckoned, 3, lambda: None, MOST_TOKENS).run()
     earlier = record(reckoned)
     first, *others = earlier["settings"]
-    args = longest_context.arguments(["--known", "2000-01-01-earlier.json"])
+    path = tmp_path / "2000-01-01-earlier.json"
+    path.touch()
+    args = longest_context.arguments(["--known", str(path)])
     origin = longest_context.Origin(**earlier["origin"])
     again = Reckoning(random.Random(0))
     conditions = longest_context.conditions_of(args, again)
@@ -159,6 +161,7 @@ def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.Mon
         ("--settings stock tilde", 1, "--settings: there is no 'tilde'; of this model there are 'stock', "),
         ("--sequence 4095", 1, "--sequence 4095: the search begins with 4096"),
         ("--gpu-memory-gib 0", 1, "argument --gpu-memory-gib: 0 is not a finite number above zero"),
+        ("--known nowhere.json", 1, "--known nowhere.json: there is no such file"),
         ("--time-limit 0", 1, "argument --time-limit: 0 is not a finite number above zero"),
     ],
 )

@@ -21,6 +21,17 @@ def runs(**changes: Any) -> list[Run]:
     )
 
 
+def arguments(output: Path, resume: bool) -> argparse.Namespace:
+    files = {"script": "script", "data": "data", "cache": "cache", "tokenizer_model": "model", "output": output}
+    return argparse.Namespace(**files, iterations=2, more=[], resume=resume)
+
+
+def one_place() -> "queue.Queue[int]":
+    places: queue.Queue[int] = queue.Queue()
+    places.put(0)
+    return places
+
+
 def test_runs_overlap_where_there_is_communication() -> None:
     found = [run for run in runs() if run.kind == OVERLAP]
     assert [(run.group, run.gpus) for run in found] == [("TP=4", 4)]
@@ -45,10 +56,7 @@ def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkey
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", trains)
-    args = argparse.Namespace(script="script", iterations=2, data="data", cache="cache", tokenizer_model="model")
-    args.more, args.output, args.resume = [], tmp_path, False
-    places: queue.Queue[int] = queue.Queue()
-    places.put(0)
+    args, places = arguments(tmp_path, resume=False), one_place()
     if says:
         assert loss_parity.train(args, run, places) == [8.5, 8.0]
     else:
@@ -65,10 +73,7 @@ def test_resumed_runs_are_those_that_did_not_end(tmp_path: Path, monkeypatch: py
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", trains)
-    args = argparse.Namespace(script="script", iterations=2, data="data", cache="cache", tokenizer_model="model")
-    args.more, args.output, args.resume = [], tmp_path, True
-    places: queue.Queue[int] = queue.Queue()
-    places.put(0)
+    args, places = arguments(tmp_path, resume=True), one_place()
     ended, cut_off = (Run("TP=4", kind, 4, ()) for kind in ("dense", "dense, half the micro-batch"))
     text = "lm loss: 8.5E+00\nlm loss: 8.0E+00\n"
     (tmp_path / "loss_parity.TP=4_dense.log").write_text(f"{text}[after training is done] at some time\n")

@@ -22,11 +22,11 @@ def test_settings_under_tensor_parallelism(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("least_tokens", "tokens", "found"), [(0, 2048, True), (0, 1024, False), (4096, 2048, False)])
 def test_symmetric_memory_is_of_models_that_go_by_steps(least_tokens: int, tokens: int, found: bool) -> None:
-    layer = torch.nn.Linear(1, 1)
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1), layer)
-    assert not whole_model.overlaps(model, 2**20)
-    layer.overlap_steps, layer.least_overlap_tokens = 4, least_tokens  # type: ignore[assignment]
-    assert whole_model.overlaps(model, tokens) == found
+    class Stepped(torch.nn.Identity):
+        overlap_steps, least_overlap_tokens = 4, least_tokens
+
+    assert not whole_model.overlaps(torch.nn.Sequential(torch.nn.Identity()), 2**20)
+    assert whole_model.overlaps(torch.nn.Sequential(torch.nn.Identity(), Stepped()), tokens) == found
 
 
 @pytest.mark.parametrize(
