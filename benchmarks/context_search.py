@@ -22,6 +22,8 @@ FARTHER = 1.5
 TARGET, MOST = 0.97, 0.98
 #: Over several ranks the next length to try is at most so many times the last.
 LEAP = 4
+#: Of the longest context elsewhere: where a search begins that knows it.
+NEAR = 0.9
 
 
 @dataclass
@@ -29,12 +31,14 @@ class Setting:
     """A model, and what was found of it: tokens that fit, peak GiB by tokens, seconds of a step by tokens.
 
     Over several ranks they are a rank's tokens, the peak of the fullest rank and the seconds of the slowest.
+    ``elsewhere`` are the tokens that fit on another machine, where that is known.
     """
 
     name: str
     model: Any
     tiled: bool
     longest: int = 0
+    elsewhere: int = 0
     peaks: dict[int, float] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)
 
@@ -122,10 +126,7 @@ class Search:
             RuntimeError: not even 4096 tokens fit.
         """
         step, target = self._trainer.step, self._trainer.limit() * (TARGET if self._several else 1.0)
-        lengths = [length for length in (2 * STEP, 4 * STEP) if self._fits(setting, length)]
-        if len(lengths) < 2:
-            raise RuntimeError(f"{setting.name}: {4 * STEP} tokens do not fit; take a smaller model")
-        share = 0.8  # of the way to go: the first line is drawn from afar
+        lengths, share = self._first_lengths(setting)
         while True:
             last = lengths[-1]
             before = max(length for length in lengths if length <= last // 2) if self._several else lengths[-2]
@@ -146,6 +147,18 @@ class Search:
         setting.longest = last
         step(setting, STEP)  # dispatchers of experts hold on to tensors of the last tokens
         ranks.say(f"{setting.name}: {last} tokens, {setting.peaks[last]:.1f} GiB")
+
+    def _first_lengths(self, setting: Setting) -> tuple[list[int], float]:
+        """Two lengths that fit, and the share of the way to go that the line through them is good for."""
+        starts = [(2 * STEP, 4 * STEP, 0.8)]  # a line that is drawn from afar
+        near = min(int(NEAR * setting.elsewhere), self._most) // (2 * STEP) * STEP
+        if near >= 4 * STEP:
+            starts.insert(0, (near, 2 * near, 1.0))
+        for shorter, longer, share in starts:
+            if self._fits(setting, shorter) and self._fits(setting, longer):
+                return [shorter, longer], share
+            self._trainer.step(setting, STEP)  # takes the place of what the failed step has left
+        raise RuntimeError(f"{setting.name}: {4 * STEP} tokens do not fit; take a smaller model")
 
     def _fits(self, setting: Setting, tokens: int) -> bool:
         """Whether a step does, over several ranks with something to spare."""

@@ -8,7 +8,8 @@ weights and moments, all on this GPU. A step is forward, backward and optimizer,
 sequence that fits, up to ``--sequence``, is sought for each setting, in steps of 1024 tokens. Then, at the longest one
 of each stock setting, its tokens a second are measured beside those of the tiled settings that go at least 1.5 times as
 far. What was found so far is written after each of them. ``--known RECORD.json`` takes the longest contexts from an
-earlier record of the same model on the same machine, and searches for those of other settings alone.
+earlier record of the same model on the same machine, and searches for those of other settings alone. Those of another
+machine, or of other versions, are where the search begins.
 
 Under torchrun experts are divided among the ranks (``--expert-parallel``), all else is data parallel: each rank has a
 sequence of its own, all of the same length. A length fits where no rank allocates more than 98% of its memory. A rank
@@ -270,25 +271,34 @@ def model_of(args: argparse.Namespace) -> str:
 
 
 def conditions_of(args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
-    """What the longest context depends on, but for our code, as records have it. A collective."""
+    """What was asked for, as records have it. A collective."""
     return {"model": model_of(args), "gpus": ranks.count(), "limit": trainer.limit(), "most": args.sequence}
 
 
 def take_known(record: dict[str, Any], conditions: dict[str, Any], origin: Origin, found: list[Setting]) -> list[str]:
     """Give settings the longest context and the peaks that an earlier record has of them.
 
+    Where its GPUs have another memory, or machine or packages are others, its lengths are where the search begins.
+
     Returns:
-        The names of these settings.
+        The names of these settings, or none where they are searched all the same.
 
     Raises:
-        SystemExit: the record is of other conditions, GPUs or packages, with the first one that differs.
+        SystemExit: the record is of another model or number of GPUs, or its search ended elsewhere.
     """
     of_record = record["origin"] | record
-    for name, value in (conditions | {"machine": origin.machine, "versions": origin.versions}).items():
-        if of_record.get(name) != value:
-            raise SystemExit(f"--known: the record's {name} is {of_record.get(name)}, and here it is {value}")
+    here = conditions | {"machine": origin.machine, "versions": origin.versions}
+    unlike = [name for name, value in here.items() if of_record.get(name) != value]
+    for name in unlike:
+        if name in ("model", "gpus", "most"):
+            raise SystemExit(f"--known: the record's {name} is {of_record.get(name)}, and here it is {here[name]}")
     rows = {row["name"]: row for row in record["settings"]}
     known = [setting for setting in found if setting.name in rows]
+    if unlike:
+        ranks.say(f"--known: another {', another '.join(unlike)}; the search begins near its longest contexts")
+        for setting in known:
+            setting.elsewhere = rows[setting.name]["longest"]
+        return []
     for setting in known:
         row = rows[setting.name]
         setting.longest, setting.peaks = row["longest"], {int(tokens): peak for tokens, peak in row["peaks"].items()}
@@ -303,7 +313,7 @@ def record_of(
     Args:
         known: settings whose longest contexts are an earlier record's.
     """
-    searched = [setting for setting in trainer.found if setting.longest]
+    searched = [vars(setting) for setting in trainer.found if setting.longest]
     record = {
         "origin": asdict(origin),
         **conditions_of(args, trainer),
@@ -312,7 +322,7 @@ def record_of(
         "time_limit": args.time_limit,
         "cut": cut,
         "not_reached": [setting.name for setting in trainer.found if not setting.longest],
-        "settings": [{k: v for k, v in vars(setting).items() if k != "model"} for setting in searched],
+        "settings": [{k: v for k, v in found.items() if k not in ("model", "elsewhere")} for found in searched],
     }
     record |= {"known": {"record": args.known.stem, "settings": known}} if known else {}
     return record | ({"moe_router": gpt.ROUTING} if args.experts else {})
@@ -339,7 +349,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--known",
         type=Path,
         metavar="RECORD.json",
-        help="an earlier record of the same model, whose longest contexts hold",
+        help="an earlier record of the same model: its longest contexts hold, or are where the search begins",
     )
     parser.add_argument("--time-limit", type=above_zero, metavar="SECONDS", help="no search, no timing starts later")
     parser.add_argument("--results", type=output_folder, default=RESULTS)

@@ -124,10 +124,34 @@ def test_what_an_earlier_record_knows_is_not_searched(reckoned: Reckoning, tmp_p
     assert tried and max(tried) <= others[-1]["longest"] and 4 * STEP not in tried
     found = json.loads(json.dumps(longest_context.record_of(args, origin, again, False, known)))
     assert f"are those of 2000-01-01-earlier: {'; '.join(known)}." in longest_context.markdown(found)
-    for name, other in (("model", "another"), ("limit", 1.0), ("machine", "TPU"), ("versions", {})):
-        there = earlier | {"origin": earlier["origin"] | {name: other}, **({name: other} if name in earlier else {})}
+    for name, other in (("model", "another"), ("gpus", 2), ("most", STEP)):
         with pytest.raises(SystemExit, match=f"--known: the record's {name} is "):
-            longest_context.take_known(there, conditions, origin, again.found)
+            longest_context.take_known(earlier | {name: other}, conditions, origin, again.found)
+
+
+@pytest.mark.parametrize(("name", "other"), [("limit", 1.0), ("machine", "TPU"), ("versions", {})])
+def test_the_search_begins_where_it_ended_on_another_machine(reckoned: Reckoning, name: str, other: Any) -> None:
+    Search(reckoned, 3, lambda: None, MOST_TOKENS).run()
+    earlier = record(reckoned)
+    there = earlier | {"origin": earlier["origin"] | {name: other}, **({name: other} if name in earlier else {})}
+    args, origin = longest_context.arguments([]), longest_context.Origin(**earlier["origin"])
+    again = Reckoning(random.Random(1))
+    assert not longest_context.take_known(there, longest_context.conditions_of(args, again), origin, again.found)
+    Search(again, 3, lambda: None, MOST_TOKENS).run()
+    for setting, before in zip(again.found, reckoned.found, strict=True):
+        tried = [tokens for name, tokens in again.steps if name == setting.name and tokens > STEP]
+        assert tried[0] == int(0.9 * before.longest) // (2 * STEP) * STEP >= 4 * STEP
+        assert setting.longest == pytest.approx(before.longest, rel=0.1) and not setting.peaks.get(4 * STEP)
+    assert all("elsewhere" not in row for row in record(again)["settings"])
+
+
+@pytest.mark.parametrize("elsewhere", [3 * STEP, 10 * STEP, 29 * STEP, 60 * STEP, 2**21])
+def test_a_length_from_elsewhere_may_be_far_from_ours(elsewhere: int) -> None:
+    trainer = Line(1.0)
+    trainer.found[0].elsewhere = elsewhere
+    Search(trainer, 1, lambda: None, MOST_TOKENS).find_longest(trainer.found[0])
+    fits = LIMIT - HELD
+    assert 0.8 * fits - 1 <= trainer.found[0].longest / STEP <= fits
 
 
 def test_page_of_one_gpu_and_of_two(reckoned: Reckoning, monkeypatch: pytest.MonkeyPatch) -> None:
