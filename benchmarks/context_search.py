@@ -94,10 +94,11 @@ class Search:
             self.find_longest(setting)
             self._save()
         searched = [setting for setting in self._trainer.found if setting.longest]
-        # The search has seen many sizes: compiled functions of one size each, as a run has them, from here on.
         torch._dynamo.reset()
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 1000
+        if not self._several:  # over several ranks a step has other numbers of rows for its experts than the last one
+            # The search has seen many sizes: compiled functions of one size each, as a run has them, from here on.
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = 1000
         for stock in searched:
             if not stock.tiled:
                 if self._late():

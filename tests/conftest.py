@@ -15,7 +15,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share their parent's
     EXTENSIONS = tempfile.TemporaryDirectory()
     os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
+from collections.abc import Iterator
+
 import hypothesis
+import pytest
 import torch
 
 from tests.support.feature_outcomes import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
@@ -25,3 +28,15 @@ if not torch.cuda.is_available():
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+@pytest.fixture(autouse=True)
+def attention_of_each_test() -> Iterator[None]:
+    """The first model of a process chooses attention for all: Megatron sets these variables, and then asks for them."""
+    before = {name: os.environ[name] for name in ATTENTION if name in os.environ}
+    yield
+    for name in ATTENTION:
+        os.environ.pop(name, None)
+    os.environ.update(before)

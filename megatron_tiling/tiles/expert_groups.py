@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid, partition_uniform
 
-#: Of a tile's products, forward and backward. With fewer, one tile was as fast as TransformerEngine's layers, and four
-#: took up to 1.14 of their time (benchmarks/results/2026-11-27-experts.md and -experts-h200.md).
+#: Of a tile's products, forward and backward. Of 1.9e12, 3.7e12 and 7.4e12, in one tile, one and two, experts took 0.98
+#: to 1.00 of the time of TransformerEngine's; the first two took 1.01 and 1.08 in two tiles, and up to 1.23 in four
+#: (benchmarks/results/2026-11-28-experts-small.md).
 LEAST_TILE_OPERATIONS = 3.5e12
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import longest_context
 from benchmarks.context_search import STEP, Search, Setting
@@ -86,15 +87,19 @@ def record(trainer: Any, *options: str, cut: bool = False) -> dict[str, Any]:
     return found
 
 
-def test_what_was_found_is_written_after_every_setting(reckoned: Reckoning, tmp_path: Path) -> None:
+def test_what_was_found_is_written_after_every_setting(
+    reckoned: Reckoning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "found.json"
     pages = []
+    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", True)
     Search(reckoned, 3, lambda: pages.append(longest_context.write(record(reckoned), path)), MOST_TOKENS).run()
     for number, page in itertools.islice(enumerate(pages, 1), len(COSTS)):
         names = list(COSTS)
         assert (f"Not searched: {'; '.join(names[number:])}." in page) == (number < len(names))
         assert all((f"\n| {name} | " in page) == (name in names[:number]) for name in names)
         assert page.count("not measured") == number
+    assert not torch._dynamo.config.automatic_dynamic_shapes
     assert "not measured" not in pages[-1] and "Not searched" not in pages[-1]
     assert path.with_suffix(".md").read_text() == pages[-1]
     assert longest_context.markdown(json.loads(path.read_text())) == pages[-1]

@@ -95,10 +95,16 @@ def test_few_tokens_go_in_fewer_steps() -> None:
 
 def test_what_paid_on_gpus_and_what_did_not() -> None:
     """At TP=4, of one model's MLP, qkv and proj each: h and ffn, with 8 groups of 128 features."""
-    for hidden, ffn, gained in ((8192, 28672, True), (4096, 14336, False)):
+    for hidden, ffn, tokens, gained in (
+        (8192, 28672, 8192, True),
+        (4096, 14336, 16384, True),
+        (4096, 14336, 8192, False),
+    ):
         mlp, qkv, proj = 3 * hidden * ffn // 4, hidden * (hidden + 2 * 8 * 128) // 4, hidden * hidden // 4
-        assert (tokens_for(step_comm.LEAST_MLP_OPERATIONS, mlp) <= 8192) == gained
-        assert all((tokens_for(step_comm.LEAST_LAYER_OPERATIONS, weights) <= 8192) == gained for weights in (qkv, proj))
+        assert (tokens_for(step_comm.LEAST_MLP_OPERATIONS, mlp) <= tokens) == gained
+        assert all(
+            (tokens_for(step_comm.LEAST_LAYER_OPERATIONS, weights) <= tokens) == gained for weights in (qkv, proj)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
