@@ -15,14 +15,15 @@ two micro-batches of 2048 tokens an iteration. The yardstick is a dense run on t
 Megatron shuffles anew for another ``--split``, from the same seed, with the same initial weights.
 
 Writes DATE-loss-parity.md (DATE-loss-parity-fp8.md) and, with matplotlib, a picture. ``--at-once`` runs share a GPU,
-which the host would not fill. ``--resume`` goes on where one was cut off: it takes the logs of runs that ended. Flags
-that are not its own go to Megatron.
+which the host would not fill. ``--resume`` goes on where one was cut off: it takes the logs of runs that ended, where
+their commands are the same. Flags that are not its own go to Megatron.
 """
 
 import argparse
 import os
 import queue
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -112,8 +113,11 @@ def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> lis
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--data-cache-path", args.cache]
     command += ["--tokenizer-model", args.tokenizer_model, *run.flags, *args.more]
     log = args.output / f"loss_parity.{re.sub('[^a-zA-Z0-9=]+', '_', run.name)}.log"
-    if args.resume and log.exists() and FINISHED in log.read_text():
-        return losses_of(log, run, args.iterations, status=0)
+    begin = f"{shlex.join(command)}\n"  # of the log
+    if args.resume and log.exists():
+        found = log.read_text()
+        if found.startswith(begin) and FINISHED in found:
+            return losses_of(log, run, args.iterations, status=0)
     first_gpu = places.get()
     environment = os.environ | {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -121,6 +125,8 @@ def train(args: argparse.Namespace, run: Run, places: "queue.Queue[int]") -> lis
         "PYTHONWARNINGS": "ignore",
     }
     with log.open("w") as file:
+        file.write(begin)
+        file.flush()
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     places.put(first_gpu)
     return losses_of(log, run, args.iterations, status)

@@ -36,7 +36,6 @@ from benchmarks import gpt, ranks
 from benchmarks.arguments import at_least, output_folder, positive
 from benchmarks.record import RESULTS, Origin, machine
 from megatron_tiling.config import MODULES
-from megatron_tiling.tiles.step_comm import steps_for
 from megatron_tiling.tiles.symmetric import symmetric_bytes
 
 MIB = 2**20
@@ -69,7 +68,6 @@ class Candidate:
     name: str
     model: Any
     step: Callable[[], Tensor]
-    overlaps: bool = False
     milliseconds: list[float] = field(default_factory=list)
     first_milliseconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
@@ -94,8 +92,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         parallel = {"tensor_model_parallel_size": args.tensor_parallel, "sequence_parallel": True}
         yield DENSE, parallel, None
         yield TILED, parallel, {}
-        yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
         yield "tiled: overlap auto", parallel, {"tp_overlap": "auto"}
+        yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
         return
     yield DENSE, {}, None
     if args.fp8:
@@ -150,21 +148,13 @@ def candidates(
             loss.backward()
             return loss.detach()
 
-        found.append(Candidate(name, model, step, overlaps(model, args.batch * args.sequence)))
+        found.append(Candidate(name, model, step))
     torch.cuda.empty_cache()
     return found, ddp
 
 
-def overlaps(model: Any, tokens: int) -> bool:
-    """Whether some layer goes by steps of tokens, in symmetric memory, which torch's allocator does not count."""
-    return any(
-        steps_for(tokens, module.overlap_steps, module.least_overlap_tokens) > 1
-        for module in model.modules()
-        if getattr(module, "overlap_steps", None)
-    )
-
-
 def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool, micro_batches: int = 1) -> None:
+    """Symmetric memory counts as far as it has grown: candidates that need none, or less, come first."""
     for candidate in found:
         for _ in range(3):
             run(candidate, ddp)
@@ -174,7 +164,7 @@ def measure(found: list[Candidate], ddp: Any, repeats: int, firsts: bool, micro_
         candidate.loss = float(run(candidate, ddp, is_first=True)[0])
         candidate.copies_mib = (torch.cuda.memory_allocated() - held) / MIB
         run(candidate, ddp)
-        peak = torch.cuda.max_memory_allocated() - held + (symmetric_bytes() if candidate.overlaps else 0)
+        peak = torch.cuda.max_memory_allocated() - held + symmetric_bytes()
         candidate.peak_mib = ranks.largest(peak / MIB)[0]
         candidate.forget_copies()
     order, chance = list(found), random.Random(ranks.of_first(random.getrandbits(32)))

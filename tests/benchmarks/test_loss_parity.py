@@ -64,7 +64,9 @@ def test_run_that_does_not_overlap_is_refused(says: bool, tmp_path: Path, monkey
             loss_parity.train(args, run, places)
 
 
-def test_resumed_runs_are_those_that_did_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_runs_are_those_of_the_same_command_that_did_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = []
 
     def trains(command: list[str], stdout: Any, **options: Any) -> SimpleNamespace:
@@ -73,15 +75,21 @@ def test_resumed_runs_are_those_that_did_not_end(tmp_path: Path, monkeypatch: py
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", trains)
-    args, places = arguments(tmp_path, resume=True), one_place()
+    args, places = arguments(tmp_path, resume=False), one_place()
     ended, cut_off = (Run("TP=4", kind, 4, ()) for kind in ("dense", "dense, half the micro-batch"))
-    text = "lm loss: 8.5E+00\nlm loss: 8.0E+00\n"
-    (tmp_path / "loss_parity.TP=4_dense.log").write_text(f"{text}[after training is done] at some time\n")
-    (tmp_path / "loss_parity.TP=4_dense_half_the_micro_batch.log").write_text(text)
-    assert loss_parity.train(args, ended, places) == [8.5, 8.0]
-    assert loss_parity.train(args, cut_off, places) == [7.5, 7.0]
-    assert trained == ["loss_parity.TP=4_dense_half_the_micro_batch.log"]
-    args.iterations = 3
+    logs = [f"loss_parity.TP=4_{name}.log" for name in ("dense", "dense_half_the_micro_batch")]
+    for run in (ended, cut_off):
+        loss_parity.train(args, run, places)
+    log = tmp_path / logs[1]
+    log.write_text(log.read_text().replace("[after training is done]", ""))
+    args.resume = True
+    for run in (ended, cut_off):
+        assert loss_parity.train(args, run, places) == [7.5, 7.0]
+    assert trained == [*logs, logs[1]]
+    args.more = ["--lr", "1e-3"]
+    loss_parity.train(args, ended, places)
+    assert trained == [*logs, logs[1], logs[0]]
+    args.iterations, args.more = 3, []
     with pytest.raises(SystemExit, match="TP=4 dense failed"):
         loss_parity.train(args, ended, places)
 

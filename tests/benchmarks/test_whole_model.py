@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import whole_model
 from benchmarks.record import Origin
@@ -14,19 +13,10 @@ def test_settings_under_tensor_parallelism(monkeypatch: pytest.MonkeyPatch) -> N
     assert all("tensor_model_parallel_size" not in changes for _, changes, _ in one)
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = list(whole_model.settings(whole_model.arguments(["--tensor-parallel", "4"])))
-    assert [name for name, *_ in found] == ["dense", "tiled: default", "tiled: overlap 4 steps", "tiled: overlap auto"]
+    assert [name for name, *_ in found] == ["dense", "tiled: default", "tiled: overlap auto", "tiled: overlap 4 steps"]
     parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     assert all(changes == parallel for _, changes, _ in found)
-    assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": 4}, {"tp_overlap": "auto"}]
-
-
-@pytest.mark.parametrize(("least_tokens", "tokens", "found"), [(0, 2048, True), (0, 1024, False), (4096, 2048, False)])
-def test_symmetric_memory_is_of_models_that_go_by_steps(least_tokens: int, tokens: int, found: bool) -> None:
-    class Stepped(torch.nn.Identity):
-        overlap_steps, least_overlap_tokens = 4, least_tokens
-
-    assert not whole_model.overlaps(torch.nn.Sequential(torch.nn.Identity()), 2**20)
-    assert whole_model.overlaps(torch.nn.Sequential(torch.nn.Identity(), Stepped()), tokens) == found
+    assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": "auto"}, {"tp_overlap": 4}]
 
 
 @pytest.mark.parametrize(
