@@ -30,7 +30,7 @@ from megatron_tiling.resident.fp8_loop import FP8Linear, FP8Loop, fp8_mlp
 from megatron_tiling.resident.fp8_operands import BLOCK, WeightCopies
 from megatron_tiling.resident.mlp import TiledMLP, run_weight_hooks, with_scaled_bias
 from megatron_tiling.resident.stock_code import replaced_forward
-from megatron_tiling.resident.transformer_engine import TILED_CLASSES, normalize
+from megatron_tiling.resident.transformer_engine import TILED_CLASSES, OwnedNorm
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid
 from megatron_tiling.tiles.remade import made_again
 
@@ -55,7 +55,7 @@ class TiledFP8MLP(TiledMLP):
     parts: list[int]
     fp32_accumulate: bool
     holds_weights: bool
-    _norm: tuple[torch.nn.Module] | None  # in a tuple: not a submodule
+    _norm: OwnedNorm | None
     _copies: dict[str, list[WeightCopies]]
 
     def forward(
@@ -103,7 +103,7 @@ class TiledFP8MLP(TiledMLP):
             return fp8_mlp(x, fc1.weight, bias, fc2.weight, per_token_scale, loop)
 
     def _normalized(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states if self._norm is None else normalize(self.linear_fc1, self._norm[0], hidden_states)
+        return hidden_states if self._norm is None else self._norm(self.linear_fc1, hidden_states)
 
     def _linear(self, name: str, save_input: bool = False) -> FP8Linear:
         """A layer as its own ``forward`` would run it now, and that it has run."""
@@ -168,8 +168,7 @@ def convert_fp8_mlp(mlp: Any, grid: TileGrid, config: TilingConfig) -> None:
     mlp.__class__ = FP8_MLP_CLASSES[type(mlp)]
     mlp.parts, mlp.keep = grid.in_parts, config.kept_tiles
     mlp.fp32_accumulate, mlp.holds_weights = config.fp32_accumulate, config.fp8_hold_weights
-    has_norm = isinstance(fc1, te.TELayerNormColumnParallelLinear)
-    mlp._norm = (te.TENorm(mlp.config, fc1.weight.shape[1], eps=fc1.eps),) if has_norm else None
+    mlp._norm = OwnedNorm(fc1) if isinstance(fc1, te.TELayerNormColumnParallelLinear) else None
     mlp._copies = {}
 
 

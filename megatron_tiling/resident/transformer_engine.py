@@ -25,6 +25,9 @@ from megatron_tiling.resident.stock_code import replaced_forward
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.grid import TileGrid
 
+if te.HAVE_TE:
+    from transformer_engine.pytorch.ops import Sequential
+
 _NOT_IN_TILES = "tiles do not do this"
 _LINEARS = ("qkv", "proj", "fc1", "fc2", "experts")
 
@@ -78,20 +81,33 @@ def reason_to_stay_dense(layer: Any, module: str, in_fp8: bool = True) -> str:
     return f"--tp-comm-overlap: {_NOT_IN_TILES}" if overlaps else replaced_forward(type(layer))
 
 
-def normalize(layer: Any, norm: Any, input_: Tensor) -> Tensor:
-    """What the norm in a ``TELayerNormColumnParallelLinear`` does.
+class OwnedNorm:
+    """What the norm in a ``TELayerNormColumnParallelLinear`` does, with the layer's parameters.
 
-    Args:
-        layer: owns the parameters.
-        norm: a ``TENorm``, whose own are replaced.
-        input_: ``[s, b, h]``.
+    TransformerEngine's norms are operations, which it fuses with others anew at every call. In a ``Sequential`` of
+    theirs it does so once, for as long as the call wants gradients, or does not.
+
+    Attributes:
+        norm: a ``TENorm``, whose own parameters are replaced.
     """
-    if norm.weight is not layer.layer_norm_weight:  # the first use, or after a parameter was replaced
-        norm.weight = layer.layer_norm_weight
-    if layer.layer_norm_bias is not None and norm.bias is not layer.layer_norm_bias:
-        norm.bias = layer.layer_norm_bias
-    output: Tensor = norm(input_)
-    return output
+
+    def __init__(self, layer: Any) -> None:
+        self.norm = te.TENorm(layer.config, layer.weight.shape[1], eps=layer.eps)
+        self._fused: dict[bool, torch.nn.Module] = {}
+
+    def __call__(self, layer: Any, input_: Tensor) -> Tensor:
+        """``[s, b, h]`` -> the same shape."""
+        norm, bias = self.norm, layer.layer_norm_bias
+        if norm.weight is not layer.layer_norm_weight or (bias is not None and norm.bias is not bias):
+            norm.weight = layer.layer_norm_weight  # the first use, or after a parameter was replaced
+            if bias is not None:
+                norm.bias = bias
+            self._fused.clear()
+        wants_gradients = torch.is_grad_enabled()
+        if wants_gradients not in self._fused:
+            self._fused[wants_gradients] = Sequential(norm)
+        output: Tensor = self._fused[wants_gradients](input_)
+        return output
 
 
 class TiledTELinear(TiledParallelLinear):
@@ -217,10 +233,10 @@ class TiledTELayerNormColumn(TiledTEColumn):
 
     def adopt(self) -> None:
         super().adopt()
-        self._norm = (te.TENorm(self.config, self.weight.shape[1], eps=self.eps),)  # in a tuple: not a submodule
+        self._norm = OwnedNorm(self)
 
     def normalized(self, input_: Tensor) -> Tensor:
-        return normalize(self, self._norm[0], input_)
+        return self._norm(self, input_)
 
     def _tiled(self, input_: Tensor) -> tuple[Any, ...]:
         """As without a norm; with ``return_layernorm_output`` the norm's output too, where stock has it.

@@ -110,7 +110,7 @@ def check_remade_norms() -> None:
         tile(tiled, TilingConfig(factor=3, modules=LINEARS.modules, mlp_keep=keep))
         layer = tiled.decoder.layers[0].mlp.linear_fc1
         outputs: list[Any] = []
-        norm = layer._norm[0]
+        norm = layer._norm.norm
         norm.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(weakref.ref(output)))
         unlabelled = inputs() | {"labels": None}  # stock's loss allows one backward pass
         forward = tiled(**unlabelled)

@@ -1,5 +1,7 @@
 """Models of the real TransformerEngine, without a GPU: they are built, tiled, saved and loaded; none of them can run.
 
+Their norms do, on torch's functions.
+
 python -m tests.resident.check_transformer_engine_cpu FOLDER, one process, with an empty libcuda.so.1 in FOLDER, which
 TransformerEngine wants to load as it is imported. Never where there is a driver.
 """
@@ -216,6 +218,74 @@ def check_fp8() -> None:
     print("FP8: as in bf16", flush=True)
 
 
+def norm_kernels_on_cpu() -> None:
+    """TransformerEngine's norms run with torch in the place of their kernels."""
+    from transformer_engine.pytorch.ops.basic import layer_norm, rmsnorm
+
+    def gradients(of: Any, grad_output: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.enable_grad():
+            return torch.autograd.grad(of(*leaves), leaves, grad_output)
+
+    def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-5)
+
+    rest = torch.zeros(1)
+    rmsnorm.rmsnorm_fwd = lambda x, weight, *options: (rms(x, weight), None, rest)
+    rmsnorm.rmsnorm_bwd = lambda dy, x, rstd, weight, *options: gradients(rms, dy, x, weight)
+    layer_norm.layernorm_fwd = lambda x, weight, bias, *options: (layer(x, weight, bias), rest, rest)
+    layer_norm.layernorm_bwd = lambda dy, x, mean, rstd, weight, *options: gradients(
+        layer, dy, x, weight, torch.zeros_like(weight)
+    )
+    for module in (rmsnorm, layer_norm):
+        module.clear_tensor_data = lambda *tensors: None  # asks for a tensor on a GPU
+
+
+def check_norms() -> None:
+    """A tiled layer's norm does what TransformerEngine's does, and is fused once with gradients and once without."""
+    from transformer_engine.pytorch.ops import fuser
+
+    from megatron_tiling import TilingConfig, tile
+    from tests.support.te_models import LLAMA
+
+    norm_kernels_on_cpu()
+    made: list[Any] = []
+    init = fuser.OperationFuser.__init__
+
+    def counted(self: Any, ops: Any) -> None:
+        made.append(self)
+        init(self, ops)
+
+    fuser.OperationFuser.__init__ = counted
+    for changes in (LLAMA, {}):
+        model = build(**changes)
+        tile(model, TilingConfig(factor=2))
+        layer = model.decoder.layers[0].mlp.linear_fc1
+        parameters = ("layer_norm_weight", "layer_norm_bias")[: 1 if changes else 2]
+        for _ in range(2):  # with a model's own parameters, and with others in their place
+            for name in parameters:
+                setattr(layer, name, torch.nn.Parameter(torch.randn(32)))
+            made.clear()
+            for _ in range(3):
+                x, grad_output = torch.randn(5, 2, 32, requires_grad=True), torch.randn(5, 2, 32)
+                wrt = [x, *(getattr(layer, name) for name in parameters)]
+                output = layer.normalized(x)
+                with torch.no_grad():
+                    assert torch.equal(layer.normalized(x), output)
+                ours = torch.autograd.grad(output, wrt, grad_output)
+                fused = len(made)
+                expected = layer._norm.norm(x)
+                assert len(made) == fused + 1 and made.pop()  # as TransformerEngine's own is at every call
+                assert torch.equal(output, expected)
+                assert all(map(torch.equal, ours, torch.autograd.grad(expected, wrt, grad_output)))
+            assert len(made) == 2, made
+    fuser.OperationFuser.__init__ = init
+    print("norms: as TransformerEngine's own", flush=True)
+
+
 def main() -> None:
     prepare(Path(sys.argv[1]))
     import transformer_engine.pytorch
@@ -228,6 +298,7 @@ def main() -> None:
     check_checkpoints()
     check_reasons()
     check_fp8()
+    check_norms()
     torch.distributed.destroy_process_group()
     print(f"TransformerEngine {transformer_engine.__version__}: checks passed", flush=True)
 

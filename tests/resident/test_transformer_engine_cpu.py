@@ -25,6 +25,7 @@ NAMES = (
     "checkpoints",
     "reasons",
     "FP8",
+    "norms",
 )
 
 

@@ -1,7 +1,6 @@
-"""Of the op fuser, which no test uses: what Megatron 0.16 to 0.18 name in annotations."""
+"""Of the op fuser, which no test uses: what Megatron 0.16 to 0.18 name in annotations. Norms run in ``Sequential``."""
 
-
-class Sequential: ...
+from torch.nn import Sequential as Sequential
 
 
 class FusibleOperation: ...
