@@ -10,6 +10,7 @@ jobs = [j for j in jobs if j["name"] not in skip and (not only or j["name"] in o
 out = Path("/tmp/q"); (out / "log").mkdir(parents=True, exist_ok=True)
 n = int(os.environ.get("GPUS", 0)) or int(subprocess.run("nvidia-smi -L | wc -l", shell=True, capture_output=True, text=True).stdout or 0)
 free = {g: 1.0 for g in range(n)}
+jobs = [j for j in jobs if j.get("gpus", 1) <= n]
 running = []
 T0 = time.time()
 def family(pid):  # workers of torchrun are in sessions of their own
