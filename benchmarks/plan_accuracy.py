@@ -14,7 +14,7 @@ import shlex
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -62,6 +62,9 @@ class Planner:
         from megatron.core.parallel_state import get_global_memory_buffer
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        from megatron_tiling.tiles.planned_steps import forget_planned_memory
+
+        forget_planned_memory()
         get_global_memory_buffer().buffer.clear()  # of the simulation before
         stack = ExitStack()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -103,17 +106,48 @@ def built(args: argparse.Namespace, changes: dict[str, Any], tiling: dict[str, A
 
 
 def of_whole_model(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
-    from benchmarks import gpt, whole_model
+    from benchmarks import whole_model
 
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2048, batch=4)
+    yield from models(planner, record, args, whole_model.settings(args), built)
+
+
+def of_lora(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
+    """Of frozen models with adapters, of Megatron-Bridge's folder ``peft``."""
+    from benchmarks import lora
+    from megatron_tiling import TilingConfig, tile
+
+    shape = {"layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
+    args = arguments(record, **shape, sequence=2048, batch=4, rank=16)
+
+    def build(args: argparse.Namespace, changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
+        model = lora.build(args, changes)
+        if tiling is not None:
+            tile(model, TilingConfig(**tiling))
+        return model
+
+    yield from models(planner, record, args, lora.settings(args), build)
+
+
+def models(
+    planner: Planner,
+    record: dict[str, Any],
+    args: argparse.Namespace,
+    settings: Iterable[Any],
+    build: Callable[[argparse.Namespace, dict[str, Any], dict[str, Any] | None], Any],
+) -> Iterator[Row]:
+    """Of a record of ``whole_model.save``, which has symmetric memory in its peaks."""
+    from benchmarks import gpt
+    from megatron_tiling.tiles.planned_steps import planned_memory
+
     measured = {row["name"]: row["peak_mib"] for row in record["candidates"]}
     times = {row["name"]: statistics.median(row["milliseconds"]) for row in record["candidates"]}
-    for name, changes, tiling in whole_model.settings(args):
+    for name, changes, tiling in settings:
         if name not in measured:
             continue
         with planner.simulation():
-            model = built(args, changes, tiling)
+            model = build(args, changes, tiling)
             ddp = gpt.with_main_grad(model)
             inputs = gpt.batch(args, args.sequence, args.batch)
 
@@ -125,7 +159,8 @@ def of_whole_model(planner: Planner, record: dict[str, Any], lengths: int) -> It
                 return loss.detach()
 
             step()
-            yield name, planner.peak(step), measured[name], times[name]
+            symmetric = sum(memory.nbytes for memory in planned_memory()) / MIB
+            yield name, planner.peak(step) + symmetric, measured[name], times[name]
 
 
 def of_mlp(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
@@ -337,6 +372,7 @@ def overlapped(planner: Planner, run: dict[str, Any], record: dict[str, Any]) ->
 
 KINDS: dict[str, Callable[[Planner, Any, int], Iterator[Row]]] = {
     "whole-model": of_whole_model,
+    "lora": of_lora,
     "mlp-te": of_mlp,
     "mlp-fp8": of_mlp_fp8,
     "experts": of_experts,

@@ -23,6 +23,11 @@ def planned_memory() -> list[Tensor]:
     return list(_memories.values())
 
 
+def forget_planned_memory() -> None:
+    """Before another plan in this process."""
+    _memories.clear()
+
+
 class PlannedSteps(ScatteredSteps):
     """One pass over the steps under sequence parallelism, as ``SymmetricSteps`` allocates, on fake tensors."""
 

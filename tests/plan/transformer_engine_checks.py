@@ -131,14 +131,15 @@ def measured_peaks_under_tensor_parallelism() -> None:
     rows = [
         row for what in ("", "layer-") for row in of_tp_overlap(planner, read(f"2026-11-28-tp-overlap-{what}tp4"), 1)
     ]
-    rows += [row for h in (4096, 8192) for row in of_whole_model(planner, read(f"2026-11-28-whole-model-tp4-{h}"), 1)]
-    assert len(rows) == 32 + 24 + 2 * 2
+    for model in ("8192-4-steps", "4096-16k"):
+        rows += of_whole_model(planner, read(f"2026-11-28-whole-model-tp4-{model}"), 1)
+    assert len(rows) == 32 + 24 + 2 * 4
     for name, predicted, measured, _ in rows:
         if abs(predicted / measured - 1) > 0.002:
             raise AssertionError(f"{name}: {predicted:.1f} MiB, measured {measured:.1f}")
 
 
-def refusals_of_fp8() -> None:
+def refusals() -> None:
     """By name: what is not here."""
     Planner()
     import transformer_engine as te
@@ -148,6 +149,8 @@ def refusals_of_fp8() -> None:
         (recipe.MXFP8BlockScaling, "--fp8-recipe"),
         (lambda: recipe.Float8CurrentScaling(fp8_dpa=True), "--fp8-dot-product-attention"),
         (lambda: te.pytorch.fp8_model_init(enabled=True), "--fp8-param-gather"),
+        (te.pytorch.ops.Sequential, "--use-transformer-engine-op-fuser"),
+        (lambda: te.pytorch.ops.Sequential(*(te.pytorch.RMSNorm(8, device="cpu") for _ in range(2))), "op-fuser"),
     ):
         try:
             ask()
@@ -191,7 +194,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         layers_in_fp8,
         measured_peaks,
         measured_peaks_under_tensor_parallelism,
-        refusals_of_fp8,
+        refusals,
         backends_of_attention,
     )
 }

@@ -1,4 +1,4 @@
-"""The planner's RMSNorm and LayerNorm (ops/basic/rmsnorm.py, layer_norm.py)."""
+"""The planner's RMSNorm and LayerNorm (ops/basic/rmsnorm.py, layer_norm.py), by themselves or in ops.Sequential."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiling.plan.transformer_engine.kernels import run
+from megatron_tiling.plan.transformer_engine.refused import refusal
 
 
 def normalized(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -66,3 +67,12 @@ class LayerNorm(RMSNorm):
         super().__init__(*args, **kwargs)
         self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
         self.bias.sequence_parallel = self.weight.sequence_parallel
+
+
+class Sequential(torch.nn.Sequential):
+    """Of the op fuser, which leaves a norm that is alone as it is."""
+
+    def __init__(self, *operations: Any) -> None:
+        if [type(operation) for operation in operations] not in ([RMSNorm], [LayerNorm]):
+            raise refusal("TransformerEngine's op fuser", "leave out --use-transformer-engine-op-fuser")
+        super().__init__(*operations)
