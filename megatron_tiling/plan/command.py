@@ -63,13 +63,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """The run of a setting on the fullest of those that were looked at, the work of all, the slowest one's time."""
+    """The run of a setting on the fullest of those that were looked at, the work of all, the slowest one's time.
+
+    ``untrained`` are trainable parameters of all that no gradient reaches.
+    """
 
     flags: str
     stage: int
     run: Run
     flops: float
     seconds: float
+    untrained: int = 0
 
 
 class Command:
@@ -123,6 +127,7 @@ class Command:
         # The first stage holds most micro-batches and the embedding, the last makes the logits.
         looked_at = range(stages) if UNEVEN & names else sorted({0, stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
+        self._untrained: int | None = None  # of the first setting that is planned: the command's own
 
     def with_flags(self, *flags: str) -> Setting:
         """The command without tiles, and these."""
@@ -137,7 +142,7 @@ class Command:
                 yield setting
 
     def plan(self, settings: Iterable[Setting], tracker: Tracker, draw: bool = False) -> Iterator[Plan | str]:
-        """Of each setting, with its curve if it is to be drawn, or why it does not run."""
+        """Of each setting, with its curve if it is to be drawn, or why it does not run as the first one does."""
         asked = list(settings)
         jobs = [
             functools.partial(plan, tracker, self.script, setting.arguments, self.gpus, rank, draw)
@@ -152,8 +157,13 @@ class Command:
                 yield next(run for run in runs.values() if isinstance(run, str))
                 continue
             fullest = max(found, key=lambda stage: found[stage].peak)
-            flops = sum(run.flops for run in found.values())
-            yield Plan(setting.flags, fullest, found[fullest], flops, max(run.seconds for run in found.values()))
+            untrained = sum(run.untrained for run in found.values())
+            self._untrained = untrained if self._untrained is None else self._untrained
+            if lost := untrained - self._untrained:
+                yield f"no gradient reaches {lost} parameters that train otherwise"  # blocks of frozen inputs
+                continue
+            flops, seconds = sum(run.flops for run in found.values()), max(run.seconds for run in found.values())
+            yield Plan(setting.flags, fullest, found[fullest], flops, seconds, untrained)
 
     def longest(self, tracker: Tracker, limit: float) -> dict[Setting, int | str]:
         """Tokens of the longest sequence that fits into ``limit`` bytes, or why a setting does not run.
@@ -278,10 +288,12 @@ def main(environment: Mapping[str, str] | None = None) -> None:
         print(f"{left}; the longest sequence that fits, in steps of {command.multiple} tokens:")
         for setting, tokens in command.longest(tracker, limit).items():
             name = setting.flags or "dense"
-            print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  does not run: {name}: {tokens}")
+            print(f"  {tokens:9}  {name}" if isinstance(tokens, int) else f"  left out: {name}: {tokens}")
         return
     plans = _dense_and_tiled(command, tracker, options.picture is not None)
     print(table(list(plans.values()), list(plans), left.reserved), flush=True)
+    if untrained := plans["dense"].untrained:
+        print(f"no gradient reaches {untrained} trainable parameters: are they in recomputed blocks of frozen inputs?")
     found: dict[str, measure.Measured | measure.Failed] = {}
     if options.measure:
         print()
@@ -323,5 +335,5 @@ def _compared(command: Command, tracker: Tracker, plans: Sequence[Plan], limit: 
         if isinstance(one, Plan):
             found.append(one)
         else:
-            failed.append(f"  not among them, it does not run: {setting.flags}: {one.splitlines()[-1]}")
+            failed.append(f"  not among them: {setting.flags}: {one.splitlines()[-1]}")
     return [*ranking(found, plans[0], limit), *failed]

@@ -44,6 +44,7 @@ class Run:
         flops: of matrix products in the micro-batches that were looked at.
         seconds: that the kernels of a step take, with all of its micro-batches.
         curve: of the step, if it is asked for.
+        untrained: trainable parameters that no gradient reaches.
     """
 
     peak: int
@@ -52,6 +53,7 @@ class Run:
     flops: float
     seconds: float
     curve: tuple[Point, ...] = ()
+    untrained: int = 0
 
 
 class _Planned(BaseException):
@@ -223,13 +225,15 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         CLOCK.clear()
         backward_passes.clear()
         moments = Moments(tracker, CLOCK) if draw else None
+        untrained = _watched(call["model"])
         stock_step(*args, **kwargs)
         tracker.mark("symmetric memory", planned_memory())
         always = {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
         parts = tracker.parts() | always
         seconds = CLOCK.once + (CLOCK.seconds - CLOCK.once) * stock_number() / number_of_microbatches()
         curve = moments.curve(always) if moments else ()
-        raise _Planned(Run(sum(parts.values()), parts, str(tracker.peak.phase), CLOCK.flops, seconds, curve))
+        peak, phase = sum(parts.values()), str(tracker.peak.phase)
+        raise _Planned(Run(peak, parts, phase, CLOCK.flops, seconds, curve, len(untrained)))
 
     def wanted_microbatches() -> int:
         """As many as it takes until a pipeline's stage holds the most that it ever does, and one more."""
@@ -296,6 +300,15 @@ def _finite(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return False
 
     return found_inf
+
+
+def _watched(chunks: list[torch.nn.Module]) -> set[int]:
+    """Trainable parameters, by ``id``, of which each leaves once a gradient has reached it."""
+    left = set()
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad):
+        left.add(id(parameter))
+        parameter.register_post_accumulate_grad_hook(lambda reached: left.discard(id(reached)))
+    return left
 
 
 def mark_model(tracker: Tracker, chunks: list[torch.nn.Module]) -> None:

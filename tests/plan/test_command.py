@@ -1,5 +1,7 @@
 """The command: which ranks it looks at, what it compares and prints, and what it says of commands that do not run."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from megatron_tiling.plan.run import Run
 from tests.support.launch import EXAMPLES, ROOT
 from tests.support.training import COMMON
 
+PARTS = ("weig", "opti")
 SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4".split()
 
 
@@ -187,6 +190,57 @@ def test_a_script_that_does_not_train(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1
     assert "script.py ended before Megatron's trainer took a step" in ended.stderr
+
+
+#: The example's, on frozen layers with low-rank paths.
+LORA = """
+import pretrain_gpt
+from lora import add_lora
+
+stock = pretrain_gpt.gpt_config_from_args
+
+
+def add(chunks):
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        add_lora(chunk, ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], rank=4, alpha=8)
+    return chunks
+
+
+def config(args):
+    found = stock(args)
+    found.pre_wrap_hooks.append(add)
+    return found
+
+
+pretrain_gpt.gpt_config_from_args = config
+parsed = pretrain_gpt.parse_args(pretrain_gpt.REFUSED)
+pretrain_gpt.train(parsed, pretrain_gpt.dataset_kind(parsed))
+"""
+
+
+def test_lora_and_what_would_not_train_it(tmp_path: Path) -> None:
+    """Moments are those of the adapters. Megatron's full recompute of blocks of frozen inputs makes no gradients."""
+    script = tmp_path / "script.py"
+    script.write_text(LORA)
+    flags = [*COMMON, "--no-gradient-accumulation-fusion", "--train-iters", "2", "--global-batch-size", "2"]
+    flags += ["--hidden-size", "512", "--use-tiled-linear", "--tiled-linear-modules", "output"]
+
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "megatron_tiling", "plan", str(script), *flags, *more]
+        path = {"PYTHONPATH": f"{ROOT}:{EXAMPLES}"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = run()
+    parts = {line.rsplit(maxsplit=2)[0]: int(line.split()[-1]) for line in found.splitlines() if line[:4] in PARTS}
+    assert parts["optimizer states"] < parts["weights"] > 0
+    lost = [line for line in found.splitlines() if line.startswith("  not among them: --recompute-granularity full")]
+    assert len(lost) == 5 and all(re.search(r": no gradient reaches \d+ parameters that train", line) for line in lost)
+    assert "trainable parameters: are they in" not in found
+    found = run("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    assert "trainable parameters: are they in recomputed blocks of frozen inputs?" in found
 
 
 def test_memory_that_is_not_there() -> None:
