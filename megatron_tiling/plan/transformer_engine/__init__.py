@@ -82,7 +82,7 @@ def _modules() -> dict[str, dict[str, Any]]:
         "pytorch.constants": {"TE_DType_To_Torch": fp8.FLOAT8} | constants,
         "pytorch.quantized_tensor": saving,
         "pytorch.utils": {"is_non_tn_fp8_gemm_supported": lambda: False},  # on Hopper
-        "pytorch.ops": of(refused, "Sequential", "FusibleOperation"),
+        "pytorch.ops": of(norms, "Sequential") | of(refused, "FusibleOperation"),
         "pytorch.tensor": of(refused, "QuantizedTensor"),
         "pytorch.tensor.float8_tensor": of(fp8, "Float8Quantizer", "Float8CurrentScalingQuantizer"),
         "pytorch.tensor.float8_blockwise_tensor": of(fp8, "Float8BlockQuantizer"),

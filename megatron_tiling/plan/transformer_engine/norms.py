@@ -1,4 +1,4 @@
-"""The planner's RMSNorm and LayerNorm (ops/basic/rmsnorm.py, layer_norm.py)."""
+"""The planner's RMSNorm and LayerNorm (ops/basic/rmsnorm.py, layer_norm.py), and a norm on its own in Sequential."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiling.plan.transformer_engine.kernels import run
+from megatron_tiling.plan.transformer_engine.refused import refusal
 
 
 def normalized(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -66,3 +67,12 @@ class LayerNorm(RMSNorm):
         super().__init__(*args, **kwargs)
         self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
         self.bias.sequence_parallel = self.weight.sequence_parallel
+
+
+class Sequential(torch.nn.Sequential):
+    """Of a norm (ops/sequential.py), which is called as it is; of anything else it is the op fuser."""
+
+    def __init__(self, *ops: Any) -> None:
+        if not ops or not all(isinstance(op, RMSNorm) for op in ops):
+            raise refusal("TransformerEngine's op fuser", "leave out --use-transformer-engine-op-fuser")
+        super().__init__(*ops)

@@ -46,13 +46,6 @@ class FusibleOperation:
     """In annotations alone."""
 
 
-class Sequential:
-    """Of the op fuser."""
-
-    def __init__(self, *args: Any) -> None:
-        raise refusal("TransformerEngine's op fuser", "leave out --use-transformer-engine-op-fuser")
-
-
 class CudaRNGStatesTracker:
     """Megatron's own is what the planner uses."""
 
