@@ -85,9 +85,8 @@ class OwnedNorm:
     """What the norm in a ``TELayerNormColumnParallelLinear`` does, with the layer's parameters.
 
     TransformerEngine's norms are operations, which it fuses with others anew at every call. In a ``Sequential`` of
-    theirs it does so once, for as long as the call wants gradients, or does not. It does not call a
-    ``forward`` that somebody has put in the place of theirs, as Megatron does with ``--batch-invariant-mode``: then the
-    norm runs without it.
+    theirs it does so once, for as long as the call wants gradients, or does not. It does not call a ``forward``
+    that somebody has put in the place of theirs, as Megatron does with ``--batch-invariant-mode``: the norm runs then.
 
     Attributes:
         norm: a ``TENorm``, whose own parameters are replaced.
