@@ -297,12 +297,22 @@ def take_known(record: dict[str, Any], conditions: dict[str, Any], origin: Origi
     if unlike:
         ranks.say(f"--known: another {', another '.join(unlike)}; the search begins near its longest contexts")
         for setting in known:
-            setting.elsewhere = rows[setting.name]["longest"]
+            setting.elsewhere = tokens_within(conditions["limit"], rows[setting.name])
         return []
     for setting in known:
         row = rows[setting.name]
         setting.longest, setting.peaks = row["longest"], {int(tokens): peak for tokens, peak in row["peaks"].items()}
     return [setting.name for setting in known]
+
+
+def tokens_within(limit: float, row: dict[str, Any]) -> int:
+    """Of a setting in a record: its longest context, or where the line to its peak meets a lower limit in GiB."""
+    peaks = {int(tokens): peak for tokens, peak in row["peaks"].items()}
+    longest, shortest = row["longest"], min(peaks)
+    most, least = peaks[longest], peaks[shortest]
+    if most <= limit:
+        return longest
+    return max(0, shortest + int((longest - shortest) * (limit - least) / (most - least))) if most > least else 0
 
 
 def record_of(

@@ -85,7 +85,8 @@ class OwnedNorm:
     """What the norm in a ``TELayerNormColumnParallelLinear`` does, with the layer's parameters.
 
     TransformerEngine's norms are operations, which it fuses with others anew at every call. In a ``Sequential`` of
-    theirs it does so once, for as long as the call wants gradients, or does not.
+    theirs it does so once, for as long as the call wants gradients, or does not. It does not call a ``forward``
+    that somebody has put in the place of theirs, as Megatron does with ``--batch-invariant-mode``: the norm runs then.
 
     Attributes:
         norm: a ``TENorm``, whose own parameters are replaced.
@@ -103,11 +104,15 @@ class OwnedNorm:
             if bias is not None:
                 norm.bias = bias
             self._fused.clear()
+        run = norm if replaced_forward(type(norm)) else self._in_sequence()
+        output: Tensor = run(input_)
+        return output
+
+    def _in_sequence(self) -> torch.nn.Module:
         wants_gradients = torch.is_grad_enabled()
         if wants_gradients not in self._fused:
-            self._fused[wants_gradients] = Sequential(norm)
-        output: Tensor = self._fused[wants_gradients](input_)
-        return output
+            self._fused[wants_gradients] = Sequential(self.norm)
+        return self._fused[wants_gradients]
 
 
 class TiledTELinear(TiledParallelLinear):

@@ -150,6 +150,20 @@ def test_the_search_begins_where_it_ended_on_another_machine(reckoned: Reckoning
     assert all("elsewhere" not in row for row in record(again)["settings"])
 
 
+@pytest.mark.parametrize("limit", [77.0, 65.0, 51.0, 40.0])
+def test_no_length_of_a_larger_gpu_is_tried_on_a_smaller_one(reckoned: Reckoning, limit: float) -> None:
+    """Over several ranks a step that does not fit is the end of the run."""
+    Search(reckoned, 3, lambda: None, MOST_TOKENS).run()
+    earlier = record(reckoned)
+    origin, here = longest_context.Origin(**earlier["origin"]), earlier | {"limit": limit}
+    conditions = {name: here[name] for name in ("model", "gpus", "limit", "most")}
+    again = Reckoning(random.Random(1))
+    assert not longest_context.take_known(earlier, conditions, origin, again.found)
+    for setting, before in zip(again.found, reckoned.found, strict=True):
+        share = (limit - HELD) / (before.peaks[before.longest] - HELD)
+        assert setting.elsewhere == pytest.approx(max(share, 0) * before.longest, rel=0.06, abs=STEP)
+
+
 @pytest.mark.parametrize("elsewhere", [3 * STEP, 10 * STEP, 29 * STEP, 60 * STEP, 2**21])
 def test_a_length_from_elsewhere_may_be_far_from_ours(elsewhere: int) -> None:
     trainer = Line(1.0)

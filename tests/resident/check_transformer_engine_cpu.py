@@ -282,6 +282,12 @@ def check_norms() -> None:
                 assert torch.equal(output, expected)
                 assert all(map(torch.equal, ours, torch.autograd.grad(expected, wrt, grad_output)))
             assert len(made) == 2, made
+        kind, fused = type(layer._norm.norm), len(made)
+        forward = kind.forward
+        kind.forward = lambda norm, x: x + norm.eps  # as Megatron replaces it with --batch-invariant-mode
+        assert torch.equal(layer.normalized(x), x + layer.eps)
+        kind.forward = forward
+        assert torch.equal(layer.normalized(x), expected) and len(made) == fused
     fuser.OperationFuser.__init__ = init
     print("norms: as TransformerEngine's own", flush=True)
 
