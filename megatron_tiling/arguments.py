@@ -75,6 +75,7 @@ REFUSED: dict[str, tuple[Refused, ...]] = {
     ),
     "tiled layers": (
         Refused("--defer-embedding-wgrad-compute", "a tiled layer computes its weight gradient in its backward pass"),
+        Refused("--batch-invariant-mode", "products of tiles are not those that it puts in the place of torch's"),
         Refused("--tensor-parallel-num-weight-shards", _WHOLE_WEIGHT, _as_many_as("tensor_model_parallel_size")),
         Refused(
             "--expert-tensor-parallel-num-weight-shards",

@@ -148,6 +148,7 @@ def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -
     [
         ("transformer_impl", "inference_optimized", "--transformer-impl inference_optimized"),
         ("defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
+        ("batch_invariant_mode", True, "--batch-invariant-mode"),
         ("tensor_parallel_num_weight_shards", 2, "--tensor-parallel-num-weight-shards 2"),
         ("expert_tensor_parallel_num_weight_shards", 4, "--expert-tensor-parallel-num-weight-shards 4"),
     ],

@@ -66,6 +66,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] |
         lambda model: setattr(model.config, "defer_embedding_wgrad_compute", True),
         "--defer-embedding-wgrad-compute",
     ),
+    "products of one order": (
+        {},
+        {},
+        lambda model: setattr(model.config, "batch_invariant_mode", True),
+        "--batch-invariant-mode",
+    ),
     "sharded weights": ({}, {}, with_late_shards, "--tensor-parallel-num-weight-shards"),
     "one model of two": ({"splits": {"output": (2, 1)}}, {}, in_a_list_beside_a_fine_one, "output=2x1"),
 }

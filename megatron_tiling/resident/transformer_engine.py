@@ -86,7 +86,7 @@ class OwnedNorm:
 
     TransformerEngine's norms are operations, which it fuses with others anew at every call. In a ``Sequential`` of
     theirs it does so once, for as long as the call wants gradients, or does not. It does not call a ``forward``
-    that somebody has put in the place of theirs, as Megatron does with ``--batch-invariant-mode``: the norm runs then.
+    that somebody has put in the place of theirs: the norm runs by itself then.
 
     Attributes:
         norm: a ``TENorm``, whose own parameters are replaced.

@@ -284,7 +284,7 @@ def check_norms() -> None:
             assert len(made) == 2, made
         kind, fused = type(layer._norm.norm), len(made)
         forward = kind.forward
-        kind.forward = lambda norm, x: x + norm.eps  # as Megatron replaces it with --batch-invariant-mode
+        kind.forward = lambda norm, x: x + norm.eps
         assert torch.equal(layer.normalized(x), x + layer.eps)
         kind.forward = forward
         assert torch.equal(layer.normalized(x), expected) and len(made) == fused
