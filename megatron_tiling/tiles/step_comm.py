@@ -30,9 +30,9 @@ Transport = Literal["auto", "collectives", "blocking"]
 #: A step of fewer tokens costs more in small products and launches than it hides.
 LEAST_STEP_TOKENS = 1024
 #: ``auto``: from so many operations on, forward and backward, of this rank's products in a call of an MLP, and of
-#: another layer. Fewer are done before a slow host has launched their steps. In whole models over 4 H200s, 8.7e12 and
-#: 4.3e12 of an MLP gained, and 2.2e12 lost; of qkv and proj 1.0e12, 0.8e12, 0.6e12 and 0.4e12 gained, 0.3e12 and 0.2e12
-#: lost (benchmarks/results/2026-11-28-whole-model-tp4-8192-4-steps.md, -4096-16k.md and -4096-4-steps.md).
+#: another layer. Fewer are done before a slow host has launched their steps. Whole models over 4 H200s gained with
+#: 8.7e12 of an MLP, 1.0e12 of qkv and 0.8e12 of proj, and with 4.3e12, 0.6e12 and 0.4e12; one lost, with 2.2e12, 0.3e12
+#: and 0.2e12 (benchmarks/results/2026-11-28-whole-model-tp4-8192-4-steps.md, -4096-16k.md and -4096-4-steps.md).
 LEAST_MLP_OPERATIONS, LEAST_LAYER_OPERATIONS = 4e12, 4e11
 TOKEN_MULTIPLE = 256  # tokens of a step, which fill a GPU's blocks
 #: Where this rank's own tokens come in a pass: first where others are only fetched, last where sums are only pushed.
