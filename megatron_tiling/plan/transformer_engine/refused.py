@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron_tiling.plan.transformer_engine.norms import RMSNorm
+
 
 def refusal(what: str, instead: str = "") -> NotImplementedError:
     """What to raise, and what to do instead, if anything."""
@@ -46,11 +48,13 @@ class FusibleOperation:
     """In annotations alone."""
 
 
-class Sequential:
-    """Of the op fuser."""
+class Sequential(torch.nn.Sequential):
+    """Of one norm, as tiled layers make it. The op fuser's start empty."""
 
-    def __init__(self, *args: Any) -> None:
-        raise refusal("TransformerEngine's op fuser", "leave out --use-transformer-engine-op-fuser")
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        if not (len(modules) == 1 and isinstance(modules[0], RMSNorm)):
+            raise refusal("TransformerEngine's op fuser", "leave out --use-transformer-engine-op-fuser")
+        super().__init__(*modules)
 
 
 class CudaRNGStatesTracker:
