@@ -266,7 +266,7 @@ def main(environment: Mapping[str, str] | None = None) -> None:
                 "of the GPUs that are here"
             )
         CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
-    tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
+    tracker = prepare(command.with_transformer_engine, options.expert_imbalance, options.script)
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
