@@ -230,7 +230,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
     best = undominated(plans)
     fitting = [one for one in best if one.run.peak <= limit]
     head = (
-        f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an "
+        f"of {len(plans)} settings the best that fit, by their matrix products against dense's; in brackets an "
         "estimate of their kernels' time:"
     )
     if not fitting:
