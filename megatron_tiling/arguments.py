@@ -291,7 +291,8 @@ def validate_tiling_args(args: Namespace) -> TilingConfig | None:
     if getattr(args, "transformer_impl", None) == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--use-tiled-linear with --transformer-impl transformer_engine: TransformerEngine is not installed; "
-            "install it, or use --transformer-impl local"
+            "install it, or use --transformer-impl local --no-persist-layer-norm --no-rope-fusion "
+            "--no-masked-softmax-fusion"
         )
     config = TilingConfig.from_args(args)
     if config.partitioned:

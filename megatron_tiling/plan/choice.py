@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
-    tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
+    tracker = prepare(command.with_transformer_engine, options.expert_imbalance, options.script)
     memory = GPU_MEMORY_GIB if options.gpu_memory_gib is None else options.gpu_memory_gib
     left = room(memory, options.outside_gib, os.environ)
     limit = left.peak * GIB

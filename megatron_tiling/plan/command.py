@@ -240,7 +240,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
     best = undominated(plans)
     fitting = [one for one in best if one.run.peak <= limit]
     head = (
-        f"the best of {len(plans)} settings that fit, by their matrix products against dense's; in brackets an "
+        f"of {len(plans)} settings the best that fit, by their matrix products against dense's; in brackets an "
         "estimate of their kernels' time:"
     )
     if not fitting:
@@ -276,7 +276,7 @@ def main(environment: Mapping[str, str] | None = None) -> None:
                 "of the GPUs that are here"
             )
         CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
-    tracker = prepare(command.with_transformer_engine, options.expert_imbalance)
+    tracker = prepare(command.with_transformer_engine, options.expert_imbalance, options.script)
     if command.has_experts:
         print(f"experts: {options.expert_imbalance:g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip

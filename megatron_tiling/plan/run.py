@@ -64,8 +64,14 @@ class _Planned(BaseException):
         self.run = run
 
 
-def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0) -> Tracker:
-    """What all runs share: this process is for planning from here on. Plans run in forks of it."""
+def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0, script: str = "") -> Tracker:
+    """What all runs share: this process is for planning from here on. Plans run in forks of it.
+
+    Args:
+        script: in a Megatron-LM tree, that tree is what is imported.
+    """
+    if script:
+        _put_on_path(script)
     tracker = Tracker(on_operation=CLOCK.operation)
     gpu.install(tracker, with_transformer_engine)
     routing.install(expert_imbalance)
@@ -92,7 +98,7 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int, 
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     sys.argv = [script, *argv]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    _put_on_path(script)
     fake_process_groups(world, rank)
     _install_seams(tracker, draw)
     try:
@@ -103,6 +109,13 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int, 
         if ended.code:
             raise
     raise SystemExit(f"megatron_tiling plan: {script} ended before Megatron's trainer took a step")
+
+
+def _put_on_path(script: str) -> None:
+    """A script's folder, as for ``python SCRIPT``."""
+    folder = os.path.dirname(os.path.abspath(script))
+    if sys.path[0] != folder:
+        sys.path.insert(0, folder)
 
 
 def _read_docstrings_once() -> None:
@@ -172,6 +185,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
+    from megatron.core.datasets import utils as datasets
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
     from megatron.core.pipeline_parallel import schedules
 
@@ -274,6 +288,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         stock_validate: validate,
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
         training.build_train_valid_test_data_iterators: look.data_iterators(batch),
+        datasets.compile_helpers: lambda: None,  # of helpers that read data, in a tree by its Makefile
     }  # fmt: skip
     replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
     training.get_num_microbatches = number_of_microbatches

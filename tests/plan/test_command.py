@@ -250,6 +250,16 @@ def test_memory_that_is_not_there() -> None:
     assert done.stderr.splitlines()[-1].endswith("--gpu-memory-gib 3: must be more than --outside-gib 3.5")
 
 
+def test_a_tree_is_planned_with_its_own_megatron(tmp_path: Path) -> None:
+    """From any folder, beside an installed megatron-core."""
+    (tmp_path / "pretrain_gpt.py").touch()
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").write_text('raise SystemExit("the tree\'s own")\n')
+    command = [sys.executable, "-m", "megatron_tiling", "plan", str(tmp_path / "pretrain_gpt.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "the tree's own"
+
+
 def test_a_gpus_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(*_: object) -> None:
         raise SystemExit("before the first plan")
