@@ -6,8 +6,9 @@ concerns. ``refuse`` looks for them in parsed arguments, or in a model's config 
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from megatron_tiling.config import (
     DEFAULT_HEAD_MEMORY_MIB,
@@ -262,6 +263,21 @@ def _number_or_text(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def naming_what_was_meant(parser: ArgumentParser) -> ArgumentParser:
+    """With an error for flags that it does not know which names those of ours that are spelled alike."""
+    stock, ours = parser.error, ("--use-tiled-linear", *FLAGS.values())
+
+    def error(message: str) -> NoReturn:
+        what, _, unknown = message.partition("unrecognized arguments: ")
+        for word in [] if what else unknown.split():
+            near = get_close_matches(word.partition("=")[0].replace("_", "-"), ours, n=1, cutoff=0.75)
+            message += f"; is {word} {near[0]}?" if near else ""
+        stock(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 def validate_tiling_args(args: Namespace) -> TilingConfig | None:

@@ -8,7 +8,15 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_tiling import TilingConfig, arguments
-from megatron_tiling.arguments import REFUSED, Refused, add_tiling_args, reasons, refuse, validate_tiling_args
+from megatron_tiling.arguments import (
+    REFUSED,
+    Refused,
+    add_tiling_args,
+    naming_what_was_meant,
+    reasons,
+    refuse,
+    validate_tiling_args,
+)
 from megatron_tiling.config import FLAGS, argument_of
 from megatron_tiling.resident.transformer_engine import NOT_IN_TILES
 
@@ -140,6 +148,23 @@ def test_transformer_engine_needs_to_be_there(monkeypatch: pytest.MonkeyPatch) -
         parse("--use-tiled-linear", transformer_impl="transformer_engine")
     monkeypatch.setattr(arguments, "find_spec", lambda module: object())
     assert parse("--use-tiled-linear", transformer_impl="transformer_engine") is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("--tiled-factor 4", "unrecognized arguments: --tiled-factor 4; is --tiled-factor --tile-factor?"),
+        ("--use_tiled_linear", "--use_tiled_linear; is --use_tiled_linear --use-tiled-linear?"),
+        ("--tiled-splits=fc1=1x8 --more", "--more; is --tiled-splits=fc1=1x8 --tiled-linear-splits?"),
+        ("--tensor-parallel 2", "unrecognized arguments: --tensor-parallel 2"),
+        ("--tiled-linear-modules", "argument --tiled-linear-modules: expected at least one argument"),
+    ],
+)
+def test_a_flag_that_is_spelled_like_ours(given: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = naming_what_was_meant(add_tiling_args(ArgumentParser(allow_abbrev=False)))
+    with pytest.raises(SystemExit):
+        parser.parse_args(given.split())
+    assert capsys.readouterr().err.endswith(f"{answer}\n")
 
 
 @pytest.mark.feature("`{flag}`", refused=True)

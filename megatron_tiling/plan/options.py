@@ -66,6 +66,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command_parser()
     options = parser.parse_args(argv)
+    own = {argument.partition("=")[0] for argument in options.arguments} & set(parser._option_string_actions)
+    if flag := next((flag for flag in own if flag not in ("-h", "--help")), None):
+        parser.error(f"{flag} is the planner's: it stands before the script")
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
     if options.gpu_memory_gib is None and not options.measure:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiling.arguments import add_tiling_args, validate_tiling_args
+from megatron_tiling.arguments import add_tiling_args, naming_what_was_meant, validate_tiling_args
 from megatron_tiling.config import TilingConfig, argument_of, storage_of
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.trainer import versions
@@ -125,7 +125,7 @@ def _args_that_tile() -> Namespace | None:
 
 
 def _with_flags(stock: Stock, call: Call) -> ArgumentParser:
-    return add_tiling_args(_run(stock, call))
+    return naming_what_was_meant(add_tiling_args(_run(stock, call)))
 
 
 def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:

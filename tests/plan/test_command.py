@@ -10,6 +10,7 @@ import pytest
 
 from megatron_tiling.plan.clock import CLOCK, GPUS
 from megatron_tiling.plan.command import GIB, Command, Plan, main, ranking, table
+from megatron_tiling.plan.options import parse
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run
 from tests.support.launch import EXAMPLES, ROOT
@@ -248,6 +249,16 @@ def test_memory_that_is_not_there() -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_tiling", *options], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--gpu-memory-gib 3: must be more than --outside-gib 3.5")
+
+
+@pytest.mark.parametrize("flag", ["--gpus=8", "--longest"])
+def test_flags_of_the_planner_stand_before_the_script(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = str(EXAMPLES / "pretrain_gpt.py")
+    with pytest.raises(SystemExit):
+        parse([script, "--num-layers", "2", flag])
+    name = flag.partition("=")[0]
+    assert f"error: {name} is the planner's: it stands before the script" in capsys.readouterr().err
+    assert parse(["--gpus=8", script, "--num-layers", "2"]).gpus == 8
 
 
 def test_a_tree_is_planned_with_its_own_megatron(tmp_path: Path) -> None:
