@@ -239,7 +239,7 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         CLOCK.clear()
         backward_passes.clear()
         moments = Moments(tracker, CLOCK) if draw else None
-        untrained = _watched(call["model"])
+        untrained = _without_gradients(call["model"])
         stock_step(*args, **kwargs)
         tracker.mark("symmetric memory", planned_memory())
         always = {"cuBLAS workspaces": gpu.CUBLAS_WORKSPACES}
@@ -317,7 +317,7 @@ def _finite(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return found_inf
 
 
-def _watched(chunks: list[torch.nn.Module]) -> set[int]:
+def _without_gradients(chunks: list[torch.nn.Module]) -> set[int]:
     """Trainable parameters, by ``id``, of which each leaves once a gradient has reached it."""
     left = set()
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad):
