@@ -34,6 +34,7 @@ JOBS = [
     dict(name="qwen", limit=400, needs=FLASH, run=L.replace("--repeats 4", "--repeats 10") % 330 + "--layers 4 --name longest-context-qwen3-30b-a3b " + QWEN + KNOWN % "qwen3-30b-a3b-timed" + MOE),
     dict(name="sonic", needs=[*FLASH, "/tmp/sp2.done"], limit=850, run="export PYTHONPATH=$TREE:/tmp/sp2/site-packages:/tmp/sp2/site-packages/nvidia_cutlass_dsl/python_packages:/tmp/sp3; export PYTHONFAULTHANDLER=1; (sleep 800; pkill -ABRT -f one-case-into) & python3 -m benchmarks.experts --combine --cases 64:8:768 --repeats 10 --results $OUT/sonic"),
     *peers(2),
+    dict(name="apex-tests", limit=400, needs=["/tmp/apexall/done"], run="export PYTHONPATH=$TREE:$TREE/examples/gpt:/tmp/apexall:/tmp/spx; python3 -m pytest -q -rA -p no:cacheprovider tests/trainer/test_apex_gpu.py"),
     dict(name="gpu-tests", limit=200, needs=FLASH, run="python3 -m pytest -q -rfE -n 3 -p no:cacheprovider tests/resident/test_experts_gpu.py tests/resident/test_transformer_engine_gpu.py tests/resident/test_fp8_gpu.py tests/tiles/test_head_gpu.py tests/tiles/test_mlp_gpu.py tests/tiles/kernels/test_devices_gpu.py"),
     dict(name="l3-again", limit=200, needs=FLASH, run=L.replace("--repeats 4", "--repeats 10") % 150 + B3 % "-again" + KNOWN % "3b-rest" + "--settings stock 'stock, recompute core_attn' 'tiled: output alone' 'tiled: default'"),
 ]
