@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import gpt, ranks
 from benchmarks.arguments import above_zero, output_folder, positive
-from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting
+from benchmarks.context_search import FARTHER, MOST, STEP, Search, Setting, take_known
 from benchmarks.record import RESULTS, Origin, machine
 
 GIB = 2**30
@@ -273,46 +273,6 @@ def model_of(args: argparse.Namespace) -> str:
 def conditions_of(args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     """What was asked for, as records have it. A collective."""
     return {"model": model_of(args), "gpus": ranks.count(), "limit": trainer.limit(), "most": args.sequence}
-
-
-def take_known(record: dict[str, Any], conditions: dict[str, Any], origin: Origin, found: list[Setting]) -> list[str]:
-    """Give settings the longest context and the peaks that an earlier record has of them.
-
-    Where its GPUs have another memory, or machine or packages are others, its lengths are where the search begins.
-
-    Returns:
-        The names of these settings, or none where they are searched all the same.
-
-    Raises:
-        SystemExit: the record is of another model or number of GPUs, or its search ended elsewhere.
-    """
-    of_record = record["origin"] | record
-    here = conditions | {"machine": origin.machine, "versions": origin.versions}
-    unlike = [name for name, value in here.items() if of_record.get(name) != value]
-    for name in unlike:
-        if name in ("model", "gpus", "most"):
-            raise SystemExit(f"--known: the record's {name} is {of_record.get(name)}, and here it is {here[name]}")
-    rows = {row["name"]: row for row in record["settings"]}
-    known = [setting for setting in found if setting.name in rows]
-    if unlike:
-        ranks.say(f"--known: another {', another '.join(unlike)}; the search begins near its longest contexts")
-        for setting in known:
-            setting.elsewhere = tokens_within(conditions["limit"], rows[setting.name])
-        return []
-    for setting in known:
-        row = rows[setting.name]
-        setting.longest, setting.peaks = row["longest"], {int(tokens): peak for tokens, peak in row["peaks"].items()}
-    return [setting.name for setting in known]
-
-
-def tokens_within(limit: float, row: dict[str, Any]) -> int:
-    """Of a setting in a record: its longest context, or where the line to its peak meets a lower limit in GiB."""
-    peaks = {int(tokens): peak for tokens, peak in row["peaks"].items()}
-    longest, shortest = row["longest"], min(peaks)
-    most, least = peaks[longest], peaks[shortest]
-    if most <= limit:
-        return longest
-    return max(0, shortest + int((longest - shortest) * (limit - least) / (most - least))) if most > least else 0
 
 
 def record_of(

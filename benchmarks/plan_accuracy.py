@@ -95,39 +95,32 @@ def arguments(record: dict[str, Any], **shape: int) -> argparse.Namespace:
     return args
 
 
-def built(args: argparse.Namespace, changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
-    from benchmarks import gpt
+def built(
+    args: argparse.Namespace, changes: dict[str, Any], tiling: dict[str, Any] | None, build: Callable[..., Any]
+) -> Any:
     from megatron_tiling import TilingConfig, tile
 
-    model = gpt.build(args, changes)
+    model = build(args, changes)
     if tiling is not None:
         tile(model, TilingConfig(**tiling))
     return model
 
 
 def of_whole_model(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
-    from benchmarks import whole_model
+    from benchmarks import gpt, whole_model
 
     shape = {"layers": 3, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2048, batch=4)
-    yield from models(planner, record, args, whole_model.settings(args), built)
+    yield from models(planner, record, args, whole_model.settings(args), gpt.build)
 
 
 def of_lora(planner: Planner, record: dict[str, Any], lengths: int) -> Iterator[Row]:
     """Of frozen models with adapters, of Megatron-Bridge's folder ``peft``."""
     from benchmarks import lora
-    from megatron_tiling import TilingConfig, tile
 
     shape = {"layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "query_groups": 8, "vocabulary": 128256}
     args = arguments(record, **shape, sequence=2048, batch=4, rank=16)
-
-    def build(args: argparse.Namespace, changes: dict[str, Any], tiling: dict[str, Any] | None) -> Any:
-        model = lora.build(args, changes)
-        if tiling is not None:
-            tile(model, TilingConfig(**tiling))
-        return model
-
-    yield from models(planner, record, args, lora.settings(args), build)
+    yield from models(planner, record, args, lora.settings(args), lora.build)
 
 
 def models(
@@ -135,7 +128,7 @@ def models(
     record: dict[str, Any],
     args: argparse.Namespace,
     settings: Iterable[Any],
-    build: Callable[[argparse.Namespace, dict[str, Any], dict[str, Any] | None], Any],
+    build: Callable[..., Any],
 ) -> Iterator[Row]:
     """Of a record of ``whole_model.save``, which has symmetric memory in its peaks."""
     from benchmarks import gpt
@@ -147,7 +140,7 @@ def models(
         if name not in measured:
             continue
         with planner.simulation():
-            model = build(args, changes, tiling)
+            model = built(args, changes, tiling, build)
             ddp = gpt.with_main_grad(model)
             inputs = gpt.batch(args, args.sequence, args.batch)
 
@@ -246,7 +239,7 @@ def of_longest_context(planner: Planner, record: dict[str, Any], lengths: int) -
         if name not in measured:
             continue
         with planner.simulation():
-            model = built(args, changes, tiling)
+            model = built(args, changes, tiling, gpt.build)
             ddp = gpt.with_main_grad(model)
             options = OptimizerConfig(optimizer="adam", lr=1e-5, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0)
             optimizer = get_megatron_optimizer(options, [ddp])

@@ -267,6 +267,7 @@ def _number_or_text(text: str) -> int | str:
 
 def naming_what_was_meant(parser: ArgumentParser) -> ArgumentParser:
     """With an error for flags that it does not know which names those of ours that are spelled alike."""
+    changed: Any = parser
     stock, ours = parser.error, ("--use-tiled-linear", *FLAGS.values())
 
     def error(message: str) -> NoReturn:
@@ -276,7 +277,7 @@ def naming_what_was_meant(parser: ArgumentParser) -> ArgumentParser:
             message += f"; is {word} {near[0]}?" if near else ""
         stock(message)
 
-    parser.error = error  # type: ignore[method-assign]
+    changed.error = error
     return parser
 
 

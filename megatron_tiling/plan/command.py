@@ -160,7 +160,7 @@ class Command:
             untrained = sum(run.untrained for run in found.values())
             self._untrained = untrained if self._untrained is None else self._untrained
             if lost := untrained - self._untrained:
-                yield f"no gradient reaches {lost} parameters that train otherwise"  # blocks of frozen inputs
+                yield f"no gradient reaches {lost} parameters that train otherwise"
                 continue
             flops, seconds = sum(run.flops for run in found.values()), max(run.seconds for run in found.values())
             yield Plan(setting.flags, fullest, found[fullest], flops, seconds, untrained)

@@ -66,8 +66,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command_parser()
     options = parser.parse_args(argv)
-    own = {argument.partition("=")[0] for argument in options.arguments} & set(parser._option_string_actions)
-    if flag := next((flag for flag in own if flag not in ("-h", "--help")), None):
+    own = set(parser._option_string_actions) - {"-h", "--help"}  # these two a script has, too
+    behind = (argument.partition("=")[0] for argument in options.arguments)
+    if flag := next((flag for flag in behind if flag in own), None):
         parser.error(f"{flag} is the planner's: it stands before the script")
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
