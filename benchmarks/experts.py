@@ -1,6 +1,7 @@
 """Experts in grouped GEMMs, TransformerEngine's and tiled: time, what is kept between the passes, and the peak.
 
     python -m benchmarks.experts [--cases 8:2:1536 8:8:14336 64:8:768] [--tokens 8192] [--repeats 20] [--combine]
+        [--sonic-untuned]
         [--results DIR]
 
 A case is local experts, experts a token goes to, and ffn of an expert. What runs is Megatron's permutation (fused) of
@@ -83,7 +84,7 @@ class LocalTokens:
 
 
 def candidates(
-    case: tuple[int, ...], tokens: Any, routing_map: Any, probs: Any, combine: bool
+    case: tuple[int, ...], tokens: Any, routing_map: Any, probs: Any, combine: bool, untuned: bool
 ) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     """On the same weights: stock, recomputed by Megatron, and tiled."""
     import torch
@@ -129,7 +130,8 @@ def candidates(
             once.experts._dispatcher = LocalTokens(tokens, routing_map)
             yield f"ours: T={tiles} keep {keep}{ONCE}", run(once.experts)
     if combine and experts_sonic.to_be_had():
-        yield experts_sonic.NAME, experts_sonic.run_of(dense.experts, routing_map, probs)
+        sonic = experts_sonic.run_of(dense.experts, routing_map, probs)
+        yield experts_sonic.NAME + ", not tuned" * untuned, sonic
 
 
 def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[float, float]:
@@ -147,7 +149,7 @@ def memory(run: Callable[[Any], Any], hidden: Any, grad_output: Any) -> tuple[fl
     return kept / MIB, (torch.cuda.max_memory_allocated() - before - output.nbytes) / MIB
 
 
-def run_case(case: str, hidden_size: int, tokens: int, repeats: int, combine: bool) -> dict[str, Any]:
+def run_case(case: str, hidden_size: int, tokens: int, repeats: int, combine: bool, untuned: bool) -> dict[str, Any]:
     import torch
 
     from benchmarks import gpt
@@ -168,7 +170,7 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int, combine: bo
     found: dict[str, dict[str, Any]] = {}
     chosen = []
     exact: list[Any] = []
-    for name, run in candidates((hidden_size, experts, ffn), hidden, routing_map, probs, combine):
+    for name, run in candidates((hidden_size, experts, ffn), hidden, routing_map, probs, combine, untuned):
         candidate = Candidate(name, run, [probs])
         output = measure.step(candidate, hidden, grad_output)
         values = [output.detach().clone(), hidden.grad.clone(), probs.grad.clone()]
@@ -178,7 +180,7 @@ def run_case(case: str, hidden_size: int, tokens: int, repeats: int, combine: bo
             measure.step(candidate, hidden, grad_output)
         del output, values
         kept, peak = memory(run, hidden, grad_output)
-        without_rows = ONCE in name or name.endswith("recompute moe") or name == experts_sonic.NAME
+        without_rows = ONCE in name or name.endswith("recompute moe") or name.startswith(experts_sonic.NAME)
         rows_mib = 0.0 if without_rows else rows.nbytes / MIB
         found[name] = {"name": name, "kept_mib": kept, "rows_mib": rows_mib, "peak_mib": peak}
         found[name]["difference"] = max(differences)
@@ -242,11 +244,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--combine", action="store_true", help="the combination of tokens too, beside SonicMoE's")
+    parser.add_argument("--sonic-untuned", action="store_true", help="SonicMoE without its tuner, which takes minutes")
     parser.add_argument("--results", type=output_folder, default=RESULTS)
     parser.add_argument("--one-case-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_case_into:
-        found = run_case(args.cases[0], args.hidden_size, args.tokens, args.repeats, args.combine)
+        if args.sonic_untuned:
+            experts_sonic.leave_untuned()
+        found = run_case(args.cases[0], args.hidden_size, args.tokens, args.repeats, args.combine, args.sonic_untuned)
         args.one_case_into.write_text(json.dumps(found))
         return
     runs = []
@@ -255,7 +260,7 @@ def main() -> None:
             path = Path(folder) / str(number)
             command = [sys.executable, "-m", "benchmarks.experts", "--cases", case, "--tokens", str(args.tokens)]
             command += ["--hidden-size", str(args.hidden_size), "--repeats", str(args.repeats)]
-            command += ["--combine"] * args.combine
+            command += ["--combine"] * args.combine + ["--sonic-untuned"] * args.sonic_untuned
             subprocess.run([*command, "--one-case-into", str(path)], check=True)
             runs.append(json.loads(path.read_text()))
             write(args, runs)  # a run that is stopped leaves those that are done

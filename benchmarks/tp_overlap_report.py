@@ -1,8 +1,14 @@
-"""The page and the picture of a record of ``tp_overlap``: ``python -m benchmarks.tp_overlap_report RECORD.json``."""
+"""The page and the picture of a record of ``tp_overlap``, or of several as one, which then is written too.
+
+    python -m benchmarks.tp_overlap_report RECORD.json
+    python -m benchmarks.tp_overlap_report RECORD.json RECORD.json ... --into RECORD.json
+
+Sizes that take a process each become one page so.
+"""
 
 import json
 import statistics
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,25 @@ def write(path: Path) -> str:
         except ImportError:
             print(f"matplotlib is not installed: run `python -m benchmarks.tp_overlap_report {path}` where it is")
     return page
+
+
+def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record with the runs of all, and the traces of the first: of sizes that take a process each.
+
+    Raises:
+        ValueError: they differ in more than commands and runs.
+    """
+    first, *others = records
+    for other in others:
+        for key in first["origin"].keys() - {"command"}:
+            if other["origin"][key] != first["origin"][key]:
+                raise ValueError(f"{key}: {first['origin'][key]!r} and {other['origin'][key]!r}; pages of their own")
+        for key in (first.keys() | other.keys()) - {"origin", "runs"}:
+            if other.get(key) != first.get(key):
+                raise ValueError(f"{key}: {first.get(key)!r} and {other.get(key)!r}; pages of their own")
+    commands = "\n    ".join(record["origin"]["command"] for record in records)
+    runs = [run if record is first else run | {"traces": {}} for record in records for run in record["runs"]]
+    return first | {"origin": first["origin"] | {"command": commands}, "runs": runs}
 
 
 def markdown(record: dict[str, Any], stem: str) -> str:
@@ -117,6 +142,12 @@ def draw(run: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("record", type=Path)
-    print(write(parser.parse_args().record))
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
+    parser.add_argument("--into", type=Path, metavar="RECORD.json", help="where several become one")
+    args = parser.parse_args()
+    if (len(args.records) > 1) != (args.into is not None):
+        parser.error("several records take --into, one does not")
+    if args.into:
+        args.into.write_text(json.dumps(joined([json.loads(path.read_text()) for path in args.records])) + "\n")
+    print(write(args.into or args.records[0]))

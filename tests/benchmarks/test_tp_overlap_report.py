@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.record import Origin
-from benchmarks.tp_overlap_report import DENSE, DENSE_STILL, kind, write
+from benchmarks.tp_overlap_report import DENSE, DENSE_STILL, joined, kind, write
 
 
 def record(**changes: object) -> dict[str, object]:
@@ -48,6 +48,24 @@ def test_page_of_a_layer(tmp_path: Path) -> None:
     page = write(path)
     assert "# Communication beside a transformer layer's products" in page and "CONNECTIONS=8, main_grad" in page
     assert "8 query groups, SwiGLU; causal attention (flash) in sequences of 8192 tokens, bf16" in page
+
+
+def test_records_of_one_machine_are_joined(tmp_path: Path) -> None:
+    one, other = record(), record()
+    other["origin"]["command"], other["runs"][0]["tokens"] = "another command", 16384  # type: ignore[index]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(joined([one, other])))
+    page = write(path)
+    assert "    a command\n    another command\n" in page and page.count("(record.png)") == 1
+    assert page.index("28672, 8192 tokens") < page.index("28672, 16384 tokens")
+
+
+@pytest.mark.parametrize("change", [{"tp": 2}, {"what": "layer"}, {"origin": {"machine": "2x a GPU"}}])
+def test_records_of_other_settings_are_not_joined(change: dict[str, object]) -> None:
+    other = record(**change)
+    other["origin"] = record()["origin"] | other["origin"]  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"2.*pages of their own|'layer'; pages of their own"):
+        joined([record(), other])
 
 
 def test_kinds_of_kernels() -> None:
