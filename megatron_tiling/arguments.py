@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, NoReturn
 
 from megatron_tiling.config import (
+    DEFAULT_FACTOR,
     DEFAULT_HEAD_MEMORY_MIB,
     FLAGS,
     MODULES,
@@ -180,7 +181,8 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
         type=_number_or_text,
         metavar="N|auto",
         help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
-        f"Default {TilingConfig.factor}. auto: the planner chooses the fastest that fits.",
+        f"Default {DEFAULT_FACTOR}; then MLPs and experts that keep all pre-activations have fewer where a tile would "
+        "have little work. auto: the planner chooses the fastest that fits.",
     )
     group.add_argument(
         "--tiled-linear-modules",

@@ -137,7 +137,8 @@ class TilingConfig:
 
     Args:
         factor: tiles of a layer along its natural dimension, ``1 x factor`` for column layers (qkv, fc1, output)
-            and ``factor x 1`` for row layers (proj, fc2).
+            and ``factor x 1`` for row layers (proj, fc2). ``None`` is ``DEFAULT_FACTOR``, and at most that for MLPs and
+            grouped experts that keep all pre-activations: where a tile would have little work, there are fewer.
         modules: the layers to tile, out of ``MODULES``, or ``"all"``; experts are those in grouped GEMMs. ``None``
             tiles what gains: fc1, fc2, experts and output where tiles are resident, all where they are partitioned or
             with ``tp_overlap``.
@@ -169,7 +170,7 @@ class TilingConfig:
         ValueError: a value of another type or out of range, or one without effect, naming the flag to change.
     """
 
-    factor: int = DEFAULT_FACTOR
+    factor: int | None = None
     modules: tuple[str, ...] | Literal["all"] | None = None
     splits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fuse_wgrad: bool | None = None
@@ -187,7 +188,7 @@ class TilingConfig:
         if isinstance(modules, (tuple, list)):
             object.__setattr__(self, "modules", "all" if [*modules] == ["all"] else tuple(modules))
         for name, fine, wanted in (
-            ("factor", _is_whole(self.factor, 1), f"{_WHOLE} 1"),
+            ("factor", _is_whole(self.factor, 1, True), f"{_WHOLE} 1"),
             ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once, or all"),
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
@@ -299,7 +300,12 @@ class TilingConfig:
             return self.splits[module]
         if self.overlap_steps and module in ATTENTION_MODULES:
             return 1, 1
-        return (self.factor, 1) if module in ROW_MODULES else (1, self.factor)
+        factor = self.factor or DEFAULT_FACTOR
+        return (factor, 1) if module in ROW_MODULES else (1, factor)
+
+    def fewer_if_small(self, *modules: str) -> bool:
+        """Whether the tiles of these modules together are a number at most, which was not given."""
+        return self.factor is None and self.kept_tiles is None and not set(modules) & set(self.splits)
 
     def setting_of(self, module: str) -> str:
         """``fc1=1x8`` or ``experts=4``, as ``--tiled-linear-splits`` takes it."""

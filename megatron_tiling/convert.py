@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_tiling.config import (
+    DEFAULT_FACTOR,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
     OVERLAPPED_MODULES,
@@ -234,9 +235,10 @@ class _Plan:
             grids = self._fp8_grids(mlp, layers)
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
+        fewer = not (in_fp8 or self.config.partitioned) and self.config.fewer_if_small("fc1", "fc2")
         steps, least_tokens = self.config.overlap_steps, self._least_tokens(LEAST_MLP_OPERATIONS, *layers)
         if isinstance(mlp, TiledMLP):
-            keep = mlp.keep
+            keep, fewer = mlp.keep, mlp.fewer_if_small
             if not in_fp8:
                 steps, least_tokens = mlp.overlap_steps, mlp.least_overlap_tokens
         elif in_fp8:
@@ -255,7 +257,8 @@ class _Plan:
             if self.config.partitioned:
                 reason = reason or adapted
             if not reason:
-                self.mlps.append(partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps, least_tokens))
+                convert = partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps, least_tokens, fewer)
+                self.mlps.append(convert)
                 reason = adapted  # the MLP runs the loop once that adapter is gone
         no_overlap = "" if steps is None else "FP8" if in_fp8 else reason_for_no_overlap(mlp)
         if steps is None or no_overlap:
@@ -268,7 +271,8 @@ class _Plan:
             else:
                 kept = grid.tiles if keep is None else keep
                 report = replace(report, overlap_steps=steps, least_overlap_tokens=least_tokens, no_overlap=no_overlap)
-                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, kept_tiles=kept, fp8=in_fp8)
+                report = replace(report, fewer_if_small=fewer, fp8=in_fp8)
+                self.reports[layer] = replace(report, reason="", grid=grid, mlp=name, kept_tiles=kept)
 
     def _is_in_fp8(self, layers: list[Any]) -> bool:
         """Whether two layers stay TransformerEngine's, and an MLP that is tiled in FP8 may run in their place."""
@@ -334,7 +338,7 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
         return TileGrid(shape[1], shape[0], in_splits, out_splits, paired, FEATURE_ALIGNMENT)
     except ValueError as error:
         flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
-        value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor)
+        value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor or DEFAULT_FACTOR)
         raise ValueError(
             f"{flag}{value}: {name} has [out, in] = {list(shape)} on each rank, and {error}; "
             f"lower it, or give --tiled-linear-splits {module}=INxOUT for this module alone"

@@ -28,6 +28,7 @@ class LayerReport:
         reason: why it stayed dense, or why a tiled layer's MLP or loss is stock's.
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
+        fewer_if_small: that MLP has at most so many tiles, and fewer in calls of little work.
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
         overlap_steps: in at most so many steps of tokens that MLP's, or this layer's, communication runs
             behind its products; 0: it does not.
@@ -47,6 +48,7 @@ class LayerReport:
     reason: str = ""
     mlp: str | None = None
     kept_tiles: int = 0
+    fewer_if_small: bool = False
     fp8: bool = False
     overlap_steps: int = 0
     least_overlap_tokens: int = 0
@@ -122,7 +124,9 @@ def note(report: LayerReport) -> str:
         tiles = report.grid.tiles
         notes.append("TiledMLP in FP8" if report.fp8 else "TiledMLP")
         notes.append(f"keep {_keep_note(report)}")
-        if not (report.partitioned or report.fp8):
+        if report.fewer_if_small and not report.overlap_steps:
+            notes.append(f"at most {tiles} tiles")
+        elif not (report.partitioned or report.fp8):
             notes.append(f"at most {report.overlap_steps or tiles} token steps")
         notes[-1] += _overlap_note(report)
     elif report.module == "output":

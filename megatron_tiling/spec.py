@@ -20,7 +20,6 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tiling.config import (
-    DEFAULT_FACTOR,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
     Storage,
@@ -39,7 +38,7 @@ class TiledSpecProvider:
     Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
 
     Args:
-        factor: tiles of a layer.
+        factor: tiles of a layer, by default ``DEFAULT_FACTOR``.
         storage: ``"partitioned"`` builds layers whose tiles are parameters: within ``deepspeed.zero.Init`` a dense
             weight is there while its layer is built, and no longer. ``tile()`` then joins the tiles of MLPs.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
@@ -48,7 +47,7 @@ class TiledSpecProvider:
 
     def __init__(
         self,
-        factor: int = DEFAULT_FACTOR,
+        factor: int | None = None,
         storage: Storage = "resident",
         splits: Mapping[str, tuple[int, int]] = MappingProxyType({}),
         modules: Any = None,

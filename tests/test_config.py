@@ -93,7 +93,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("field", "values", "words"),
     [
-        ("factor", (*NO_NUMBERS, 0, None, np.int64(0)), f"{WHOLE} 1"),
+        ("factor", (*NO_NUMBERS, 0, np.int64(0)), f"{WHOLE} 1"),
         ("mlp_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),
         ("head_memory_mib", (*NO_NUMBERS, 0), f"{WHOLE} 1"),
         ("head_keep", (*NO_NUMBERS, "none", "ALL", np.int64(-1)), f"{WHOLE} 0, or all"),

@@ -101,12 +101,31 @@ def test_one_rank_has_nothing_to_overlap() -> None:
     model = gpt()
     for tiling in (TilingConfig(tp_overlap=4), TilingConfig()):
         fc1, *_ = (report for report in tile(model, tiling) if report.name.endswith("linear_fc1"))
-        assert note(fc1).endswith("at most 4 token steps, no overlap: one tensor-parallel rank")
+        assert note(fc1).endswith("at most 4 tiles, no overlap: one tensor-parallel rank")
     reports = {report.module: report for report in tile(gpt(), TilingConfig(tp_overlap=4))}
     for module in ("qkv", "proj"):
         assert str(reports[module].grid) == "1x1" and note(reports[module]) == "no overlap: one tensor-parallel rank"
     mlp = model.decoder.layers[0].mlp
     assert mlp.overlap_steps == 4 and mlp.steps_now(torch.zeros(8192, 1, 32), None) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "keep all, at most 4 tiles"),
+        ({"mlp_keep": "all"}, "keep all, at most 4 tiles"),
+        ({"factor": 4}, "keep all, at most 4 token steps"),
+        ({"splits": {"fc1": (1, 4)}}, "keep all, at most 4 token steps"),
+        ({"splits": {"output": (1, 8)}}, "keep all, at most 4 tiles"),
+        ({"mlp_keep": 1}, "keep 1, at most 4 token steps"),
+    ],
+)
+def test_tiles_are_a_number_at_most_where_none_is_given(settings: dict[str, Any], words: str) -> None:
+    model = gpt()
+    for _ in range(2):
+        fc1, *_ = (report for report in tile(model, TilingConfig(**settings)) if report.name.endswith("linear_fc1"))
+        assert str(fc1.grid) == "1x4" and note(fc1) == f"TiledMLP, {words}"
+    assert model.decoder.layers[0].mlp.fewer_if_small == ("tiles" in words)
 
 
 def test_what_was_tiled_without_overlap_says_so() -> None:

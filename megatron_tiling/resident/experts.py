@@ -28,9 +28,10 @@ from megatron_tiling.resident.stock_code import is_own_function, replaced_forwar
 from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.device import on_gpu
-from megatron_tiling.tiles.expert_groups import Group, expert_groups, tiles_worth_it
+from megatron_tiling.tiles.expert_groups import Group, expert_groups
 from megatron_tiling.tiles.expert_products import GroupedGemm, Products, one_by_one
 from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+from megatron_tiling.tiles.grid import tiles_worth_it
 
 
 def _known_grouped_gemm() -> Callable[..., Any] | None:
@@ -356,7 +357,7 @@ def convert_experts(experts: Any, config: TilingConfig, dispatcher: Any = None) 
     """
     experts.__class__ = TILED_CLASSES[type(experts)]
     experts.tiles, experts.keep = config.splits_of("experts")[1], config.kept_tiles
-    experts.fewer_if_small = "experts" not in config.splits
+    experts.fewer_if_small = config.fewer_if_small("experts")
     experts.fp32_accumulate, experts.fuse_wgrad = config.fp32_accumulate, config.fuse_wgrad
     if dispatcher is not None:
         experts._dispatcher = remember(dispatcher)

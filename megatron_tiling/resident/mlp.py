@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowP
 from megatron_tiling.resident.stock_code import replaced_in_layers, replaced_in_mlp
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.device import in_capture
-from megatron_tiling.tiles.grid import TileGrid
+from megatron_tiling.tiles.grid import TileGrid, tiles_worth_it
 from megatron_tiling.tiles.mlp import LowRank, MLPLoop, adapted_mlp
 from megatron_tiling.tiles.remade import made_again
 from megatron_tiling.tiles.step_comm import Transport, steps_for
@@ -45,6 +46,7 @@ class TiledMLP(MLP):
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
+        fewer_if_small: where all tiles keep theirs, a call of little work has fewer tiles.
         overlap_steps: in at most so many steps of tokens communication runs behind products, where a call can do so.
             Then ``keep`` is ``None`` or 0, and collectives are those of ``tiles/step_comm.py``.
         least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
@@ -58,6 +60,7 @@ class TiledMLP(MLP):
     #: Whether the loop computes LoRA along.
     takes_adapters = True
     keep: int | None
+    fewer_if_small: bool = False
     overlap_steps: int | None = None
     least_overlap_tokens: int = 0
     transport: Transport = "auto"
@@ -187,7 +190,13 @@ class TiledMLP(MLP):
             normalized: Tensor = fc1.normalized(hidden)
             return gather_from_sequence_parallel_region(normalized, group=fc1.tp_group) if gathers else normalized
 
-        parts = fc2.grid.in_parts
+        comm = comm_of(fc1)
+        grid = fc2.grid
+        if self.fewer_if_small:
+            ranks = comm.group.size() if comm is not None and comm.sequence_parallel else 1
+            tokens, weights = ranks * hidden_states[..., 0].numel(), fc1.weight.numel() + fc2.weight.numel()
+            grid = replace(grid, in_splits=tiles_worth_it(tokens, weights, grid.in_splits))
+        parts = grid.in_parts
         loop = MLPLoop(
             parts=parts,
             activation=activation_of(self, scaled=per_token_scale is not None),
@@ -197,7 +206,7 @@ class TiledMLP(MLP):
             fuse_up_wgrad=up is not None and up.fuses_wgrad,
             fuse_down_wgrad=down is not None and down.fuses_wgrad,
             fp32_accumulate=fc1.fp32_accumulate,
-            comm=None if gathers else comm_of(fc1),
+            comm=None if gathers else comm,
         )
         normalized = input_of_tiles(hidden_states)
         made = normalized is not hidden_states
@@ -221,6 +230,7 @@ def convert_mlp(
     classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES,
     overlap_steps: int | None = None,
     least_overlap_tokens: int = 0,
+    fewer_if_small: bool = False,
 ) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
@@ -228,7 +238,7 @@ def convert_mlp(
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
         classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
-        overlap_steps, least_overlap_tokens: as of ``TiledMLP``.
+        overlap_steps, least_overlap_tokens, fewer_if_small: as of ``TiledMLP``.
 
     Returns:
         Nothing, or why this MLP stays as it is.
@@ -245,7 +255,7 @@ def convert_mlp(
     if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
     mlp.__class__ = tiled_class
-    mlp.keep = keep
+    mlp.keep, mlp.fewer_if_small = keep, fewer_if_small
     mlp.overlap_steps, mlp.least_overlap_tokens = overlap_steps, least_overlap_tokens
     mlp.adopt_tiles()
     return ""

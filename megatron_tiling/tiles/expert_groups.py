@@ -10,11 +10,6 @@ from typing import NamedTuple
 
 from megatron_tiling.tiles.grid import FEATURE_ALIGNMENT, TileGrid, partition_uniform
 
-#: Of a tile's products, forward and backward. Of 1.9e12, 3.7e12 and 7.4e12, in one tile, one and two, experts took 0.98
-#: to 1.00 of the time of TransformerEngine's; the first two took 1.01 and 1.08 in two tiles, and up to 1.23 in four
-#: (benchmarks/results/2026-11-28-experts-small.md).
-LEAST_TILE_OPERATIONS = 3.5e12
-
 
 class Segment(NamedTuple):
     """Rows of one expert."""
@@ -93,16 +88,6 @@ def cut_by_rows(groups: Sequence[Group], multiple: int) -> list[Group]:
 def rows_of(segments: Sequence[Segment]) -> slice:
     """Of neighbouring experts."""
     return slice(segments[0].rows.start, segments[-1].rows.stop)
-
-
-def tiles_worth_it(rows: int, weights: int, most: int) -> int:
-    """How many tiles, of ``most``, have enough work each for their borders to cost little; at least 1.
-
-    Args:
-        rows: of all experts.
-        weights: of one expert, fc1's and fc2's elements on this rank.
-    """
-    return max(1, min(most, int(6 * rows * weights / LEAST_TILE_OPERATIONS)))
 
 
 def expert_groups(rows: Sequence[int], features: int, tiles: int, keep: int) -> list[Group]:

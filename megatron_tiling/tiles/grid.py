@@ -9,6 +9,21 @@ from itertools import product
 
 #: Features. Tiles of resident layers begin where GEMMs and vector accesses are fast, if the weight's rows do.
 FEATURE_ALIGNMENT = 16
+#: Of a tile's products, forward and backward, that its borders cost little beside. MLPs of 2.2e12 to 8.7e12 in four
+#: tiles took 1.01 to 1.04 of their time in one, and of 1.7e13 in four or 8.7e12 in two 1.00 to 1.01, at TP=1, 2 and 4
+#: (benchmarks/results/2026-11-27-mlp-te.md, 2026-11-28-tp-overlap-tp4.md and -tp2.md). Experts of 1.9e12 and 3.7e12
+#: took 1.01 and 1.08 in two, and up to 1.23 in four (2026-11-28-experts-small.md).
+LEAST_TILE_OPERATIONS = 3.5e12
+
+
+def tiles_worth_it(rows: int, weights: int, most: int) -> int:
+    """How many tiles of an MLP, of ``most``, have enough work each for their borders to cost little; at least 1.
+
+    Args:
+        rows: tokens; of grouped experts the rows of all of them.
+        weights: fc1's and fc2's elements on this rank; of grouped experts one expert's.
+    """
+    return max(1, min(most, int(6 * rows * weights / LEAST_TILE_OPERATIONS)))
 
 
 def partition_uniform(num_items: int, num_parts: int) -> list[int]:

@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node TP -m tests.resident.check_mlp
 import copy
 import os
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -160,6 +161,28 @@ def check(case: dict[str, Any]) -> None:
         assert set(order[reductions[-1] + 1 :]) & set(GEMMS), "nothing runs under the reduction of the input gradient"
 
 
+def check_fewer_tiles(sequence_parallel: bool) -> None:
+    """The tokens of all ranks count."""
+    from megatron_tiling.resident import mlp as resident
+    from megatron_tiling.tiles import grid
+
+    case = dict.fromkeys(OPTIONS, False) | {"tiles": 4, "keep": None, "gated": True, "frozen": ""}
+    case |= {"sequence_parallel": sequence_parallel, "input_requires_grad": True, "storage": "resident"}
+    stock = stock_mlp(case)
+    mlp = tiled_copy(stock, case)
+    mlp.fewer_if_small = True
+    work = 6 * SEQUENCE * BATCH * (stock.linear_fc1.weight.numel() + stock.linear_fc2.weight.numel())
+    spied = patch.object(resident, "adapted_mlp", wraps=resident.adapted_mlp)
+    for tiles in (1, 2, 3, 4):
+        with patch.object(grid, "LEAST_TILE_OPERATIONS", work / (tiles + 0.5)), spied as loops:
+            found, expected = run(mlp, case)[0], run(stock, case)[0]
+        assert len(loops.call_args.args[-1].parts) - 1 == tiles
+        for parameter in (*mlp.parameters(), *stock.parameters()):
+            parameter.grad = None
+        for name, value in expected.items():
+            assert value is None or relative_error(found[name], value) < 1e-11, name
+
+
 def main() -> None:
     with megatron(tensor_model_parallel_size=TP, expert_tensor_parallel_size=TP):
         from megatron_tiling.tiles import mlp_tiles
@@ -171,6 +194,8 @@ def main() -> None:
             case["bias"] &= not case["expert"]  # stock refuses it under expert tensor parallelism
             with naming(f"TP={TP}, {case}"):
                 check(case)
+        for sequence_parallel in (False, True):
+            check_fewer_tiles(sequence_parallel)
         if dist.get_rank() == 0:
             print(f"{len(cases)} cases passed at TP={TP}")
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
-from megatron_tiling.tiles.expert_groups import expert_groups, tiles_worth_it
+from megatron_tiling.tiles.expert_groups import expert_groups
 from megatron_tiling.tiles.expert_products import Products, one_by_one
 from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+from megatron_tiling.tiles.grid import tiles_worth_it
 from tests.support.harness import Counter, peak_bytes
 
 HIDDEN, FEATURES = 6, 11

@@ -29,7 +29,7 @@ COMMON = """
     --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 """.split()
-TILED = "--use-tiled-linear --tiled-linear-modules all".split()
+TILED = "--use-tiled-linear --tile-factor 4 --tiled-linear-modules all".split()
 #: By name: the run that a resumed one goes on from, and its flags.
 RESUMED = {
     "tiled from dense": ("dense", TILED),

@@ -24,7 +24,7 @@ from tests.support.training import (
     validation_losses,
 )
 
-ALL = "--use-tiled-linear --tiled-linear-modules all"
+ALL = "--use-tiled-linear --tile-factor 4 --tiled-linear-modules all"
 
 
 @dataclass

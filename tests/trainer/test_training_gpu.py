@@ -81,7 +81,7 @@ WITHOUT = {
 }
 #: Flags of the tiled run, where they are not all modules.
 TILING = {"Llama": "", "FP8": "", "TP=2, communication overlapped": ""}
-ALL = "--tiled-linear-modules all"
+ALL = "--tile-factor 4 --tiled-linear-modules all"
 #: Words of the table's lines about layers that stay TransformerEngine's.
 STAYS = {"Llama": "not in --tiled-linear-modules", "TP=2, communication overlapped": "--tp-comm-overlap: "}
 #: Of a loss, in bf16 and over 20 steps. A token close to two experts goes to the other one after a rounding.
@@ -130,7 +130,7 @@ def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
 
 #: By name: the run that a resumed one goes on from, and its flags.
 RESUMED = {
-    "tiled from dense": ("dense", "--use-tiled-linear --tiled-linear-modules all"),
+    "tiled from dense": ("dense", "--use-tiled-linear --tile-factor 4 --tiled-linear-modules all"),
     "dense from tiled": ("tiled", ""),
     "tiled from tiled": ("tiled", "--use-tiled-linear --tile-factor 8"),
 }

@@ -27,7 +27,7 @@ WORLD = 2
 CHECKS = {"layers": "resident/check_layers.py", "models": "check_models.py"}
 TRAINING = {
     "dense": "--no-gradient-accumulation-fusion",
-    "tiled": "--use-tiled-linear --tiled-linear-modules all",
+    "tiled": "--use-tiled-linear --tile-factor 4 --tiled-linear-modules all",
     "spec": "--no-gradient-accumulation-fusion --spec megatron_tiling.spec tiled_layer_spec",
 }
 
