@@ -14,7 +14,7 @@ waits for the host; of ``--micro-batches`` in a row, as gradients are accumulate
 With ``--fp8`` the same in FP8, beside bf16. A step is a micro-batch: the first one of an optimizer step quantizes the
 weights, a later one takes what the first has kept. Memory is the peak of both, with those copies.
 
-Under torchrun layers are divided among the ranks (``--tensor-parallel``), with sequence parallelism: dense, tiled, and
+Under torchrun layers are divided among the ranks (``--tensor-parallel``), with sequence parallelism: dense, tiled, in four tiles, and
 tiled with communication behind products. All ranks begin a run together; times are those of the slowest one, memory is
 that of the fullest and has symmetric memory too, kernels are the first rank's.
 """
@@ -92,6 +92,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         parallel = {"tensor_model_parallel_size": args.tensor_parallel, "sequence_parallel": True}
         yield DENSE, parallel, None
         yield TILED, parallel, {}
+        yield "tiled: factor 4", parallel, {"factor": 4}
         yield "tiled: overlap auto", parallel, {"tp_overlap": "auto"}
         yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
         return
@@ -115,6 +116,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         yield "tiled: head within 272 MiB", {}, {"head_memory_mib": 272}
         yield "tiled: fc1 fc2 alone", {}, {"modules": ("fc1", "fc2")}
         yield "tiled: factor 2", {}, {"factor": 2}
+        yield "tiled: factor 4", {}, {"factor": 4}
         yield "tiled: factor 8, keep 0", {}, {"factor": 8, "mlp_keep": 0}
 
 

@@ -31,7 +31,7 @@ from megatron_tiling import TilingConfig, tile
 from megatron_tiling.report import LayerReport, table
 from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
-from megatron_tiling.tiles import expert_groups
+from megatron_tiling.tiles import grid
 from tests.check_models import assert_same, expect_error, gpt, make_config, step
 from tests.support.harness import megatron
 from tests.support.te_models import EXPERTS, entries, inputs
@@ -349,16 +349,17 @@ def check_fewer_tiles_of_little_work() -> None:
     """Where all are kept, and nobody has said how many there are."""
     rows = [3, 4, 3, 2]
     for enough, options, tiles in (
-        (1.0, {}, 3),
+        (1.0, {}, 4),
         (1e12, {}, 1),
+        (1e12, {"factor": 3}, 3),
         (1e12, {"splits": {"experts": (1, 3)}}, 3),
-        (1e12, {"mlp_keep": 2}, 3),
-        (1e12, {"mlp_keep": 0}, 3),
+        (1e12, {"mlp_keep": 2}, 4),
+        (1e12, {"mlp_keep": 0}, 4),
     ):
         experts = te_experts(**SWIGLU)
         tiled = copy_of(experts)
-        assert report_of(tiled, factor=3, **options).expert_tiles == 3
-        with patch.object(expert_groups, "LEAST_TILE_OPERATIONS", enough):
+        assert report_of(tiled, **options).expert_tiles == (4 if tiles == 1 else tiles)
+        with patch.object(grid, "LEAST_TILE_OPERATIONS", enough):
             assert sum(group.count for group in tiled.groups(rows, FEATURES)) == tiles, (enough, options)
             assert_equal(run(tiled, rows), run(experts, rows))
 
