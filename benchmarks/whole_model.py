@@ -15,8 +15,8 @@ With ``--fp8`` the same in FP8, beside bf16. A step is a micro-batch: the first 
 weights, a later one takes what the first has kept. Memory is the peak of both, with those copies.
 
 Under torchrun layers are divided among the ranks (``--tensor-parallel``), with sequence parallelism: dense, tiled, in
-four tiles, and with communication behind products. All ranks begin a run together; times are those of the slowest one, memory is
-that of the fullest and has symmetric memory too, kernels are the first rank's.
+four tiles, and with communication behind products. All ranks begin a run together; times are those of the slowest one,
+memory is that of the fullest and has symmetric memory too, kernels are the first rank's.
 """
 
 import argparse
