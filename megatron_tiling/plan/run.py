@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from megatron_tiling.plan import gpu, look, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.curve import Moments, Point
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.tiles.planned_steps import planned_memory
 from megatron_tiling.trainer.phases import module_kinds
@@ -130,55 +131,6 @@ def _read_docstrings_once() -> None:
         read = functools.cache(lambda owner: stock(factory.__new__(factory), owner))
         factory._get_field_docstrings = lambda self, owner: read(owner)
         arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
-
-
-def fake_process_groups(world: int, rank: int) -> None:
-    """This process is one rank of ``world``, whose collectives return at once: others have what it has."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    distributed: Any = torch.distributed
-    stock = distributed.new_group
-
-    def new_group(*args: Any, backend: Any = None, pg_options: Any = None, **kwargs: Any) -> Any:
-        return stock(*args, **kwargs)
-
-    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-        object_list[:] = [obj] * len(object_list)
-
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-        setattr(distributed, name, _held_until_waited_for(getattr(distributed, name)))
-    distributed.new_group, distributed.all_gather_object = new_group, all_gather_object
-    distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
-
-
-def _held_until_waited_for(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """NCCL's collectives, where they are asynchronous, hold the tensors that they are given.
-
-    Hazard: who took a function at its import, as Megatron's local layers do, has the one that holds nothing.
-    """
-
-    @functools.wraps(collective)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        work = collective(*args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return None if work is None else _Work(work, given)
-
-    return call
-
-
-class _Work:
-    """What is under way, and the tensors that it holds."""
-
-    def __init__(self, work: torch.distributed.Work, tensors: list[Tensor]) -> None:
-        self._work, self._tensors = work, tensors
-
-    def wait(self, *timeout: Any) -> bool:
-        self._tensors = []
-        return self._work.wait(*timeout)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
 
 
 def _install_seams(tracker: Tracker, draw: bool = False) -> None:
