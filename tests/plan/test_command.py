@@ -261,6 +261,11 @@ def test_flags_of_the_planner_stand_before_the_script(flag: str, capsys: pytest.
     assert parse(["--gpus=8", script, "--num-layers", "2"]).gpus == 8
 
 
+def test_flags_of_the_script_that_the_planner_has_too() -> None:
+    options = parse(["--gpus", "8", "--", str(EXAMPLES / "pretrain_gpt.py"), "--gpus", "4", "--measure"])
+    assert (options.gpus, options.measure, options.arguments) == (8, False, ["--gpus", "4", "--measure"])
+
+
 def test_a_tree_is_planned_with_its_own_megatron(tmp_path: Path) -> None:
     """From any folder, beside an installed megatron-core."""
     (tmp_path / "pretrain_gpt.py").touch()
