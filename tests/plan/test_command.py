@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_tiling.plan.clock import CLOCK, GPUS
-from megatron_tiling.plan.command import GIB, Command, Plan, main, ranking, table
+from megatron_tiling.plan.command import GIB, RECOMPUTE_LAYERS, Command, Plan, main, ranking, table
 from megatron_tiling.plan.options import parse
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run
+from megatron_tiling.plan.tracker import Tracker
 from tests.support.launch import EXAMPLES, ROOT
 from tests.support.training import COMMON
 
@@ -242,6 +244,19 @@ def test_lora_and_what_would_not_train_it(tmp_path: Path) -> None:
     assert "trainable parameters: are they in" not in found
     found = run("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
     assert "trainable parameters: are they in recomputed blocks of frozen inputs?" in found
+
+
+def test_gradients_are_lost_against_the_commands_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Any) -> Run:
+        return Run(1, {}, "MLP", 1.0, 1.0, untrained=5 if "--recompute-granularity" in job.args[2] else 2)
+
+    monkeypatch.setattr("megatron_tiling.plan.command.in_processes", lambda jobs: [run(job) for job in jobs])
+    command = Command("x.py", ["--num-layers", "4"], None)
+    recomputed = command.with_flags(RECOMPUTE_LAYERS)
+    tracker = Tracker()
+    assert list(command.plan([recomputed], tracker)) == ["no gradient reaches 5 parameters that train otherwise"]
+    own, lost = command.plan([command.tiled, recomputed], tracker)
+    assert isinstance(own, Plan) and lost == "no gradient reaches 3 parameters that train otherwise"
 
 
 def test_memory_that_is_not_there() -> None:
