@@ -133,16 +133,16 @@ def _read_docstrings_once() -> None:
         arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
-def _install_seams(tracker: Tracker, draw: bool = False) -> None:
+def _install_seams(tracker: Tracker, draw: bool) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
     from megatron.core.datasets import utils as datasets
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
     from megatron.core.pipeline_parallel import schedules
+    from megatron.training import get_args
 
     import megatron_tiling.trainer.install as trainer
-    from megatron_tiling.trainer.install import replace_in_all_modules
 
     stock_validate = arguments.validate_args
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
@@ -234,15 +234,13 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         tracker.keep_on_host(made.values())
         return made
 
-    from megatron.training import get_args
-
     replaced = {
         stock_validate: validate,
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
         training.build_train_valid_test_data_iterators: look.data_iterators(batch),
         datasets.compile_helpers: lambda: None,  # of helpers that read data, in a tree by its Makefile
     }  # fmt: skip
-    replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
+    trainer.replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
     training.get_num_microbatches = number_of_microbatches
     optimizer: Any = MixedPrecisionOptimizer
     optimizer._unscale_main_grads_and_check_for_nan = _finite(optimizer._unscale_main_grads_and_check_for_nan)
