@@ -134,7 +134,7 @@ class Command:
     def with_flags(self, *flags: str) -> Setting:
         """The command without tiles, and these."""
         joined = " ".join(filter(None, flags))
-        return Setting(joined, [*self.arguments, *joined.split()])
+        return Setting(joined, [*self.arguments, *joined.split()], own=not joined)
 
     def others(self) -> Iterator[Setting]:
         """What is compared beside the command's own settings."""

@@ -257,6 +257,8 @@ def test_gradients_are_lost_against_the_commands_own_settings(monkeypatch: pytes
     assert list(command.plan([recomputed], tracker)) == ["no gradient reaches 5 parameters that train otherwise"]
     own, lost = command.plan([command.tiled, recomputed], tracker)
     assert isinstance(own, Plan) and lost == "no gradient reaches 3 parameters that train otherwise"
+    recomputes = Command("x.py", ["--seq-length", "1024", *RECOMPUTE_LAYERS.split()], None)
+    assert all(tokens == 0 for tokens in recomputes.longest(tracker, limit=0.5).values())
 
 
 def test_memory_that_is_not_there() -> None:
