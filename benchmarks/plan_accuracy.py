@@ -43,7 +43,7 @@ class Planner:
 
         from megatron_tiling.plan import gpu
         from megatron_tiling.plan.clock import CLOCK
-        from megatron_tiling.plan.run import fake_process_groups
+        from megatron_tiling.plan.process_groups import fake_process_groups
         from megatron_tiling.plan.tracker import Tracker
 
         self.clock, self.milliseconds = CLOCK, 0.0

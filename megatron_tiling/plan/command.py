@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tiling.arguments import add_tiling_args
 from megatron_tiling.plan import measure, routing
@@ -55,10 +55,11 @@ ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimi
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Flags to add to a command, and what the script is given with them."""
+    """Flags to add to a command, and what the script is given with them; ``own``: dense or tiled, the command's."""
 
     flags: str
     arguments: list[str]
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,14 @@ class Command:
     def __init__(self, script: str, arguments: list[str], gpus: int | None) -> None:
         tiling = add_tiling_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
         self.script, (asked, self.arguments) = script, tiling.parse_known_args(arguments)
-        self.dense = Setting("", self.arguments)
-        self.tiled = Setting(TILED, [*self.arguments, TILED])
+        self.dense = Setting("", self.arguments, own=True)
+        self.tiled = Setting(TILED, [*self.arguments, TILED], own=True)
         if self.arguments != arguments:
-            self.tiled = Setting("as given", arguments if asked.use_tiled_linear else [*arguments, TILED])
+            given = arguments if asked.use_tiled_linear else [*arguments, TILED]
+            self.tiled = Setting("as given", given, own=True)
         # Of one that asks for it, what the planner is to choose from: flags behind the command's own.
         self.automatic = [
-            Setting(flags, [*self.tiled.arguments, *flags.split()]) for flags in automatic_flags(arguments)
+            Setting(flags, [*self.tiled.arguments, *flags.split()], own=True) for flags in automatic_flags(arguments)
         ]
         names = {argument.partition("=")[0] for argument in self.arguments}
         self.recomputes = [""]
@@ -127,12 +129,12 @@ class Command:
         # The first stage holds most micro-batches and the embedding, the last makes the logits.
         looked_at = range(stages) if UNEVEN & names else sorted({0, stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
-        self._untrained: int | None = None  # of the first setting that is planned: the command's own
+        self._untrained: int | None = None  # parameters, in the first of its own settings that runs
 
     def with_flags(self, *flags: str) -> Setting:
         """The command without tiles, and these."""
         joined = " ".join(filter(None, flags))
-        return Setting(joined, [*self.arguments, *joined.split()])
+        return Setting(joined, [*self.arguments, *joined.split()], own=not joined)
 
     def others(self) -> Iterator[Setting]:
         """What is compared beside the command's own settings."""
@@ -142,7 +144,7 @@ class Command:
                 yield setting
 
     def plan(self, settings: Iterable[Setting], tracker: Tracker, draw: bool = False) -> Iterator[Plan | str]:
-        """Of each setting, with its curve if it is to be drawn, or why it does not run as the first one does."""
+        """Of each setting, with its curve if it is to be drawn, or why it does not run as the command's own do."""
         asked = list(settings)
         jobs = [
             functools.partial(plan, tracker, self.script, setting.arguments, self.gpus, rank, draw)
@@ -158,8 +160,9 @@ class Command:
                 continue
             fullest = max(found, key=lambda stage: found[stage].peak)
             untrained = sum(run.untrained for run in found.values())
-            self._untrained = untrained if self._untrained is None else self._untrained
-            if lost := untrained - self._untrained:
+            if setting.own and self._untrained is None:
+                self._untrained = untrained
+            if lost := untrained - (self._untrained or 0):
                 yield f"no gradient reaches {lost} parameters that train otherwise"
                 continue
             flops, seconds = sum(run.flops for run in found.values()), max(run.seconds for run in found.values())
@@ -178,7 +181,7 @@ class Command:
             for setting, tokens in asked.items():
                 positions = max(tokens, self.positions)
                 length = ["--seq-length", str(tokens), "--max-position-embeddings", str(positions)]
-                settings.append(Setting(setting.flags, [*setting.arguments, *length]))
+                settings.append(replace(setting, arguments=[*setting.arguments, *length]))
             answers = dict(zip(asked, self.plan(settings, tracker), strict=True))
             failed.update((setting, answer) for setting, answer in answers.items() if isinstance(answer, str))
             return {setting: answer.run.peak for setting, answer in answers.items() if isinstance(answer, Plan)}
@@ -209,7 +212,7 @@ class Command:
         """Of what ``auto`` may be, what it is: the tiled setting of a command that asks for it."""
         *_, last = found = self.tried(tracker, limit)
         flags = last.flags if last.run.peak <= limit else min(found, key=lambda one: one.run.peak).flags
-        self.tiled = Setting(f"as given, {flags}", [*self.tiled.arguments, *flags.split()])
+        self.tiled = Setting(f"as given, {flags}", [*self.tiled.arguments, *flags.split()], own=True)
 
 
 def table(plans: Sequence[Plan], names: Sequence[str], reserved: float) -> str:

@@ -11,7 +11,7 @@ from megatron_tiling.plan.picture import reason_not_to_draw
 
 USAGE = (
     "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
-    "[--expert-imbalance N] [--longest | --picture FILE] SCRIPT [ARGS of the script]"
+    "[--expert-imbalance N] [--longest | --picture FILE] [--] SCRIPT [ARGS of the script]"
 )
 #: By default.
 GPU_MEMORY_GIB = 80.0
@@ -68,8 +68,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     own = set(parser._option_string_actions) - {"-h", "--help"}  # these two a script has, too
     behind = (argument.partition("=")[0] for argument in options.arguments)
-    if flag := next((flag for flag in behind if flag in own), None):
-        parser.error(f"{flag} is the planner's: it stands before the script")
+    ahead = argv[: -len(options.arguments) - 1]
+    if "--" not in ahead and (flag := next((flag for flag in behind if flag in own), None)):
+        parser.error(f"{flag} is the planner's: it stands before the script; if the script has one, put -- before it")
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script}")
     if options.gpu_memory_gib is None and not options.measure:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from megatron_tiling.plan import gpu, look, routing
 from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.curve import Moments, Point
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.tiles.planned_steps import planned_memory
 from megatron_tiling.trainer.phases import module_kinds
@@ -132,65 +133,16 @@ def _read_docstrings_once() -> None:
         arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
-def fake_process_groups(world: int, rank: int) -> None:
-    """This process is one rank of ``world``, whose collectives return at once: others have what it has."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    distributed: Any = torch.distributed
-    stock = distributed.new_group
-
-    def new_group(*args: Any, backend: Any = None, pg_options: Any = None, **kwargs: Any) -> Any:
-        return stock(*args, **kwargs)
-
-    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-        object_list[:] = [obj] * len(object_list)
-
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-        setattr(distributed, name, _held_until_waited_for(getattr(distributed, name)))
-    distributed.new_group, distributed.all_gather_object = new_group, all_gather_object
-    distributed.broadcast_object_list = lambda object_list, *args, **kwargs: None
-
-
-def _held_until_waited_for(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """NCCL's collectives, where they are asynchronous, hold the tensors that they are given.
-
-    Hazard: who took a function at its import, as Megatron's local layers do, has the one that holds nothing.
-    """
-
-    @functools.wraps(collective)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        work = collective(*args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return None if work is None else _Work(work, given)
-
-    return call
-
-
-class _Work:
-    """What is under way, and the tensors that it holds."""
-
-    def __init__(self, work: torch.distributed.Work, tensors: list[Tensor]) -> None:
-        self._work, self._tensors = work, tensors
-
-    def wait(self, *timeout: Any) -> bool:
-        self._tensors = []
-        return self._work.wait(*timeout)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
-
-
-def _install_seams(tracker: Tracker, draw: bool = False) -> None:
+def _install_seams(tracker: Tracker, draw: bool) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
     from megatron.core import mpu
     from megatron.core.datasets import utils as datasets
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
     from megatron.core.pipeline_parallel import schedules
+    from megatron.training import get_args
 
     import megatron_tiling.trainer.install as trainer
-    from megatron_tiling.trainer.install import replace_in_all_modules
 
     stock_validate = arguments.validate_args
     stock_pretrain, stock_setup, stock_step = training.pretrain, training.setup_model_and_optimizer, training.train_step
@@ -282,15 +234,13 @@ def _install_seams(tracker: Tracker, draw: bool = False) -> None:
         tracker.keep_on_host(made.values())
         return made
 
-    from megatron.training import get_args
-
     replaced = {
         stock_validate: validate,
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
         training.build_train_valid_test_data_iterators: look.data_iterators(batch),
         datasets.compile_helpers: lambda: None,  # of helpers that read data, in a tree by its Makefile
     }  # fmt: skip
-    replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
+    trainer.replace_in_all_modules({id(stock): new for stock, new in replaced.items()})
     training.get_num_microbatches = number_of_microbatches
     optimizer: Any = MixedPrecisionOptimizer
     optimizer._unscale_main_grads_and_check_for_nan = _finite(optimizer._unscale_main_grads_and_check_for_nan)

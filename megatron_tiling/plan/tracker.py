@@ -352,14 +352,13 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation, on fake tensors also where fake tensors have no answer: values, and products of a GPU alone."""
     if func._overloadname == "dtype_out" and isinstance(kwargs["out"], FakeTensor):
         return kwargs["out"]
-    if func._opname in _SIMPLE and not func._overloadname.startswith("dtype"):
-        mode = _mode_of_all(args, kwargs)
-        if mode is not None and func._opname.endswith("_"):
+    is_simple = func._opname in _SIMPLE and not func._overloadname.startswith("dtype")
+    if is_simple and (mode := _mode_of_all(args, kwargs)) is not None:
+        if func._opname.endswith("_"):
             return args[0]
-        if mode is not None and "out" in kwargs and kwargs["out"].numel():  # an empty one is resized
+        if "out" in kwargs and kwargs["out"].numel():  # an empty one is resized
             return kwargs["out"]
-        if mode is not None:
-            return _run_simple(mode, func, args, kwargs)
+        return _run_simple(mode, func, args, kwargs)
     if func.namespace == "c10d" and any(isinstance(value, FakeTensor) for value in tree_iter(args[0])):
         work = FakeWork().boxed()
         return (args[0], work) if len(func._schema.returns) == 2 else work  # what they write is their first argument

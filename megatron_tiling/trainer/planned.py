@@ -46,7 +46,7 @@ def gpu_memory_gib() -> float:
 def command(flags: Sequence[str] = ()) -> list[str]:
     """This process's own, as the planner takes it; ``flags`` go behind the script's."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return ["--gpu-memory-gib", f"{gpu_memory_gib():.3f}", "--gpus", str(world), *sys.argv, *flags]
+    return ["--gpu-memory-gib", f"{gpu_memory_gib():.3f}", "--gpus", str(world), "--", *sys.argv, *flags]
 
 
 def command_to_run() -> str:

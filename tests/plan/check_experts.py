@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_tiling import cpu
 from megatron_tiling.config import TilingConfig
-from megatron_tiling.plan import gpu, routing, run, transformer_engine
+from megatron_tiling.plan import gpu, routing, transformer_engine
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.transformer_engine import kernels
 from tests.plan.check_fake import SEQUENCE, seen
 from tests.support.harness import leave
@@ -100,7 +101,7 @@ def main() -> None:
     transformer_engine.install()
     cpu.install(train=False)
     if alone:
-        run.fake_process_groups(world=2, rank=0)
+        fake_process_groups(world=2, rank=0)
     else:
         torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state

@@ -22,6 +22,7 @@ from megatron_tiling import cpu
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.plan import gpu, run
 from megatron_tiling.plan.clock import CLOCK
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 from tests.support.harness import leave
 
@@ -98,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu.install(train=False)
     if alone:
-        run.fake_process_groups(world=2, rank=0)
+        fake_process_groups(world=2, rank=0)
     else:
         torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state

@@ -7,6 +7,7 @@ import torch
 
 from megatron_tiling import cpu
 from megatron_tiling.plan import gpu, run
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 from megatron_tiling.plan.watched import Watch
 from tests.plan.check_fake import BATCH, MODELS, SEQUENCE, build
@@ -15,7 +16,7 @@ from tests.plan.check_fake import BATCH, MODELS, SEQUENCE, build
 def main() -> None:
     torch.set_num_threads(1)
     cpu.install(train=False)
-    run.fake_process_groups(world=2, rank=0)
+    fake_process_groups(world=2, rank=0)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

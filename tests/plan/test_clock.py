@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiling.plan.clock import H100, Clock
-from megatron_tiling.plan.run import fake_process_groups
+from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
 
 

@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_tiling.plan.clock import CLOCK, GPUS
-from megatron_tiling.plan.command import GIB, Command, Plan, main, ranking, table
+from megatron_tiling.plan.command import GIB, RECOMPUTE_LAYERS, Command, Plan, main, ranking, table
 from megatron_tiling.plan.options import parse
 from megatron_tiling.plan.processes import in_processes
 from megatron_tiling.plan.run import Run
+from megatron_tiling.plan.tracker import Tracker
 from tests.support.launch import EXAMPLES, ROOT
 from tests.support.training import COMMON
 
@@ -244,6 +246,21 @@ def test_lora_and_what_would_not_train_it(tmp_path: Path) -> None:
     assert "trainable parameters: are they in recomputed blocks of frozen inputs?" in found
 
 
+def test_gradients_are_lost_against_the_commands_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Any) -> Run:
+        return Run(1, {}, "MLP", 1.0, 1.0, untrained=5 if "--recompute-granularity" in job.args[2] else 2)
+
+    monkeypatch.setattr("megatron_tiling.plan.command.in_processes", lambda jobs: [run(job) for job in jobs])
+    command = Command("x.py", ["--num-layers", "4"], None)
+    recomputed = command.with_flags(RECOMPUTE_LAYERS)
+    tracker = Tracker()
+    assert list(command.plan([recomputed], tracker)) == ["no gradient reaches 5 parameters that train otherwise"]
+    own, lost = command.plan([command.tiled, recomputed], tracker)
+    assert isinstance(own, Plan) and lost == "no gradient reaches 3 parameters that train otherwise"
+    recomputes = Command("x.py", ["--seq-length", "1024", *RECOMPUTE_LAYERS.split()], None)
+    assert all(tokens == 0 for tokens in recomputes.longest(tracker, limit=0.5).values())
+
+
 def test_memory_that_is_not_there() -> None:
     options = ["plan", "--gpu-memory-gib", "3", str(EXAMPLES / "pretrain_gpt.py")]
     done = subprocess.run([sys.executable, "-m", "megatron_tiling", *options], capture_output=True, text=True, cwd=ROOT)
@@ -259,6 +276,11 @@ def test_flags_of_the_planner_stand_before_the_script(flag: str, capsys: pytest.
     name = flag.partition("=")[0]
     assert f"error: {name} is the planner's: it stands before the script" in capsys.readouterr().err
     assert parse(["--gpus=8", script, "--num-layers", "2"]).gpus == 8
+
+
+def test_flags_of_the_script_that_the_planner_has_too() -> None:
+    options = parse(["--gpus", "8", "--", str(EXAMPLES / "pretrain_gpt.py"), "--gpus", "4", "--measure"])
+    assert (options.gpus, options.measure, options.arguments) == (8, False, ["--gpus", "4", "--measure"])
 
 
 def test_a_tree_is_planned_with_its_own_megatron(tmp_path: Path) -> None:

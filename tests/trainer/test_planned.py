@@ -170,7 +170,7 @@ def test_where_the_planner_refuses_the_line_has_the_command(
         line = log.splitlines()[-1]
         assert f"is out of memory in {phase}. There is no plan of this command (megatron_tiling plan: --opt" in line
         command = line.partition("To see what fits: ")[2]
-        assert command.startswith("python -m megatron_tiling plan --gpu-memory-gib ") and SCRIPT in command
+        assert command.startswith("python -m megatron_tiling plan --gpu-memory-gib ") and f" -- {SCRIPT} " in command
 
 
 def test_what_was_saved_is_there(runs: dict[str, tuple[int, list[str]]], folder: Path) -> None:

@@ -193,9 +193,9 @@ def apply_fused_qkv_rotary_pos_emb(
     width = qkv_split_arg_list[-1]
 
     def kernel(mixed: Tensor) -> Any:
-        shape, like = mixed.shape, mixed.shape
+        shape = mixed.shape
         parts = [mixed.new_empty(*shape[:-2], shape[-2] * size // width, width) for size in qkv_split_arg_list]
-        return tuple(parts), (q_freqs, k_freqs), lambda q, k, *grads: (grads[0].new_empty(like),)
+        return tuple(parts), (q_freqs, k_freqs), lambda q, k, *grads: (grads[0].new_empty(shape),)
 
     q, k, v = run(kernel, qkv)
     return q, k, v

@@ -87,7 +87,11 @@ class FP8Linear(torch.autograd.Function):
         quantizer = layer.quantizers["scaling_bwd"][0]
         quantizer.set_usage(rowwise=True, columnwise=weight.requires_grad)
         scatters = layer.sequence_parallel and layer.parallel_mode == "row"
-        dtype, in_fp8_gradient = gradient.dtype, _in_fp8(gradient, layer, scatters, quantizer)
+        in_fp8_gradient = (
+            gather_along_first_dim(gradient, layer.tp_group, quantizer=quantizer)[0]
+            if scatters
+            else quantizer(gradient)
+        )
         dgrad: Any = None
         product = wgrad = gathering = None
         of_input = layer.quantizers["scaling_fwd"][0]
@@ -102,7 +106,7 @@ class FP8Linear(torch.autograd.Function):
             operand, gathering = gather_along_first_dim(operand, layer.tp_group, async_op=True, quantizer=of_input)
         if ctx.requires_dgrad:
             in_fp8.update_usage(columnwise_usage=True)
-            dgrad = product = general_gemm(in_fp8, in_fp8_gradient, out_dtype=dtype, layout="NN")[0]
+            dgrad = product = general_gemm(in_fp8, in_fp8_gradient, out_dtype=gradient.dtype, layout="NN")[0]
             if layer.parallel_mode == "column" and layer.tp_size > 1:
                 reduces = reduce_scatter_along_first_dim if layer.sequence_parallel else allreduce
                 dgrad = reduces(product, layer.tp_group)[0]
@@ -112,7 +116,7 @@ class FP8Linear(torch.autograd.Function):
             operand.update_usage(columnwise_usage=True)
             fuses = layer.fuse_wgrad_accumulation
             out = weight.main_grad if fuses else None
-            wgrad = general_gemm(operand, in_fp8_gradient, out_dtype=dtype, layout="NT", out=out)[0]
+            wgrad = general_gemm(operand, in_fp8_gradient, out_dtype=gradient.dtype, layout="NT", out=out)[0]
             del operand, part
             if fuses:
                 wgrad = None
@@ -129,7 +133,3 @@ class FP8Linear(torch.autograd.Function):
         ctx.cleared.clear()
         del zeros, product
         return None if dgrad is None else dgrad.view(ctx.shape), wgrad, bias_grad, norm_grad, norm_bias_grad, None, None
-
-
-def _in_fp8(gradient: Tensor, layer: Any, gathers: bool, quantizer: Any) -> Any:
-    return gather_along_first_dim(gradient, layer.tp_group, quantizer=quantizer)[0] if gathers else quantizer(gradient)

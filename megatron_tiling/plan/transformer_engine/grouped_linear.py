@@ -52,10 +52,10 @@ class _GroupedLinear(torch.autograd.Function):
         if weights[0].requires_grad:
             rows, fuse = ctx.cleared.pop(), layer.fuse_wgrad_accumulation
             packed = None if fuse else gradient.new_empty(len(weights), *weights[0].shape)
-            halves = zip(weights, gradient.split(parts), rows.split(parts), strict=True)
+            of_experts = zip(weights, gradient.split(parts), rows.split(parts), strict=True)
             wgrads = [
                 weight_gradient(weight, grad, part, fuse, None if packed is None else packed[index])
-                for index, (weight, grad, part) in enumerate(halves)
+                for index, (weight, grad, part) in enumerate(of_experts)
             ]
         biases = [gradient.new_empty(gradient.shape[-1]) for _ in weights] if layer.apply_bias else []
         return None if dgrad is None else dgrad.view(ctx.shape), None, *wgrads, *biases

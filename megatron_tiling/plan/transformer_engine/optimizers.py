@@ -53,10 +53,6 @@ class FusedAdam(torch.optim.Optimizer):
             if self._dtypes[name] != torch.float32:
                 self._scales.append(param.new_empty(1, dtype=torch.float32))
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's."""
-        super().zero_grad(set_to_none)
-
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
         """Makes states on the first call."""
         for group in self.param_groups:
@@ -101,4 +97,4 @@ def multi_tensor_l2norm(chunk: int, overflow: Tensor, tensors: Any, per_paramete
     return overflow.new_empty(1, dtype=torch.float32), overflow.new_empty(len(tensors[0]) if per_parameter else 0)
 
 
-multi_tensor_scale_tensor = multi_tensor_adam = multi_tensor_sgd = multi_tensor_scale
+multi_tensor_scale_tensor = multi_tensor_scale

@@ -16,11 +16,7 @@ class _Recipe:
         raise refusal(f"the recipe {type(self).__name__}", "take another --fp8-recipe, or leave out --fp4-format")
 
 
-def _named(*names: str) -> dict[str, type]:
-    return {name: type(name, (_Recipe,), {}) for name in names}
-
-
-RECIPES: dict[str, Any] = _named("MXFP8BlockScaling", "NVFP4BlockScaling")
+RECIPES: dict[str, Any] = {name: type(name, (_Recipe,), {}) for name in ("MXFP8BlockScaling", "NVFP4BlockScaling")}
 
 
 class Fp8Padding(torch.nn.Module):
