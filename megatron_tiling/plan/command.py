@@ -45,6 +45,11 @@ UNEVEN = {
     "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
+    "--moe-layer-freq",
+    "--linear-attention-freq",
+    "--window-attn-skip-freq",
+    "--heterogeneous-layers-config-path",
+    "--heterogeneous-layers-config-encoded-json",
 }
 #: Megatron then takes its optimizers, with the local implementation too. Found out before it is stood in for.
 TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
@@ -162,7 +167,7 @@ class Command:
             untrained = sum(run.untrained for run in found.values())
             if setting.own and self._untrained is None:
                 self._untrained = untrained
-            if lost := untrained - (self._untrained or 0):
+            if (lost := untrained - (self._untrained or 0)) > 0:
                 yield f"no gradient reaches {lost} parameters that train otherwise"
                 continue
             flops, seconds = sum(run.flops for run in found.values()), max(run.seconds for run in found.values())

@@ -87,6 +87,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--gpu {options.gpu}: --measure times the GPU that is here; leave out one of them")
     if options.picture and (reason := reason_not_to_draw(options.picture)):
         parser.error(reason)
+    if options.gpu and options.longest:
+        parser.error(f"--gpu {options.gpu}: --longest gives no times; leave out one of them")
     if options.longest and automatic_flags(options.arguments):
         parser.error("--longest: give numbers in the place of auto, which chooses for one length")
     return options

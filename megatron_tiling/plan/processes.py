@@ -14,13 +14,13 @@ ERROR_LINES = 12
 
 
 def in_processes[T](jobs: Sequence[Callable[[], T]]) -> list[T | str]:
-    """What each job returns, in their order; where one ends otherwise, the end of what it has printed."""
+    """What each job returns, in their order; where one ends otherwise, the end of what it printed, or how it ended."""
     fork = multiprocessing.get_context("fork")
     results: dict[int, T | str] = {}
     running: dict[Any, tuple[int, Any, Any]] = {}
     waiting = list(enumerate(jobs))[::-1]
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
             index, job = waiting.pop()
             ours, theirs = fork.Pipe()
             output = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed below
@@ -35,7 +35,9 @@ def in_processes[T](jobs: Sequence[Callable[[], T]]) -> list[T | str]:
                     results[index] = connection.recv()
                 except EOFError:
                     output.seek(0)
-                    results[index] = "".join(output.readlines()[-ERROR_LINES:])
+                    process.join()
+                    printed = "".join(output.readlines()[-ERROR_LINES:])
+                    results[index] = printed or f"a plan's process ended with exit code {process.exitcode}"
                 process.join()
     return [results[index] for index in range(len(jobs))]
 

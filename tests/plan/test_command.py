@@ -63,6 +63,8 @@ def test_scores_are_recomputed_where_they_are_kept(flags: str) -> None:
 def test_forms_of_arguments() -> None:
     layout = Command("x.py", ["--pipeline-model-parallel-size=3", "--pipeline-model-parallel-layout=E|t|L"], None)
     assert layout.ranks == {0: 0, 1: 1, 2: 2}
+    experts = Command("x.py", ["--pipeline-model-parallel-size", "3", "--moe-layer-freq", "([0]*1+[1]*2)"], None)
+    assert experts.ranks == {0: 0, 1: 1, 2: 2}
     alias = Command("x.py", ["--memory-centric-tiled-linear", "--tile-factor=8"], None)
     assert alias.dense.arguments == []
     assert alias.tiled.arguments == ["--memory-centric-tiled-linear", "--tile-factor=8"]
@@ -92,7 +94,8 @@ def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise ValueError("no such flag")
 
-    one, failed, two = in_processes([lambda: 1, fail, lambda: 2])
+    one, failed, two, killed = in_processes([lambda: 1, fail, lambda: 2, lambda: os.kill(os.getpid(), 9)])
+    assert killed == "a plan's process ended with exit code -9"
     assert (one, two) == (1, 2) and "no such flag" in str(failed)
     assert capfd.readouterr() == ("", "")
 

@@ -37,13 +37,14 @@ def started(code: str, *arguments: str, **environment: str) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
-        ("--gpu H200", "--gpu H200: --measure times the GPU that is here; leave out one of them"),
-        ("--longest", "--measure runs one length: leave out --longest"),
+        ("--measure --gpu H200", "--gpu H200: --measure times the GPU that is here; leave out one of them"),
+        ("--measure --longest", "--measure runs one length: leave out --longest"),
+        ("--gpu H200 --longest", "--gpu H200: --longest gives no times; leave out one of them"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(sys, "argv", ["megatron_tiling", "plan", "--measure", *flags.split(), SCRIPT])
+        patch.setattr(sys, "argv", ["megatron_tiling", "plan", *flags.split(), SCRIPT])
         main()
     assert capsys.readouterr().err.splitlines()[-1].endswith(answer)
 
