@@ -181,7 +181,7 @@ class _TiledMLP(torch.autograd.Function):
                 else span.fc1([(x[step], weight) for x, weight in factors])
                 for span in spans
             ]
-            loop.activation.forward(parts, loop.bias_of(fc1_bias, WHOLE), scale_of(scale, step), activated)
+            loop.activation.forward(parts, loop.activation.bias_of(fc1_bias), scale_of(scale, step), activated)
             del parts
             for output, weight in zip(outputs, weights, strict=True):
                 gemm_into(flat(output)[step], activated, weight.t(), accumulate=False)

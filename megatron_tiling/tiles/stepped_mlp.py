@@ -108,7 +108,7 @@ class _SteppedMLP(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         records = grad_enabled and any(ctx.needs_input_grad)
-        steps = loop.cut(hidden)
+        steps, activation = loop.cut(hidden), loop.activation
         output = hidden.new_empty(*hidden.shape[:-1], fc2_weight.shape[0])
         keeps = records and loop.keeps
         kept = scratch(hidden, steps[-1].tokens.stop, fc1_weight.shape[0]) if keeps else None
@@ -122,7 +122,7 @@ class _SteppedMLP(torch.autograd.Function):
                 pre = scratch(hidden, x.shape[0], fc1_weight.shape[0]) if kept is None else kept[step.tokens]
                 gemm_into(pre, x, fc1_weight.t(), accumulate=False)
                 activated = scratch(hidden, x.shape[0], fc2_weight.shape[1])
-                loop.activation.forward([_halves(pre, loop)], _halved(fc1_bias, loop), None, activated)
+                activation.forward([activation.halved(pre)], activation.bias_of(fc1_bias), None, activated)
                 del pre, x  # before the next ones are made
                 partial = comm.partial(step)
                 gemm_into(partial, activated, fc2_weight.t(), accumulate=False)
@@ -240,14 +240,14 @@ class _Backward:
 
     def _through_activation(self, dy: Tensor, pre: Tensor, activated: Tensor) -> None:
         """In place: ``pre`` becomes its gradient, ``activated`` is filled."""
-        bias = _halved(self.bias, self.loop)
+        activation = self.loop.activation
+        halves, bias = activation.halved(pre), activation.bias_of(self.bias)
         if not self.needs_activation_grad:
-            self.loop.activation.forward([_halves(pre, self.loop)], bias, None, activated)
+            activation.forward([halves], bias, None, activated)
             return
         gemm_into(activated, dy, self.fc2_weight, accumulate=False)
-        bias_grad, _ = self.loop.activation.backward(
-            _halves(pre, self.loop), bias, None, activated, bias_grad=self.needs_bias, scale_grad=False
-        )
+        needs: Any = {"bias_grad": self.needs_bias, "scale_grad": False}
+        bias_grad, _ = activation.backward(halves, bias, None, activated, **needs)
         if bias_grad is not None:
             wide = bias_grad.to(torch.promote_types(bias_grad.dtype, torch.float32))
             self.bias_grad = wide if self.bias_grad is None else self.bias_grad.add_(wide)
@@ -261,13 +261,3 @@ class _Backward:
     def _add_wgrads(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
         if self.needs_fc2:
             self.fc2_grad.add(WHOLE, WHOLE, dy, activated, accumulate=accumulate)
-
-
-def _halves(pre: Tensor, loop: SteppedLoop) -> Tensor:
-    """``[m, halves * f]`` -> ``[halves, m, f]``, a view."""
-    return pre.unflatten(1, (loop.activation.halves, -1)).transpose(0, 1)
-
-
-def _halved(bias: Tensor | None, loop: SteppedLoop) -> Tensor | None:
-    """``[halves * f]`` -> ``[halves, f]``, a view."""
-    return None if bias is None else bias.unflatten(0, (loop.activation.halves, -1))
