@@ -147,8 +147,8 @@ class TiledMLP(MLP):
         comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
             return 1
-        ranks = comm.group.size() if comm.sequence_parallel else 1
-        return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps, self.least_overlap_tokens)
+        tokens = comm.shards * hidden_states[..., 0].numel()
+        return steps_for(tokens, self.overlap_steps, self.least_overlap_tokens)
 
     @torch.compiler.disable
     def _in_steps(self, hidden_states: Tensor, steps: int) -> Tensor:

@@ -48,12 +48,11 @@ class SteppedLoop:
 
     def cut(self, source: Tensor) -> list[Step]:
         """The steps of a pass over ``source [rows, ..., features]``."""
-        ranks = self.comm.group.size() if self.comm.sequence_parallel else 1
-        return cut(source.shape[0], prod(source.shape[1:-1]), ranks, self.steps)
+        return cut(source.shape[0], prod(source.shape[1:-1]), self.comm.shards, self.steps)
 
     def start(self, sources: Sequence[Tensor], out: Tensor | None) -> StepComm:
         """Begin a pass."""
-        return start_steps(self.comm.group, self.comm.sequence_parallel, sources, out, self.transport)
+        return start_steps(self.comm, sources, out, self.transport)
 
 
 def stepped_mlp(
