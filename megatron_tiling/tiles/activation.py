@@ -17,9 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_tiling.tiles.device import on_gpu
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from megatron_tiling.tiles.device import has_kernels
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Activation:
 
     def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:
         """As keywords of the kernels, if there is one for this device and dtype."""
-        return dict(vars(self.formula)) if self.formula and on_gpu(pre) and pre.dtype in KERNEL_DTYPES else {}
+        return dict(vars(self.formula)) if self.formula and has_kernels(pre) else {}
 
 
 def _raise(amax: Tensor | None, values: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
-from megatron_tiling.tiles.device import on_gpu
+from megatron_tiling.tiles.device import has_kernels
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.head_memory import InputGrad, LogitsBuffers
@@ -267,7 +267,7 @@ def _wait(work: dist.Work | None) -> None:
 
 def softmax_for(x: Tensor) -> ModuleType:
     """``tiles/softmax.py``, or its two functions as kernels for what this device and dtype multiply to."""
-    if on_gpu(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    if has_kernels(x):
         from megatron_tiling.tiles.kernels import softmax as kernels
 
         return kernels

@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tiling.tiles.activation import KERNEL_DTYPES
 from megatron_tiling.tiles.comm import ColumnComm, flat
-from megatron_tiling.tiles.device import on_gpu
+from megatron_tiling.tiles.device import has_kernels, on_gpu
 
 #: ``auto``: symmetric memory where it is there, else collectives beside the products. ``blocking``: one after another.
 Transport = Literal["auto", "collectives", "blocking"]
@@ -160,7 +159,7 @@ def _rounded_up(size: int, parts: int, multiple: int) -> int:
 
 def add_pieces(pieces: Tensor, out: Tensor) -> None:
     """``[tp, ...]`` -> ``[...]``: the sum over ranks, in float32 where they are narrower, rounded once."""
-    if on_gpu(out) and out.dtype in KERNEL_DTYPES:
+    if has_kernels(out):
         from megatron_tiling.tiles.kernels.add import add
 
         add(pieces, out)
