@@ -118,9 +118,9 @@ class FP8Loop(MLPTiles):
         offsets = [half * features for half in range(halves)]
         return [slice(offset + columns.start, offset + columns.stop) for offset in offsets]
 
-    def forward(self, weight: Operand, x: Operand, out: Tensor, accumulate: bool = False) -> None:
-        """``out [n, o] (+)= x [n, k] @ weight [o, k].T``."""
-        self._gemm(weight, x, out, accumulate, "TN", self.split_accumulators[0])
+    def forward(self, weight: Operand, x: Operand, out: Tensor) -> None:
+        """``out [n, o] = x [n, k] @ weight [o, k].T``."""
+        self._gemm(weight, x, out, False, "TN", self.split_accumulators[0])
 
     def dgrad(self, weight: Operand, grad: Operand, out: Tensor, accumulate: bool = False) -> None:
         """``out [n, k] (+)= grad [n, o] @ weight [o, k]``."""

@@ -214,7 +214,7 @@ def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[
     """What the activation takes at once: the rows of one expert, or all of them where there are no biases."""
     if biases:
         return segments
-    return [Segment(segments[0].expert, slice(segments[0].rows.start, segments[-1].rows.stop))]
+    return [Segment(segments[0].expert, rows_of(segments))]
 
 
 class _WeightGrads:

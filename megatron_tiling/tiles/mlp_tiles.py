@@ -12,6 +12,10 @@ from torch import Tensor
 from megatron_tiling.tiles.activation import Activation
 
 TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
+NO_SECOND_PASS = (
+    "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
+    "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class MLPTiles:
 
 def scale_of(scale: Tensor | None, tokens: slice) -> Tensor | None:
     """``[n]`` in any shape -> ``[m]``."""
-    return None if scale is None else scale.reshape(-1).contiguous()[tokens]
+    return None if scale is None else scale.reshape(-1)[tokens]
 
 
 class ActivationBackward:

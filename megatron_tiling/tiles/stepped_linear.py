@@ -133,7 +133,7 @@ class _SteppedColumn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, loop: LinearSteps, hidden: Tensor) -> Tensor:
-        grid = TileGrid(weight.shape[1], weight.shape[0], 1, 1)
+        grid = TileGrid(weight.shape[1], weight.shape[0])
         save_for_backward(ctx, weight, TileLoop(grid, fuse_wgrad=loop.fuse_wgrad, comm=loop.comm), [hidden])
         output = loop.of_all(hidden, weight.shape[0])
         steps = loop.cut(hidden, own="first")

@@ -16,6 +16,7 @@ from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
+from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS
 from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, few_steps, start_steps
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -153,10 +154,7 @@ class _Backward:
         ctx.kept_is_intact = False  # the gradients go there
         self.needs_x = self.needs_fc1 or self.kept is None
         if self.needs_x and self.hidden is None:
-            raise RuntimeError(
-                "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
-                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
-            )
+            raise RuntimeError(NO_SECOND_PASS)
         self.grad_output = grad_output.contiguous()
         fuse = self.loop.fuse_fc1_wgrad, self.loop.fuse_fc2_wgrad
         wide = self.loop.fp32_accumulate and self.kept is None
@@ -204,7 +202,7 @@ class _Backward:
             ready()
             self._through_activation(dy[step.tokens], kept[step.tokens], activated[step.tokens])
             self._push_dgrad(step, kept[step.tokens])
-        self._add_wgrads(dy, activated, accumulate=False)
+        self._add_fc2_wgrad(dy, activated, accumulate=False)
         del activated
         for ready in of_x:
             ready()
@@ -224,7 +222,7 @@ class _Backward:
             dy_arrived()
             self._through_activation(dy, pre, activated)
             self._push_dgrad(step, pre)
-            self._add_wgrads(dy, activated, accumulate=index > 0)
+            self._add_fc2_wgrad(dy, activated, accumulate=index > 0)
             if self.needs_fc1:
                 self.fc1_grad.add(WHOLE, WHOLE, pre, x, accumulate=index > 0)
             del dy, x, pre, activated  # before the next ones are made
@@ -257,6 +255,6 @@ class _Backward:
             gemm_into(partial, pre_grad, self.fc1_weight, accumulate=False)
             self.comm.push(partial, step)
 
-    def _add_wgrads(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
+    def _add_fc2_wgrad(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
         if self.needs_fc2:
             self.fc2_grad.add(WHOLE, WHOLE, dy, activated, accumulate=accumulate)
