@@ -141,8 +141,8 @@ class Still:
             def _exchange(self, sends: Any, receives: Any) -> list[Any]:
                 return []
 
-        def start(group: Any, sequence_parallel: bool, sources: Any, out: Any, *options: Any, **named: Any) -> Any:
-            return StillSteps(group, sources, out)
+        def start(comm: Any, sources: Any, out: Any, *options: Any, **named: Any) -> Any:
+            return StillSteps(comm.group, sources, out)
 
         with self.in_dense(), replaced(stepped_modules(), {"start_steps": start}):
             yield

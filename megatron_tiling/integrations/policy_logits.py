@@ -51,8 +51,8 @@ class PolicyLogits(LazyLogits):
 
     @property
     def shape(self) -> torch.Size:
-        ranks = self.loop.ranks if self.loop.comm is not None and self.loop.comm.sequence_parallel else 1
-        tokens = self.hidden.shape[0] * ranks if self.rows is None else len(self.rows)
+        shards = 1 if self.loop.comm is None else self.loop.comm.shards
+        tokens = self.hidden.shape[0] * shards if self.rows is None else len(self.rows)
         sizes = {"s": tokens, "b": 1, "t": tokens, "v": len(self.weight)}
         return torch.Size(sizes[letter] for letter in self.layout)
 

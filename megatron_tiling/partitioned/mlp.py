@@ -54,8 +54,7 @@ class PartitionedMLP(TiledMLP):
         with saving:
             for index, unit in enumerate(self.tiles):
                 keep = self.keep is None or index < self.keep
-                columns = fc2.grid.columns(index)
-                bias = None if fc1.bias is None else fc1.bias.unflatten(0, (activation.halves, -1))[:, columns]
+                bias = activation.bias_of(fc1.bias, fc2.grid.columns(index))
                 part = unit(hidden, activation=activation, bias=bias, scale=per_token_scale, keep=keep)
                 # The first sum is a new tensor, which nothing else holds: the others are added in place.
                 output = part if output is None else output + part if index == 1 else output.add_(part)

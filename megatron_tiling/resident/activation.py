@@ -113,7 +113,7 @@ def reason_in_activation(mlp: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _reason_in_values(function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, training: bool) -> str:
-    """What a function does with some numbers that it would not do with a part of them."""
+    """What a function, in this mode, does with some numbers that it would not do with a part of them."""
     tokens, features = PROBE
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
         x = torch.linspace(-3, 3, tokens * features, device=device).view(features, tokens).t().to(dtype).contiguous()

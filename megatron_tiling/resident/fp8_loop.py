@@ -118,9 +118,9 @@ class FP8Loop(MLPTiles):
         offsets = [half * features for half in range(halves)]
         return [slice(offset + columns.start, offset + columns.stop) for offset in offsets]
 
-    def forward(self, weight: Operand, x: Operand, out: Tensor, accumulate: bool = False) -> None:
-        """``out [n, o] (+)= x [n, k] @ weight [o, k].T``."""
-        self._gemm(weight, x, out, accumulate, "TN", self.split_accumulators[0])
+    def forward(self, weight: Operand, x: Operand, out: Tensor) -> None:
+        """``out [n, o] = x [n, k] @ weight [o, k].T``."""
+        self._gemm(weight, x, out, False, "TN", self.split_accumulators[0])
 
     def dgrad(self, weight: Operand, grad: Operand, out: Tensor, accumulate: bool = False) -> None:
         """``out [n, k] (+)= grad [n, o] @ weight [o, k]``."""
@@ -139,10 +139,6 @@ class FP8Loop(MLPTiles):
         pre = like.new_empty(x.size()[0], weight.size()[0])
         self.forward(weight, x, pre)
         return pre
-
-    def halved(self, pre: Tensor) -> Tensor:
-        """``[n, halves * width]`` -> ``[halves, n, width]``, a view."""
-        return pre.unflatten(1, (self.activation.halves, -1)).transpose(0, 1)
 
 
 def fp8_mlp(
@@ -216,11 +212,11 @@ class _FP8MLP(torch.autograd.Function):
         y = hidden.new_empty(x.size()[0], fc2_weight.shape[0])
         steps, inverses = loop.token_steps(x.size()[0]), []
         amaxes = _amaxes(fc2.input, hidden, len(steps))
-        halves_of_kept, bias = [loop.halved(pre) for pre in kept], loop.bias_of(fc1_bias, slice(None))
+        halves_of_kept, bias = [loop.activation.halved(pre) for pre in kept], loop.activation.bias_of(fc1_bias)
         for step, amax in zip(steps, amaxes, strict=True):
             parts = [pre[:, step] for pre in halves_of_kept]
             if rest_weight is not None:
-                parts.append(loop.halved(loop.pre_activation(rows_of(x, step), rest_weight, hidden)))
+                parts.append(loop.activation.halved(loop.pre_activation(rows_of(x, step), rest_weight, hidden)))
             activated = hidden.new_empty(step.stop - step.start, loop.parts[-1])
             loop.activation.forward(parts, bias, scale_of(scale, step), activated, amax)
             del parts
@@ -313,7 +309,7 @@ class _Backward:
         quantizer, inverse, fp8 = self.ctx.activation_quantizer, self.activation_inverse, None
         if self.needs_fc2 and self.needs_activation_grad and inverse is not None:
             self.activations[index], fp8 = columns_to_fill(quantizer, inverse, *grad.shape)
-        self.activation.through_tile(tile, self.loop.halved(pre), grad, amax, fp8)
+        self.activation.through_tile(tile, self.loop.activation.halved(pre), grad, amax, fp8)
         if self.needs_fc2 and fp8 is None:
             self.activations[index] = quantized(quantizer, grad, columnwise=True)
         del grad  # before more is made; so are those below

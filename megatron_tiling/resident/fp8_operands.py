@@ -233,8 +233,7 @@ class WeightCopies:
 
     def _in_blocks(self, weight: Tensor, ranges: Sequence[slice]) -> Operand:
         quantizer = self._quantizer
-        quantizer.internal = True
-        quantizer.set_usage(rowwise=True, columnwise=False)
+        _use(quantizer, rowwise=True, columnwise=False)
         sizes = [rows.stop - rows.start for rows in ranges]
         operand = quantizer.make_empty([sum(sizes), weight.shape[1]], dtype=weight.dtype, device=weight.device)
         start = 0

@@ -216,8 +216,6 @@ class TiledColumnParallelLinear(TiledParallelLinear, ColumnParallelLinear):
     partition_dim = 0
     input_is_already_split = False
     gather_output: bool
-    input_size: int
-    output_size_per_partition: int
 
     def set_grid(self, grid: TileGrid, **options: Any) -> None:
         super().set_grid(grid, **options)
@@ -261,8 +259,6 @@ class TiledRowParallelLinear(TiledParallelLinear, RowParallelLinear):
     partition_dim = 1
     input_is_parallel: bool
     skip_bias_add: bool
-    output_size: int
-    input_size_per_partition: int
 
     @property
     def input_is_already_split(self) -> bool:  # type: ignore[override]

@@ -24,6 +24,7 @@ from megatron_tiling.resident.activation import activation_of, reason_in_activat
 from megatron_tiling.resident.adapters import looped_adapter, reason_outside_loop, unwrapped
 from megatron_tiling.resident.comm import comm_of, reduced
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
+from megatron_tiling.resident.stepped import reason_in_group
 from megatron_tiling.resident.stock_code import replaced_in_layers, replaced_in_mlp
 from megatron_tiling.resident.transformer_engine import TILED_CLASSES as TILED_TE_CLASSES
 from megatron_tiling.tiles.device import in_capture
@@ -150,8 +151,8 @@ class TiledMLP(MLP):
         comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
             return 1
-        ranks = comm.group.size() if comm.sequence_parallel else 1
-        return steps_for(ranks * hidden_states[..., 0].numel(), self.overlap_steps, self.least_overlap_tokens)
+        tokens = comm.shards * hidden_states[..., 0].numel()
+        return steps_for(tokens, self.overlap_steps, self.least_overlap_tokens)
 
     @torch.compiler.disable
     def _in_steps(self, hidden_states: Tensor, steps: int) -> Tensor:
@@ -321,10 +322,7 @@ def reason_for_no_overlap(mlp: Any) -> str:
         return "an adapter"
     if isinstance(mlp, SharedExpertMLP):
         return "a shared expert"
-    if any(getattr(layer, "explicit_expert_comm", getattr(layer, "parallel_mode", "") is None) for layer in (fc1, fc2)):
-        return "an expert"
-    group = getattr(fc1, "tp_group", None)
-    return "" if group is not None and group.size() > 1 else "one tensor-parallel rank"
+    return reason_in_group(fc1) or reason_in_group(fc2)
 
 
 def _adds_bias(layer: Any) -> bool:

@@ -16,13 +16,18 @@ from megatron_tiling.tiles.step_comm import steps_for
 from megatron_tiling.tiles.stepped_linear import LinearSteps, stepped_column, stepped_row
 
 
-def reason_for_no_steps(layer: Any, is_row: bool) -> str:
-    """Why communication never runs behind the products of a layer, stock or tiled, or nothing."""
-    group = getattr(layer, "tp_group", None)
+def reason_in_group(layer: Any) -> str:
+    """Why a layer, stock or tiled, communicates with nobody itself, or nothing."""
     if getattr(layer, "explicit_expert_comm", getattr(layer, "parallel_mode", "") is None):
         return "an expert"
-    if group is None or group.size() == 1:
-        return "one tensor-parallel rank"
+    group = getattr(layer, "tp_group", None)
+    return "" if group is not None and group.size() > 1 else "one tensor-parallel rank"
+
+
+def reason_for_no_steps(layer: Any, is_row: bool) -> str:
+    """Why communication never runs behind the products of a layer, stock or tiled, or nothing."""
+    if reason := reason_in_group(layer):
+        return reason
     returns_norm, gathers_norm = (
         getattr(layer, f"return_layernorm_output{which}", False) for which in ("", "_gathered")
     )  # of TransformerEngine's layers: Megatron-Bridge sets both

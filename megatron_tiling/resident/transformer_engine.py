@@ -230,9 +230,6 @@ class TiledTEColumn(TiledTELinear):
 class TiledTELayerNormColumn(TiledTEColumn):
     """Column layers of TransformerEngine with a norm before them, whose parameters the layer owns."""
 
-    layer_norm_weight: torch.nn.Parameter
-    layer_norm_bias: torch.nn.Parameter | None
-    eps: float
     return_layernorm_output: bool
     return_layernorm_output_gathered: bool
 

@@ -17,9 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_tiling.tiles.device import on_gpu
-
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from megatron_tiling.tiles.device import has_kernels
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,14 @@ class Activation:
     @property
     def halves(self) -> int:
         return 2 if self.gated else 1
+
+    def halved(self, joined: Tensor) -> Tensor:
+        """``[..., halves * f]`` -> ``[halves, ..., f]``, a view."""
+        return joined.unflatten(-1, (self.halves, -1)).movedim(-2, 0)
+
+    def bias_of(self, bias: Tensor | None, columns: slice = slice(None)) -> Tensor | None:
+        """``[halves * f]`` -> ``[halves, width]``, a view."""
+        return None if bias is None else self.halved(bias)[:, columns]
 
     def forward(
         self,
@@ -110,7 +116,7 @@ class Activation:
             out = self.function(leaves["pre"], leaves.get("bias"), leaves.get("scale"))
         wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
         grads = dict(zip(wanted, torch.autograd.grad(out, [leaves[name] for name in wanted], grad), strict=True))
-        pre.copy_(_halved(grads["pre"], self.halves))
+        pre.copy_(self.halved(grads["pre"]))
         _raise(amax, pre)
         if fp8 is None:
             grad.copy_(out.detach())
@@ -118,11 +124,11 @@ class Activation:
             into, fp8_scale = fp8
             largest = torch.finfo(into.dtype).max
             into.copy_((out.detach().float() * fp8_scale).clamp(-largest, largest).t())
-        return _halved(grads["bias"], self.halves) if bias_grad else None, grads.get("scale")
+        return self.halved(grads["bias"]) if bias_grad else None, grads.get("scale")
 
     def _formula_of_kernels(self, pre: Tensor) -> dict[str, Any]:
         """As keywords of the kernels, if there is one for this device and dtype."""
-        return dict(vars(self.formula)) if self.formula and on_gpu(pre) and pre.dtype in KERNEL_DTYPES else {}
+        return dict(vars(self.formula)) if self.formula and has_kernels(pre) else {}
 
 
 def _raise(amax: Tensor | None, values: Tensor) -> None:
@@ -133,8 +139,3 @@ def _raise(amax: Tensor | None, values: Tensor) -> None:
 def _joined(halves: Tensor) -> Tensor:
     """``[halves, ..., f]`` -> a new ``[..., halves * f]``."""
     return torch.cat(halves.detach().unbind(0), dim=-1)
-
-
-def _halved(joined: Tensor, halves: int) -> Tensor:
-    """``[..., halves * f]`` -> ``[halves, ..., f]``."""
-    return torch.stack(joined.chunk(halves, dim=-1))

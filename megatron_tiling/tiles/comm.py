@@ -27,6 +27,11 @@ class ColumnComm:
     allreduce_dgrad: bool
     gather_buffer: Callable[[Sequence[int], torch.dtype], Tensor]
 
+    @property
+    def shards(self) -> int:
+        """That all tokens are cut into."""
+        return self.group.size() if self.sequence_parallel else 1
+
     def gather(self, shard: Tensor, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
         """``[s/tp, ...]`` -> ``[s, ...]``."""
         shape = (shard.shape[0] * self.group.size(), *shard.shape[1:])

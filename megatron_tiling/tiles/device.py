@@ -29,6 +29,11 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or _planning
 
 
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether a tensor is on a device and of a dtype that our kernels take."""
+    return on_gpu(tensor) and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
 def in_capture() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

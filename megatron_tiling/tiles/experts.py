@@ -185,7 +185,7 @@ def _forward(
         activated = scratch(hidden, stop - start, loop.features)
         for segment in _of_one_bias(step, biases):
             part = slice(segment.rows.start - start, segment.rows.stop - start)
-            bias = _bias(biases, segment, slice(None), halves)
+            bias = loop.activation.bias_of(biases[segment.expert] if biases else None)
             loop.activation.forward([pre[part].transpose(0, 1)], bias, scale[segment.rows], activated[part])
         operands = loop.products.rows("activation", activated, step, start, rowwise=True)
         weights = loop.products.weights("fc2", fc2, step, columnwise=False)
@@ -214,12 +214,7 @@ def _of_one_bias(segments: Sequence[Segment], biases: list[Tensor]) -> Sequence[
     """What the activation takes at once: the rows of one expert, or all of them where there are no biases."""
     if biases:
         return segments
-    return [Segment(segments[0].expert, slice(segments[0].rows.start, segments[-1].rows.stop))]
-
-
-def _bias(biases: list[Tensor], segment: Segment, columns: slice, halves: int) -> Tensor | None:
-    """``[halves, columns]``, a view."""
-    return biases[segment.expert].unflatten(0, (halves, -1))[:, columns] if biases else None
+    return [Segment(segments[0].expert, rows_of(segments))]
 
 
 class _WeightGrads:
@@ -382,18 +377,18 @@ class _Backward:
 
     def _activation_backward(self, segments: Sequence[Segment], columns: slice, pre: Tensor, grad: Tensor) -> None:
         """In place: ``pre [halves, n, f_i]`` becomes its gradient and ``grad [n, f_i]`` the activation."""
-        start = segments[0].rows.start
+        start, activation = segments[0].rows.start, self.loop.activation
         for segment in _of_one_bias(segments, self.biases):
             part = slice(segment.rows.start - start, segment.rows.stop - start)
-            bias_grad, scale_grad = self.loop.activation.backward(
+            bias_grad, scale_grad = activation.backward(
                 pre[:, part],
-                _bias(self.biases, segment, columns, self.halves),
+                activation.bias_of(self.biases[segment.expert] if self.biases else None, columns),
                 self.scale[segment.rows],
                 grad[part],
                 bias_grad=self.needs_bias,
                 scale_grad=self.needs_scale,
             )
             if bias_grad is not None and (whole := self.bias_grads[segment.expert]) is not None:
-                whole.unflatten(0, (self.halves, -1))[:, columns] += bias_grad
+                activation.halved(whole)[:, columns] += bias_grad
             if scale_grad is not None and self.scale_grad is not None:
                 self.scale_grad[segment.rows] += scale_grad

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_tiling.tiles import softmax
 from megatron_tiling.tiles.comm import ColumnComm, flat
-from megatron_tiling.tiles.device import on_gpu
+from megatron_tiling.tiles.device import has_kernels
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.head_cut import HeadCut, HeadSizes, HeadTiles
 from megatron_tiling.tiles.head_memory import InputGrad, LogitsBuffers
@@ -121,7 +121,7 @@ def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, l
 
 def check_tokens(name: str, shape: torch.Size, hidden: Tensor, loop: HeadLoop) -> None:
     """Refuse what is not of the shape of all ranks' tokens."""
-    shards = loop.ranks if loop.comm is not None and loop.comm.sequence_parallel else 1
+    shards = 1 if loop.comm is None else loop.comm.shards
     expected = (hidden.shape[0] * shards, *hidden.shape[1:-1])
     if tuple(shape) != expected:
         raise ValueError(f"{name} have shape {list(shape)}, the hidden states {list(expected)} tokens")
@@ -153,10 +153,8 @@ class _TiledHead(torch.autograd.Function):
         ctx.param = weight if ctx.needs_input_grad[1] else None
         sizes = _sizes(loop, hidden, weight, rows, ctx.needs_input_grad)
         cut = ctx.cut = loop.tiles.cut(sizes)
-        steps = loop.steps
+        steps = loop.steps if rows is None and len(cut.tokens) == 1 else None
         if steps is not None and steps_for(sizes.tokens, steps.steps, steps.least_tokens) == 1:
-            steps = None
-        if rows is not None or len(cut.tokens) > 1:
             steps = None
         x = _rows(_gather(hidden, loop, async_op=False)[0], rows) if steps is None else steps.memory(hidden)
         first_column = 0 if loop.group is None else loop.group.rank() * len(weight)
@@ -243,10 +241,8 @@ def _rows(gathered: Tensor, rows: Tensor | None) -> Tensor:
 def _sizes(
     loop: HeadLoop, hidden: Tensor, weight: Tensor, rows: Tensor | None, needs_grad: tuple[bool, ...]
 ) -> HeadSizes:
-    all_tokens, reduced_by = hidden.numel() // hidden.shape[-1], 0
-    if loop.comm is not None:
-        reduced_by = loop.comm.group.size() if loop.comm.sequence_parallel else 1
-        all_tokens *= reduced_by
+    reduced_by = 0 if loop.comm is None else loop.comm.shards
+    all_tokens = hidden.numel() // hidden.shape[-1] * max(reduced_by, 1)
     grad = getattr(weight, "main_grad", weight) if loop.fuse_wgrad else weight
     logits = loop.logits_dtype(weight.dtype)
     return HeadSizes(
@@ -271,7 +267,7 @@ def _wait(work: dist.Work | None) -> None:
 
 def softmax_for(x: Tensor) -> ModuleType:
     """``tiles/softmax.py``, or its two functions as kernels for what this device and dtype multiply to."""
-    if on_gpu(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    if has_kernels(x):
         from megatron_tiling.tiles.kernels import softmax as kernels
 
         return kernels

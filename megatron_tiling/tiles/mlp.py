@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_tiling.tiles.comm import ColumnComm, flat
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
-from megatron_tiling.tiles.mlp_tiles import ActivationBackward, MLPTiles, scale_of
+from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS, ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.spans import Span, padded
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -181,7 +181,7 @@ class _TiledMLP(torch.autograd.Function):
                 else span.fc1([(x[step], weight) for x, weight in factors])
                 for span in spans
             ]
-            loop.activation.forward(parts, loop.bias_of(fc1_bias, WHOLE), scale_of(scale, step), activated)
+            loop.activation.forward(parts, loop.activation.bias_of(fc1_bias), scale_of(scale, step), activated)
             del parts
             for output, weight in zip(outputs, weights, strict=True):
                 gemm_into(flat(output)[step], activated, weight.t(), accumulate=False)
@@ -314,10 +314,7 @@ class _Backward:
         if not self.needs_fc1 and not recomputes:
             return
         if self.hidden is None:
-            raise RuntimeError(
-                "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
-                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
-            )
+            raise RuntimeError(NO_SECOND_PASS)
         if comm is not None and comm.sequence_parallel:
             self.hidden, self.gathering = comm.gather(self.hidden, async_op=True)
 

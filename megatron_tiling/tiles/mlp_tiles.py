@@ -12,6 +12,10 @@ from torch import Tensor
 from megatron_tiling.tiles.activation import Activation
 
 TOKEN_MULTIPLE = 256  # tokens of a forward step, which fill a GPU's blocks
+NO_SECOND_PASS = (
+    "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
+    "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,10 @@ class MLPTiles:
         size = max(1, -(-tokens // (len(self.tiles) * TOKEN_MULTIPLE))) * TOKEN_MULTIPLE
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def bias_of(self, bias: Tensor | None, columns: slice) -> Tensor | None:
-        """``[halves * f]`` -> ``[halves, width]``, a view."""
-        return None if bias is None else bias.unflatten(0, (self.activation.halves, -1))[:, columns]
-
 
 def scale_of(scale: Tensor | None, tokens: slice) -> Tensor | None:
     """``[n]`` in any shape -> ``[m]``."""
-    return None if scale is None else scale.reshape(-1).contiguous()[tokens]
+    return None if scale is None else scale.reshape(-1)[tokens]
 
 
 class ActivationBackward:
@@ -82,13 +82,14 @@ class ActivationBackward:
         fp8: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """In place: ``pre`` becomes its gradient and ``grad`` the activation; ``Activation`` says the rest."""
-        operands = self._tiles.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
+        activation = self._tiles.activation
+        operands = activation.bias_of(self._bias, tile), scale_of(self._scale, slice(None)), grad
         if not self._needs_grad:
-            self._tiles.activation.forward([pre], *operands)
+            activation.forward([pre], *operands)
             return
-        bias_grad, scale_grad = self._tiles.activation.backward(pre, *operands, amax, fp8, **self._needs)
+        bias_grad, scale_grad = activation.backward(pre, *operands, amax, fp8, **self._needs)
         if bias_grad is not None and self.bias_grad is not None:
-            self.bias_grad.unflatten(0, (len(pre), -1))[:, tile] = bias_grad
+            activation.halved(self.bias_grad)[:, tile] = bias_grad
         if scale_grad is not None:
             self._scale_grad = scale_grad if self._scale_grad is None else self._scale_grad.add_(scale_grad)
 

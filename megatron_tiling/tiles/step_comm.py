@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tiling.tiles.activation import KERNEL_DTYPES
-from megatron_tiling.tiles.comm import flat
-from megatron_tiling.tiles.device import on_gpu
+from megatron_tiling.tiles.comm import ColumnComm, flat
+from megatron_tiling.tiles.device import has_kernels, on_gpu
 
 #: ``auto``: symmetric memory where it is there, else collectives beside the products. ``blocking``: one after another.
 Transport = Literal["auto", "collectives", "blocking"]
@@ -160,7 +159,7 @@ def _rounded_up(size: int, parts: int, multiple: int) -> int:
 
 def add_pieces(pieces: Tensor, out: Tensor) -> None:
     """``[tp, ...]`` -> ``[...]``: the sum over ranks, in float32 where they are narrower, rounded once."""
-    if on_gpu(out) and out.dtype in KERNEL_DTYPES:
+    if has_kernels(out):
         from megatron_tiling.tiles.kernels.add import add
 
         add(pieces, out)
@@ -349,22 +348,16 @@ def _nothing() -> None:
     pass
 
 
-def start_steps(
-    group: dist.ProcessGroup,
-    sequence_parallel: bool,
-    sources: Sequence[Tensor],
-    out: Tensor | None,
-    transport: Transport,
-) -> StepComm:
+def start_steps(comm: ColumnComm, sources: Sequence[Tensor], out: Tensor | None, transport: Transport) -> StepComm:
     """Begin a pass over the steps.
 
     Args:
-        group: the tensor-parallel group; all of its ranks begin the same passes, in the same order.
-        sequence_parallel: ranks hold shards of the tokens; else each has all of them.
+        comm: the group, all of whose ranks begin the same passes in the same order, and whether they hold shards.
         sources, out: as for ``StepComm``.
         transport: what to move bytes with.
     """
-    if not sequence_parallel:
+    group = comm.group
+    if not comm.sequence_parallel:
         return StepComm(group, sources, out, blocking=transport == "blocking")
     first = next(tensor for tensor in (*sources, out) if tensor is not None)
     if transport == "auto" and first.is_cuda:

@@ -44,28 +44,23 @@ class LinearSteps:
     transport: Transport = "auto"
     least_tokens: int = 0
 
-    @property
-    def shards(self) -> int:
-        """That all tokens are cut into."""
-        return self.comm.group.size() if self.comm.sequence_parallel else 1
-
     def cut(self, shard: Tensor, own: Own) -> list[Step]:
         """The steps of a pass over ``shard [rows, ..., features]``."""
-        return cut(shard.shape[0], _tokens_of_row(shard), self.shards, self.steps, own)
+        return cut(shard.shape[0], _tokens_of_row(shard), self.comm.shards, self.steps, own)
 
     def start(self, sources: Sequence[Tensor], out: Tensor | None) -> StepComm:
         """Begin a pass."""
-        return start_steps(self.comm.group, self.comm.sequence_parallel, sources, out, self.transport)
+        return start_steps(self.comm, sources, out, self.transport)
 
     def places(self, step: Step, shard: Tensor) -> list[slice]:
         """Where a step's tokens are among all, which are in the order of the ranks."""
-        found = places(step, shard.shape[0], self.comm.group.rank() if self.shards > 1 else 0, self.shards)
+        found = places(step, shard.shape[0], self.comm.group.rank(), self.comm.shards)
         size = _tokens_of_row(shard)
         return [slice(rows.start * size, rows.stop * size) for rows in found]
 
     def memory(self, shard: Tensor) -> Tensor:
         """``[n, features]`` for the tokens of all ranks, of memory that other layers gather into as well."""
-        shape = self.shards * shard.shape[0] * _tokens_of_row(shard), shard.shape[-1]
+        shape = self.comm.shards * shard.shape[0] * _tokens_of_row(shard), shard.shape[-1]
         memory = self.comm.gather_buffer(shape, shard.dtype)
         return memory if on_gpu(memory) else memory.zero_()  # as ``scratch``: rows are read beyond a step's end
 
@@ -86,7 +81,7 @@ class LinearSteps:
 
     def of_all(self, shard: Tensor, features: int) -> Tensor:
         """New memory for ``[rows of all shards, ..., features]``."""
-        return shard.new_empty(self.shards * shard.shape[0], *shard.shape[1:-1], features)
+        return shard.new_empty(self.comm.shards * shard.shape[0], *shard.shape[1:-1], features)
 
 
 def _tokens_of_row(tensor: Tensor) -> int:
@@ -138,7 +133,7 @@ class _SteppedColumn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, loop: LinearSteps, hidden: Tensor) -> Tensor:
-        grid = TileGrid(weight.shape[1], weight.shape[0], 1, 1)
+        grid = TileGrid(weight.shape[1], weight.shape[0])
         save_for_backward(ctx, weight, TileLoop(grid, fuse_wgrad=loop.fuse_wgrad, comm=loop.comm), [hidden])
         output = loop.of_all(hidden, weight.shape[0])
         steps = loop.cut(hidden, own="first")
@@ -183,7 +178,7 @@ class _SteppedRow(torch.autograd.Function):
         ctx.param = weight if needs_wgrad else None  # it carries main_grad, which saved tensors may lose
         ctx.save_for_backward(weight if needs_dgrad else None, input_ if needs_wgrad else None)
         x = flat(input_)
-        output = input_.new_empty(input_.shape[0] // loop.shards, *input_.shape[1:-1], weight.shape[0])
+        output = input_.new_empty(input_.shape[0] // loop.comm.shards, *input_.shape[1:-1], weight.shape[0])
         with loop.start([], output) as comm:
             for step in loop.cut(output, own="last"):
                 partial = comm.partial(step)
@@ -202,13 +197,13 @@ class _SteppedRow(torch.autograd.Function):
         weight, input_ = ctx.saved_tensors
         needs_wgrad, _, needs_dgrad = ctx.needs_input_grad
         dgrad = loop.of_all(grad_output, weight.shape[1]) if needs_dgrad else None
-        dy = flat(grad_output) if loop.shards == 1 else loop.memory(grad_output)
+        dy = flat(grad_output) if loop.comm.shards == 1 else loop.memory(grad_output)
 
         def add_dgrad(tokens: slice) -> None:
             if dgrad is not None:
                 gemm_into(flat(dgrad)[tokens], dy[tokens], weight, accumulate=False)
 
-        if loop.shards == 1:
+        if loop.comm.shards == 1:
             add_dgrad(WHOLE)
         else:
             loop.gather(grad_output, dy, add_dgrad)

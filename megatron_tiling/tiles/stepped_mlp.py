@@ -16,6 +16,7 @@ from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.comm import ColumnComm
 from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
+from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS
 from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, few_steps, start_steps
 from megatron_tiling.tiles.wgrad import WeightGrad
 
@@ -48,12 +49,11 @@ class SteppedLoop:
 
     def cut(self, source: Tensor) -> list[Step]:
         """The steps of a pass over ``source [rows, ..., features]``."""
-        ranks = self.comm.group.size() if self.comm.sequence_parallel else 1
-        return cut(source.shape[0], prod(source.shape[1:-1]), ranks, self.steps)
+        return cut(source.shape[0], prod(source.shape[1:-1]), self.comm.shards, self.steps)
 
     def start(self, sources: Sequence[Tensor], out: Tensor | None) -> StepComm:
         """Begin a pass."""
-        return start_steps(self.comm.group, self.comm.sequence_parallel, sources, out, self.transport)
+        return start_steps(self.comm, sources, out, self.transport)
 
 
 def stepped_mlp(
@@ -108,7 +108,7 @@ class _SteppedMLP(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         records = grad_enabled and any(ctx.needs_input_grad)
-        steps = loop.cut(hidden)
+        steps, activation = loop.cut(hidden), loop.activation
         output = hidden.new_empty(*hidden.shape[:-1], fc2_weight.shape[0])
         keeps = records and loop.keeps
         kept = scratch(hidden, steps[-1].tokens.stop, fc1_weight.shape[0]) if keeps else None
@@ -122,7 +122,7 @@ class _SteppedMLP(torch.autograd.Function):
                 pre = scratch(hidden, x.shape[0], fc1_weight.shape[0]) if kept is None else kept[step.tokens]
                 gemm_into(pre, x, fc1_weight.t(), accumulate=False)
                 activated = scratch(hidden, x.shape[0], fc2_weight.shape[1])
-                loop.activation.forward([_halves(pre, loop)], _halved(fc1_bias, loop), None, activated)
+                activation.forward([activation.halved(pre)], activation.bias_of(fc1_bias), None, activated)
                 del pre, x  # before the next ones are made
                 partial = comm.partial(step)
                 gemm_into(partial, activated, fc2_weight.t(), accumulate=False)
@@ -154,10 +154,7 @@ class _Backward:
         ctx.kept_is_intact = False  # the gradients go there
         self.needs_x = self.needs_fc1 or self.kept is None
         if self.needs_x and self.hidden is None:
-            raise RuntimeError(
-                "a second backward pass through a TiledMLP whose fc1 is frozen, after the first one used up the kept "
-                "pre-activations: give --tiled-mlp-keep 0 with retain_graph=True"
-            )
+            raise RuntimeError(NO_SECOND_PASS)
         self.grad_output = grad_output.contiguous()
         fuse = self.loop.fuse_fc1_wgrad, self.loop.fuse_fc2_wgrad
         wide = self.loop.fp32_accumulate and self.kept is None
@@ -205,7 +202,7 @@ class _Backward:
             ready()
             self._through_activation(dy[step.tokens], kept[step.tokens], activated[step.tokens])
             self._push_dgrad(step, kept[step.tokens])
-        self._add_wgrads(dy, activated, accumulate=False)
+        self._add_fc2_wgrad(dy, activated, accumulate=False)
         del activated
         for ready in of_x:
             ready()
@@ -225,7 +222,7 @@ class _Backward:
             dy_arrived()
             self._through_activation(dy, pre, activated)
             self._push_dgrad(step, pre)
-            self._add_wgrads(dy, activated, accumulate=index > 0)
+            self._add_fc2_wgrad(dy, activated, accumulate=index > 0)
             if self.needs_fc1:
                 self.fc1_grad.add(WHOLE, WHOLE, pre, x, accumulate=index > 0)
             del dy, x, pre, activated  # before the next ones are made
@@ -240,14 +237,14 @@ class _Backward:
 
     def _through_activation(self, dy: Tensor, pre: Tensor, activated: Tensor) -> None:
         """In place: ``pre`` becomes its gradient, ``activated`` is filled."""
-        bias = _halved(self.bias, self.loop)
+        activation = self.loop.activation
+        halves, bias = activation.halved(pre), activation.bias_of(self.bias)
         if not self.needs_activation_grad:
-            self.loop.activation.forward([_halves(pre, self.loop)], bias, None, activated)
+            activation.forward([halves], bias, None, activated)
             return
         gemm_into(activated, dy, self.fc2_weight, accumulate=False)
-        bias_grad, _ = self.loop.activation.backward(
-            _halves(pre, self.loop), bias, None, activated, bias_grad=self.needs_bias, scale_grad=False
-        )
+        needs: Any = {"bias_grad": self.needs_bias, "scale_grad": False}
+        bias_grad, _ = activation.backward(halves, bias, None, activated, **needs)
         if bias_grad is not None:
             wide = bias_grad.to(torch.promote_types(bias_grad.dtype, torch.float32))
             self.bias_grad = wide if self.bias_grad is None else self.bias_grad.add_(wide)
@@ -258,16 +255,6 @@ class _Backward:
             gemm_into(partial, pre_grad, self.fc1_weight, accumulate=False)
             self.comm.push(partial, step)
 
-    def _add_wgrads(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
+    def _add_fc2_wgrad(self, dy: Tensor, activated: Tensor, accumulate: bool) -> None:
         if self.needs_fc2:
             self.fc2_grad.add(WHOLE, WHOLE, dy, activated, accumulate=accumulate)
-
-
-def _halves(pre: Tensor, loop: SteppedLoop) -> Tensor:
-    """``[m, halves * f]`` -> ``[halves, m, f]``, a view."""
-    return pre.unflatten(1, (loop.activation.halves, -1)).transpose(0, 1)
-
-
-def _halved(bias: Tensor | None, loop: SteppedLoop) -> Tensor | None:
-    """``[halves * f]`` -> ``[halves, f]``, a view."""
-    return None if bias is None else bias.unflatten(0, (loop.activation.halves, -1))

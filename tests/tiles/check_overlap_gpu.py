@@ -90,7 +90,7 @@ def run(parameters: list[Tensor], rows: int, late: random.Random | None, **how: 
             delay(late)
             output = output + stepped_mlp(output, fc1, None, fc2, loop)
         delay(late)
-        every = rows * linear.shards
+        every = rows * linear.comm.shards
         losses = tiled_linear_cross_entropy(output, parameters[-1], labels(every), head).loss
         (output.square().sum() + losses.sum()).backward()
         found += [output.detach(), hidden.grad, losses.detach()]
