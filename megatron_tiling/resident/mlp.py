@@ -194,8 +194,8 @@ class TiledMLP(MLP):
         comm = comm_of(fc1)
         grid = fc2.grid
         if self.fewer_if_small:
-            ranks = comm.group.size() if comm is not None and comm.sequence_parallel else 1
-            tokens, weights = ranks * hidden_states[..., 0].numel(), fc1.weight.numel() + fc2.weight.numel()
+            shards = 1 if comm is None else comm.shards
+            tokens, weights = shards * hidden_states[..., 0].numel(), fc1.weight.numel() + fc2.weight.numel()
             grid = replace(grid, in_splits=tiles_worth_it(tokens, weights, grid.in_splits))
         parts = grid.in_parts
         loop = MLPLoop(

@@ -11,7 +11,7 @@ The loss's semantics are those of ``megatron.core.tensor_parallel.vocab_parallel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -154,8 +154,9 @@ class _TiledHead(torch.autograd.Function):
         sizes = _sizes(loop, hidden, weight, rows, ctx.needs_input_grad)
         cut = ctx.cut = loop.tiles.cut(sizes)
         steps = loop.steps if rows is None and len(cut.tokens) == 1 else None
-        if steps is not None and steps_for(sizes.tokens, steps.steps, steps.least_tokens) == 1:
-            steps = None
+        if steps is not None:
+            count = steps_for(sizes.tokens, steps.steps, steps.least_tokens)
+            steps = replace(steps, steps=count) if count > 1 else None
         x = _rows(_gather(hidden, loop, async_op=False)[0], rows) if steps is None else steps.memory(hidden)
         first_column = 0 if loop.group is None else loop.group.rank() * len(weight)
         columns = columns - first_column
@@ -243,7 +244,7 @@ def _sizes(
 ) -> HeadSizes:
     reduced_by = 0 if loop.comm is None else loop.comm.shards
     all_tokens = hidden.numel() // hidden.shape[-1] * max(reduced_by, 1)
-    grad = getattr(weight, "main_grad", weight) if loop.fuse_wgrad else weight
+    main_grad = getattr(weight, "main_grad", None) if loop.fuse_wgrad else None
     logits = loop.logits_dtype(weight.dtype)
     return HeadSizes(
         tokens=all_tokens if rows is None else len(rows),
@@ -252,7 +253,7 @@ def _sizes(
         element_bytes=weight.element_size(),
         logit_bytes=logits.itemsize + (0 if logits == weight.dtype else weight.element_size()),
         reduced_by=reduced_by,
-        sums_wgrad=grad.element_size() >= 4,
+        sums_wgrad=(weight if main_grad is None else main_grad).element_size() >= 4,
         dgrad=needs_grad[0],
         wgrad=needs_grad[1],
         chosen_from=0 if rows is None else all_tokens,

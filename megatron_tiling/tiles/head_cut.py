@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
 from math import ceil
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
@@ -84,12 +85,19 @@ class HeadTiles:
         vocabulary_tiles: how many over this rank's vocabulary; ``None`` chooses.
         keep: how many tiles stay from the forward to the backward pass, within ``memory_mib`` where that is given;
             ``None``: as many as the bound has room for.
+
+    Raises:
+        ValueError: a bound that is not a whole number of at least 1.
     """
 
     memory_mib: int | None = None
     tokens: int | None = None
     vocabulary_tiles: int | None = None
     keep: int | Literal["all"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_mib is not None and not (isinstance(self.memory_mib, Integral) and self.memory_mib >= 1):
+            raise ValueError(f"memory_mib {self.memory_mib}: must be a whole number of at least 1")
 
     def cut(self, sizes: HeadSizes) -> HeadCut:
         """The tiles of both passes.

@@ -170,6 +170,8 @@ def tiled_kl(
     Raises:
         ValueError: other shapes, or another direction or rest.
     """
+    if scores.log_probs.dim() != 3:
+        raise ValueError(f"the scores have shape {list(scores.log_probs.shape)}: must be [s, b, k]")
     if teacher_log_probs.shape != scores.log_probs.shape:
         shapes = f"{list(teacher_log_probs.shape)}, the scores {list(scores.log_probs.shape)}"
         raise ValueError(f"teacher_log_probs have shape {shapes}")

@@ -7,6 +7,7 @@ columns, ``first_column`` and on of this rank's; the ``k`` chosen columns of a t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class LogitScale:
         temperature: divides last.
 
     Raises:
-        ValueError: a softcap or temperature that is not positive.
+        ValueError: a softcap or temperature that is not positive, or infinite.
     """
 
     scale: float = 1.0
@@ -33,8 +34,8 @@ class LogitScale:
     def __post_init__(self) -> None:
         for name in ("softcap", "temperature"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: must be greater than 0")
+            if value is not None and not 0 < value < inf:
+                raise ValueError(f"{name} {value}: must be greater than 0, and finite")
 
     @property
     def slope(self) -> float:

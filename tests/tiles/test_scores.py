@@ -1,5 +1,7 @@
 """Tiled scores against plain torch in float64, on one rank: values, gradients, masks, refusals; KL divergences."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +168,9 @@ def test_what_does_not_belong_together_is_refused():
         ({"mask": case.mask.t()}, r"mask values have shape \[3, 4\]"),
         ({"top_k": 10}, "top_k 10: the vocabulary has 9 columns"),
         ({"temperature": 0.0}, "temperature 0.0: must be greater than 0"),
+        ({"softcap": math.inf}, "softcap inf: must be greater than 0, and finite"),
+        ({"memory_mib": 0}, "memory_mib 0: must be a whole number of at least 1"),
+        ({"memory_mib": 1.5}, "memory_mib 1.5: must be a whole number"),
         ({"softcap": -1.0}, "softcap -1.0: must be greater than 0"),
         ({"mask_count": 3}, "mask_count 3: there is no mask"),
         ({"sequence_parallel": True}, "sequence_parallel: needs the tp_group"),
@@ -205,6 +210,8 @@ def test_kl_of_all_that_there_is() -> None:
     assert abs(kl.item() - 0.1308) < 1e-4 and scores.log_probs.grad.isfinite().all()
     with pytest.raises(ValueError, match="teacher_log_probs have shape"):
         tiled_kl(scores, teacher[..., :2])
+    with pytest.raises(ValueError, match=r"scores have shape \[1, 3\]: must be \[s, b, k\]"):
+        tiled_kl(scores._replace(log_probs=scores.log_probs[0]), teacher[0])
     with pytest.raises(ValueError, match="choose forward or reverse"):
         tiled_kl(scores, teacher, direction="backward")
 
