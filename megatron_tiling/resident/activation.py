@@ -5,8 +5,8 @@ function of one feature alone (two, of a gated linear unit), the same each time,
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from types import ModuleType
+from functools import lru_cache, partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -107,13 +107,42 @@ def reason_in_activation(mlp: Any) -> str:
     device, dtype = torch.device("cpu"), torch.float32
     if parameter is not None and parameter.is_floating_point() and not parameter.is_meta:
         device, dtype = parameter.device, parameter.dtype
-    reason = _reason_in_values(function, device, dtype, getattr(function, "training", False))
+    reason = _reason_in_values(function, device, dtype, _state_of(function))
     return reason and f"the activation function {reason}"
 
 
+def _state_of(function: Any) -> tuple[Any, ...]:
+    """What may change in a function that stays the same object: which parameters train, a module's mode and numbers."""
+    state: list[Any] = []
+    left, seen = [function], set()
+    while left:
+        held = left.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, torch.nn.Module):
+            own = ((name, value) for name, value in vars(held).items() if isinstance(value, bool | int | float | str))
+            state.append((id(held), *own))
+            left += (*held.children(), *held.parameters(recurse=False), *held.buffers(recurse=False))
+        elif isinstance(held, Tensor):
+            state.append((id(held), held.requires_grad))
+        elif isinstance(held, partial):
+            left += (held.func, *held.args, *held.keywords.values())
+        elif isinstance(held, MethodType):
+            left += (held.__self__, held.__func__)
+        elif isinstance(held, FunctionType) and not held.__module__.startswith("torch."):
+            named = (held.__globals__.get(name) for name in held.__code__.co_names)
+            left += (*(cell.cell_contents for cell in held.__closure__ or ()), *named)
+        elif isinstance(held, bool | int | float | str):
+            state.append(held)
+    return tuple(state)
+
+
 @lru_cache(maxsize=64)
-def _reason_in_values(function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, training: bool) -> str:
-    """What a function, in this mode, does with some numbers that it would not do with a part of them."""
+def _reason_in_values(
+    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, state: tuple[Any, ...]
+) -> str:
+    """What a function does with some numbers that it would not do with a part of them; ``state`` is of the cache."""
     tokens, features = PROBE
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
         x = torch.linspace(-3, 3, tokens * features, device=device).view(features, tokens).t().to(dtype).contiguous()

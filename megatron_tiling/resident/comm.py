@@ -35,10 +35,13 @@ def column_comm(group: Any, sequence_parallel: bool, allreduce_dgrad: bool) -> C
 
 
 def comm_of(layer: Any) -> ColumnComm | None:
-    """The collectives that ``ColumnParallelLinear.forward`` would ask for, as the layer is set now."""
+    """The collectives of ``ColumnParallelLinear.forward``, as the layer is set now."""
     if layer.explicit_expert_comm:
         return None
-    return column_comm(layer.tp_group, layer.sequence_parallel, layer.allreduce_dgrad)
+    # Built with sequence parallelism, which was turned off since: stock then copies its input, and sums the gradient.
+    copies = not (layer.sequence_parallel or getattr(layer, "disable_grad_reduce", True))
+    copies = copies and layer.tp_group is not None and layer.tp_group.size() > 1
+    return column_comm(layer.tp_group, layer.sequence_parallel, layer.allreduce_dgrad or copies)
 
 
 def mpu_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
 from math import ceil
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 from megatron_tiling.config import DEFAULT_HEAD_MEMORY_MIB
@@ -96,7 +95,7 @@ class HeadTiles:
     keep: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
-        if self.memory_mib is not None and not (isinstance(self.memory_mib, Integral) and self.memory_mib >= 1):
+        if self.memory_mib is not None and (self.memory_mib % 1 or self.memory_mib < 1):
             raise ValueError(f"memory_mib {self.memory_mib}: must be a whole number of at least 1")
 
     def cut(self, sizes: HeadSizes) -> HeadCut:

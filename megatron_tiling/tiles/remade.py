@@ -27,6 +27,9 @@ def made_again(made: Tensor, function: Callable[[Tensor], Tensor], source: Tenso
         RuntimeError: in the backward pass, ``source`` has been changed in place since, as autograd raises for what
             it saved.
     """
+    if source.is_inference():  # no graph keeps it, and it counts no versions
+        yield
+        return
     source, uses, left = source.detach(), 0, 0
     version, again = source._version, None
     storage, kind, empty = made.untyped_storage()._cdata, type(made), made.numel() == 0

@@ -20,6 +20,7 @@ TP = int(os.environ.get("WORLD_SIZE", "1"))
 HIDDEN, FFN, SEQUENCE, BATCH = 12, 40, 8, 2
 OPTIONS = {
     "sequence_parallel": [True, False],
+    "built_sequence_parallel": [True, False],
     "expert": [True, False],
     "gated": [True, False],
     "bias": [True, False],
@@ -50,16 +51,19 @@ def stock_mlp(case: dict[str, Any]) -> Any:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
+    built_sequence_parallel = case["sequence_parallel"] or case["built_sequence_parallel"]
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=4,
         num_moe_experts=4 if case["expert"] else None,
         tensor_model_parallel_size=TP, expert_tensor_parallel_size=TP, add_bias_linear=case["bias"],
-        sequence_parallel=case["sequence_parallel"] and TP > 1, params_dtype=torch.float64,
+        sequence_parallel=built_sequence_parallel and TP > 1, params_dtype=torch.float64,
         gated_linear_unit=case["gated"], activation_func=F.silu, use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )  # fmt: skip
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = MLP(config, submodules, is_expert=case["expert"], ffn_hidden_size=FFN)
+    for layer in (mlp.linear_fc1, mlp.linear_fc2):  # as Megatron's set_model_to_sequence_parallel turns it off
+        layer.sequence_parallel = case["sequence_parallel"] and TP > 1
     generator = torch.Generator().manual_seed(100 + dist.get_rank())
     with torch.no_grad():
         for parameter in mlp.parameters():

@@ -90,6 +90,29 @@ def test_a_function_that_is_given_later_runs_as_in_stock(name: str, gated: bool,
     assert loops.count == 0
 
 
+def _with_closure(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x)
+
+
+@pytest.mark.parametrize("holds", ["nothing", "a closure", "a method"])
+@pytest.mark.parametrize("kind", ["frozen parameters", "dropout"])
+def test_a_function_that_changes_later_runs_as_in_stock(kind: str, holds: str, loops: Loops) -> None:
+    """It stays the same object, and tiles computed it before."""
+    stock = stock_mlp(activation_func=F.silu)
+    found = []
+    for mlp in (stock, tiled(stock, 3)):
+        module: Any = nn.Dropout(0.0) if kind == "dropout" else nn.PReLU(dtype=torch.float64).requires_grad_(False)
+        functions = {"nothing": module, "a closure": _with_closure(module), "a method": module.forward}
+        mlp.activation_func = mlp.config.activation_func = functions[holds]
+        step(mlp)
+        module.requires_grad_(True)
+        module.p = 0.5
+        torch.manual_seed(3)
+        found.append(step(mlp) | {"alpha": getattr(getattr(module, "weight", None), "grad", None)})
+    assert_same(*reversed(found))
+    assert loops.count == 1
+
+
 def test_formulas_of_kernels_follow_what_stock_calls() -> None:
     """Of a gated MLP without fusion that is the config's."""
     mlp = stock_mlp(activation_func=F.silu, gated_linear_unit=True)

@@ -58,3 +58,12 @@ def test_tensors_without_memory_are_told_apart() -> None:
         with made_again(made, again, source):
             output = other * weight
         output.sum().backward()
+
+
+def test_inference_mode_keeps_nothing_and_counts_no_versions() -> None:
+    with torch.inference_mode():
+        source = torch.randn(2, 3)
+        made = source * 2
+        with made_again(made, lambda source: source * 2, source):
+            output = made + 1
+    torch.testing.assert_close(output, source * 2 + 1)

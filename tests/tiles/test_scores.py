@@ -138,6 +138,10 @@ def test_weight_gradient_is_added_to_main_grad(mask_count):
     scores.log_probs.backward(case.of_log_probs)
     torch.testing.assert_close(parameter.main_grad, 1 + expected, **EXACT)
     assert parameter.grad is None
+    parameter.main_grad = None  # as Megatron-FSDP leaves it
+    scores = tiled_scores(case.hidden, parameter, case.columns, mask=case.mask, mask_count=count, fuse_wgrad=True)
+    scores.log_probs.backward(case.of_log_probs)
+    torch.testing.assert_close(parameter.grad, expected, **EXACT)
 
 
 def test_logits_in_fp32_are_not_rounded():
