@@ -215,7 +215,7 @@ def test_kl_of_all_that_there_is() -> None:
     with pytest.raises(ValueError, match="teacher_log_probs have shape"):
         tiled_kl(scores, teacher[..., :2])
     with pytest.raises(ValueError, match=r"scores have shape \[1, 3\]: must be \[s, b, k\]"):
-        tiled_kl(scores._replace(log_probs=scores.log_probs[0]), teacher[0])
+        tiled_kl(Scores(scores.log_probs[0]), teacher[0])
     with pytest.raises(ValueError, match="choose forward or reverse"):
         tiled_kl(scores, teacher, direction="backward")
 
