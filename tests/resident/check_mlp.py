@@ -51,7 +51,7 @@ def stock_mlp(case: dict[str, Any]) -> Any:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
-    built_sequence_parallel = case["sequence_parallel"] or case["built_sequence_parallel"]
+    built_sequence_parallel = case["sequence_parallel"] or case.get("built_sequence_parallel", False)
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=4,
         num_moe_experts=4 if case["expert"] else None,
