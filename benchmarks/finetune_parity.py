@@ -73,7 +73,7 @@ def train(run: Run, place: int, args: argparse.Namespace) -> dict[int, float]:
     command += ["-m", "megatron_tiling", str(args.script), *MODEL, "--tensor-model-parallel-size", str(run.tp)]
     command += ["--train-iters", str(args.iterations), "--data-path", args.data, "--ckpt-format", "torch_dist"]
     command += ["--tokenizer-model", args.tokenizer_model, "--data-cache-path", str(args.work / "cache"), *args.flags]
-    command += ["--use-tiled-linear"] if run.tiled else [PLAIN]
+    command += ["--use-tiled-linear", "--tile-factor", "4"] if run.tiled else [PLAIN]
     if run.source:
         source = re.sub(r"\W+", "-", run.source)
         command += ["--load", str(args.work / source), "--ckpt-step", str(run.start), "--exit-on-missing-checkpoint"]

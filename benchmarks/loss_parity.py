@@ -48,11 +48,12 @@ MODEL = """
     --tokenizer-type GPTSentencePieceTokenizer
 """.split()
 PLAIN = "--no-gradient-accumulation-fusion"
+TILED = "--use-tiled-linear --tile-factor 4".split()
 KINDS = {
     "dense": [PLAIN],
     "dense, half the micro-batch": [PLAIN, "--micro-batch-size", "2"],
-    "tiled, no fusion": ["--use-tiled-linear", PLAIN],
-    "tiled": ["--use-tiled-linear"],
+    "tiled, no fusion": [*TILED, PLAIN],
+    "tiled": TILED,
 }
 OVERLAP, OVERLAPS = "tiled, overlap", "communication behind products"  # a run's kind, and what its table says
 FINISHED = "[after training is done]"  # in the log of a run that was not cut off
@@ -70,7 +71,7 @@ OTHER_ORDER = "dense, other order of data"
 FP8_KINDS = {
     "dense": [],
     OTHER_ORDER: ["--split", "985,15,0"],
-    "tiled": ["--use-tiled-linear"],
+    "tiled": TILED,
 }
 LAST = 50  # iterations, of whose losses a mean is taken
 

@@ -66,7 +66,8 @@ train() { # train NAME FLAGS...: the whole log goes to a file, the table and the
     fi
 }
 
-read -ra tiling <<<"${TILING:---use-tiled-linear}"
+# So small an MLP would be one tile by itself.
+read -ra tiling <<<"${TILING:---use-tiled-linear --tile-factor 4}"
 train tiled "${tiling[@]}" "$@"
 train dense "$@"
 $python $here/plot_loss.py compare "$out/tiled.log" "$out/dense.log" "$out/loss.png"

@@ -130,7 +130,7 @@ def _state_of(function: Any) -> tuple[Any, ...]:
             left += (held.func, *held.args, *held.keywords.values())
         elif isinstance(held, MethodType):
             left += (held.__self__, held.__func__)
-        elif isinstance(held, FunctionType) and not held.__module__.startswith("torch."):
+        elif isinstance(held, FunctionType) and not (held.__module__ or "").startswith("torch."):
             named = (held.__globals__.get(name) for name in held.__code__.co_names)
             left += (*(cell.cell_contents for cell in held.__closure__ or ()), *named)
         elif isinstance(held, bool | int | float | str):
