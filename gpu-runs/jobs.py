@@ -14,7 +14,7 @@ UNITS = "python3 tests/upstream/megatron_unit_tests.py --gpus --world 8 --checko
 KNOWN = "--known benchmarks/results/2026-11-28-longest-context-%s.json "  # where the search begins, on other GPUs
 QWEN = "--hidden-size 2048 --heads 32 --query-groups 4 --vocabulary 151936 --experts 128 --top-k 8 --moe-ffn-hidden-size 768 --sequence 131072 "
 MOE = "--settings stock 'stock, recompute moe_act' 'stock, recompute moe' 'stock, full recompute' 'tiled: output alone' 'tiled: output alone, recompute moe' 'tiled: default' 'tiled: keep 0'"
-PEERS = "4 -m benchmarks.tp_overlap --results $OUT/peers%s --sizes %s --tokens %s --steps 4 --repeats 15 --userbuffers "
+PEERS = "4 -m benchmarks.tp_overlap --results $OUT/peers%s --sizes %s --tokens %s --steps 3 4 --repeats 15 --userbuffers "
 SIZES = [(size, tokens) for size in ("8192x28672", "4096x14336") for tokens in ("8192", "16384")]
 
 
@@ -23,18 +23,17 @@ def peers(ranks):
     for size, tokens in SIZES:
         for what, more in (("mlp", "--fused-ops"), ("layer", "--what layer")):
             name = f"-{what}-tp{ranks}-{size.split('x')[0]}-{tokens}"
-            yield dict(name="peers" + name, gpus=ranks, first=True, limit=80, needs=FLASH, run=T + (PEERS % (name, size, tokens)).replace("4 -m", f"{ranks} -m", 1) + more)
+            yield dict(name="peers" + name, gpus=ranks, first=True, limit=110, needs=FLASH, run=T + (PEERS % (name, size, tokens)).replace("4 -m", f"{ranks} -m", 1) + more)
 
 
 JOBS = [
     dict(name="ov-whole-4096-8k", gpus=4, first=True, limit=150, needs=FLASH, run=W + "--batch 2 --name whole-model-tp4-4096"),
     dict(name="ov-whole-4096", gpus=4, first=True, limit=150, needs=FLASH, run=W + "--batch 4 --name whole-model-tp4-4096-16k"),
     *peers(4),
-    dict(name="qwen-ep2", gpus=2, first=True, limit=400, needs=FLASH, run=T + "2 -m benchmarks.longest_context --expert-parallel 2 --layers 8 --attention flash $CAP " + QWEN + "--repeats 10 --time-limit 330 --results $OUT --name longest-context-qwen3-30b-a3b-ep2 " + KNOWN % "qwen3-30b-a3b-ep2" + MOE),
-    dict(name="qwen", limit=400, needs=FLASH, run=L.replace("--repeats 4", "--repeats 10") % 330 + "--layers 4 --name longest-context-qwen3-30b-a3b " + QWEN + KNOWN % "qwen3-30b-a3b-timed" + MOE),
-    dict(name="sonic", needs=[*FLASH, "/tmp/sp2.done"], limit=850, run="export PYTHONPATH=$TREE:/tmp/sp2/site-packages:/tmp/sp2/site-packages/nvidia_cutlass_dsl/python_packages:/tmp/sp3; export PYTHONFAULTHANDLER=1; (sleep 800; pkill -ABRT -f one-case-into) & python3 -m benchmarks.experts --combine --cases 64:8:768 --repeats 10 --results $OUT/sonic"),
-    *peers(2),
-    dict(name="apex-tests", limit=400, needs=["/tmp/apexall/done"], run="export PYTHONPATH=$TREE:$TREE/examples/gpt:/tmp/apexall:/tmp/spx; python3 -m pytest -q -rA -p no:cacheprovider tests/trainer/test_apex_gpu.py"),
+    dict(name="whole-3", limit=200, needs=FLASH, run="python3 -m benchmarks.whole_model --layers 3 --more --attention flash --repeats 20 --results $OUT --name whole-model-fewer-tiles-3-layers"),
+    dict(name="whole-8", limit=200, needs=FLASH, run="python3 -m benchmarks.whole_model --layers 8 --attention flash --repeats 20 --results $OUT --name whole-model-fewer-tiles-8-layers"),
+    dict(name="sonic-quick", needs=[*FLASH, "/tmp/sp2.done"], limit=400, run="export PYTHONPATH=$TREE:/tmp/sp2/site-packages:/tmp/sp2/site-packages/nvidia_cutlass_dsl/python_packages:/tmp/sp3; export PYTHONFAULTHANDLER=1; (sleep 380; pkill -ABRT -f one-case-into) & python3 -m benchmarks.experts --combine --sonic-untuned --cases 64:8:768 --repeats 10 --results $OUT/sonic-quick"),
+    dict(name="sonic", needs=[*FLASH, "/tmp/sp2.done"], limit=850, run="export PYTHONPATH=$TREE:/tmp/sp2/site-packages:/tmp/sp2/site-packages/nvidia_cutlass_dsl/python_packages:/tmp/sp3; export PYTHONFAULTHANDLER=1 QUACK_COMPILE_WORKERS=15 QUACK_PRINT_AUTOTUNING=1; (sleep 800; pkill -ABRT -f one-case-into) & python3 -m benchmarks.experts --combine --cases 64:8:768 --repeats 10 --results $OUT/sonic"),
     dict(name="gpu-tests", limit=200, needs=FLASH, run="python3 -m pytest -q -rfE -n 3 -p no:cacheprovider tests/resident/test_experts_gpu.py tests/resident/test_transformer_engine_gpu.py tests/resident/test_fp8_gpu.py tests/tiles/test_head_gpu.py tests/tiles/test_mlp_gpu.py tests/tiles/kernels/test_devices_gpu.py"),
     dict(name="l3-again", limit=200, needs=FLASH, run=L.replace("--repeats 4", "--repeats 10") % 150 + B3 % "-again" + KNOWN % "3b-rest" + "--settings stock 'stock, recompute core_attn' 'tiled: output alone' 'tiled: default'"),
 ]

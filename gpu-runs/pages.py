@@ -14,6 +14,6 @@ for arg in sys.argv[2:]:
         t = p.read_text().replace("/tmp/q/", "").replace("/tmp/q", "OUT")
         if p.suffix == ".md" and ("flash-attn-4 4" in t or more):
             note = NOTE.format(more=more[0] if more else "Nothing else ran on the machine.").strip() + "\n" if "flash-attn-4 4" in t else f"**Added by hand.** {more[0]}\n"
-            lines = t.split("\n"); i = next(k for k, l in enumerate(lines) if l.startswith("    "))
+            lines = t.split("\n"); i = max(k for k, l in enumerate(lines) if l.startswith("    "))
             t = "\n".join(lines[:i+2]) + "\n" + note + "\n" + "\n".join(lines[i+2:])
         q.write_text(t); print(q)
