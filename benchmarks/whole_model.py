@@ -40,7 +40,7 @@ from megatron_tiling.tiles.symmetric import symmetric_bytes
 
 MIB = 2**20
 DENSE, TILED = "dense", "tiled: default"
-OVERLAP_STEPS = 4
+OVERLAP_STEPS = 2, 3, 4
 FP8_DENSE, FP8_TILED = "FP8 dense", "FP8 tiled: default"
 #: Kinds of kernels, by what their names hold; the first that matches.
 KINDS = (
@@ -94,7 +94,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         yield TILED, parallel, {}
         yield "tiled: factor 4", parallel, {"factor": 4}
         yield "tiled: overlap auto", parallel, {"tp_overlap": "auto"}
-        yield f"tiled: overlap {OVERLAP_STEPS} steps", parallel, {"tp_overlap": OVERLAP_STEPS}
+        for steps in OVERLAP_STEPS:
+            yield f"tiled: overlap {steps} steps", parallel, {"tp_overlap": steps}
         return
     yield DENSE, {}, None
     if args.fp8:

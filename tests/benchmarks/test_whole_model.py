@@ -13,10 +13,14 @@ def test_settings_under_tensor_parallelism(monkeypatch: pytest.MonkeyPatch) -> N
     assert all("tensor_model_parallel_size" not in changes for _, changes, _ in one)
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = list(whole_model.settings(whole_model.arguments(["--tensor-parallel", "4"])))
-    assert [name for name, *_ in found] == ["dense", "tiled: default", "tiled: overlap auto", "tiled: overlap 4 steps"]
+    assert [name for name, *_ in found] == [
+        *("dense", "tiled: default", "tiled: factor 4", "tiled: overlap auto"),
+        *(f"tiled: overlap {steps} steps" for steps in (2, 3, 4)),
+    ]
     parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     assert all(changes == parallel for _, changes, _ in found)
-    assert [tiling for *_, tiling in found] == [None, {}, {"tp_overlap": "auto"}, {"tp_overlap": 4}]
+    steps = [{"tp_overlap": overlap} for overlap in ("auto", 2, 3, 4)]
+    assert [tiling for *_, tiling in found] == [None, {}, {"factor": 4}, *steps]
 
 
 @pytest.mark.parametrize(
