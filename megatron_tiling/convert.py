@@ -24,7 +24,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_tiling.config import (
-    DEFAULT_FACTOR,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
     OVERLAPPED_MODULES,
@@ -338,7 +337,7 @@ def _grid(name: str, module: str, shape: tuple[int, int], config: TilingConfig, 
         return TileGrid(shape[1], shape[0], in_splits, out_splits, paired, FEATURE_ALIGNMENT)
     except ValueError as error:
         flag = f"--tiled-linear-splits {module}=" if module in config.splits else "--tile-factor "
-        value = f"{in_splits}x{out_splits}" if module in config.splits else str(config.factor or DEFAULT_FACTOR)
+        value = f"{in_splits}x{out_splits}" if module in config.splits else str(in_splits * out_splits)
         raise ValueError(
             f"{flag}{value}: {name} has [out, in] = {list(shape)} on each rank, and {error}; "
             f"lower it, or give --tiled-linear-splits {module}=INxOUT for this module alone"

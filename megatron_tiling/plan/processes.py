@@ -33,12 +33,12 @@ def in_processes[T](jobs: Sequence[Callable[[], T]]) -> list[T | str]:
             with output, cast(Connection, ready) as connection:
                 try:
                     results[index] = connection.recv()
-                except EOFError:
-                    output.seek(0)
                     process.join()
+                except EOFError:
+                    process.join()
+                    output.seek(0)
                     printed = "".join(output.readlines()[-ERROR_LINES:])
                     results[index] = printed or f"a plan's process ended with exit code {process.exitcode}"
-                process.join()
     return [results[index] for index in range(len(jobs))]
 
 

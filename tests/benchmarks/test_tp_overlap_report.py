@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from benchmarks.record import Origin
 from benchmarks.tp_overlap_report import DENSE, DENSE_STILL, joined, kind, write
 
 
-def record(**changes: object) -> dict[str, object]:
+def record(**changes: object) -> dict[str, Any]:
     rows = [
         {"name": name, "peak_mib": 100.0, "held_mib": held, "milliseconds": [ms, ms, ms + 0.1], "differences": found}
         | ({"host_milliseconds": [4.0, 5.0, 4.5]} if found else {})  # records of before have none
@@ -52,7 +53,7 @@ def test_page_of_a_layer(tmp_path: Path) -> None:
 
 def test_records_of_one_machine_are_joined(tmp_path: Path) -> None:
     one, other = record(), record()
-    other["origin"]["command"], other["runs"][0]["tokens"] = "another command", 16384  # type: ignore[index]
+    other["origin"]["command"], other["runs"][0]["tokens"] = "another command", 16384
     path = tmp_path / "record.json"
     path.write_text(json.dumps(joined([one, other])))
     page = write(path)
@@ -63,7 +64,7 @@ def test_records_of_one_machine_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"tp": 2}, {"what": "layer"}, {"origin": {"machine": "2x a GPU"}}])
 def test_records_of_other_settings_are_not_joined(change: dict[str, object]) -> None:
     other = record(**change)
-    other["origin"] = record()["origin"] | other["origin"]  # type: ignore[operator]
+    other["origin"] = record()["origin"] | other["origin"]
     with pytest.raises(ValueError, match=r"2.*pages of their own|'layer'; pages of their own"):
         joined([record(), other])
 

@@ -216,7 +216,7 @@ def test_what_tiles_do_not_honour_stays_and_the_rest_is_tiled(name: str, monkeyp
     settings, modules, words = STAYS[name]
     dense, tiled = gpt(**settings), gpt(**settings)
     tiled.load_state_dict(dense.state_dict())
-    reports = tile(tiled, TilingConfig(4, modules=None if name == "default modules" else "all"))  # type: ignore[arg-type]
+    reports = tile(tiled, TilingConfig(4, modules=None if name == "default modules" else "all"))
     assert {report.module for report in reports if report.grid is None} == modules
     assert all(report.reason.startswith(words) for report in reports if report.module in modules)
     assert next(report for report in reports if report.name == "output_layer").loss_tiles is not None
@@ -237,7 +237,7 @@ def test_a_norms_output_is_returned_when_asked(bias: bool) -> None:
     name = "GPT with biases" if bias else "zero-centered norms"
     dense, tiled = gpt(**MODELS[name]), gpt(**MODELS[name])
     tiled.load_state_dict(dense.state_dict())
-    tile(tiled, TilingConfig(4, modules="all"))  # type: ignore[arg-type]
+    tile(tiled, TilingConfig(4, modules="all"))
     for path in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         expected = _with_norm(dense, path, gathered=False)
         for gathered in (False, True):
