@@ -6,7 +6,7 @@ function of one feature alone (two, of a gated linear unit), the same each time,
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _FUSED = (
     *("weighted_bias_quick_geglu_impl", "weighted_squared_relu_impl"),
 )
 PROBE = 16, 64  # tokens, features
+_EMPTY = CellType()
 
 
 def activation_of(mlp: MLP, scaled: bool) -> Activation:
@@ -132,7 +133,8 @@ def _state_of(function: Any) -> tuple[Any, ...]:
             left += (held.__self__, held.__func__)
         elif isinstance(held, FunctionType) and not (held.__module__ or "").startswith("torch."):
             named = (held.__globals__.get(name) for name in held.__code__.co_names)
-            left += (*(cell.cell_contents for cell in held.__closure__ or ()), *named)
+            filled = (cell for cell in held.__closure__ or () if cell != _EMPTY)
+            left += (*(cell.cell_contents for cell in filled), *named)
         elif isinstance(held, bool | int | float | str):
             state.append(held)
     return tuple(state)

@@ -113,6 +113,16 @@ def test_a_function_that_changes_later_runs_as_in_stock(kind: str, holds: str, l
     assert loops.count == 1
 
 
+def test_a_function_with_a_variable_that_is_not_there_yet(loops: Loops) -> None:
+    def mish(x: Tensor) -> Tensor:
+        return F.mish(x) if x.numel() else unused
+
+    mlp = tiled(stock_mlp(activation_func=mish), 3)
+    step(mlp)
+    assert loops.count == 1
+    unused = torch.empty(0)
+
+
 def test_formulas_of_kernels_follow_what_stock_calls() -> None:
     """Of a gated MLP without fusion that is the config's."""
     mlp = stock_mlp(activation_func=F.silu, gated_linear_unit=True)
