@@ -6,7 +6,7 @@ python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --tar
 for f in verl verl/utils; do : > $S/$f/__init__.py; done
 touch /tmp/wheels.done
 mkdir -p /tmp/spx; ln -s $S/* /tmp/spx/; rm -f /tmp/spx/transformer_engine* /tmp/spx/fused_weight*
-[ $(nvidia-smi -L | wc -l) = 1 ] && (cp -r /tmp/tree/.dev/apex2 /tmp/apex2; while [ ! -e $S/fused_weight_gradient_mlp_cuda.so ]; do sleep 1; done; mkdir -p /tmp/apexall; cp $S/fused_weight_gradient_mlp_cuda.so /tmp/apexall/; MAX_JOBS=12 python3 /tmp/tree/.dev/pack/build_apex_all.py /tmp/apex2 /tmp/apexall > /tmp/q/log/apexall.txt 2>&1 && touch /tmp/apexall/done; touch /tmp/apexall.ended) &
+[ -d /tmp/tree/.dev/apex2 ] && (cp -r /tmp/tree/.dev/apex2 /tmp/apex2; while [ ! -e $S/fused_weight_gradient_mlp_cuda.so ]; do sleep 1; done; mkdir -p /tmp/apexall; cp $S/fused_weight_gradient_mlp_cuda.so /tmp/apexall/; MAX_JOBS=12 python3 /tmp/tree/.dev/pack/build_apex_all.py /tmp/apex2 /tmp/apexall > /tmp/q/log/apexall.txt 2>&1 && touch /tmp/apexall/done; touch /tmp/apexall.ended) &
 mkdir -p /tmp/mlm /tmp/data && tar xf /tmp/tree/.dev/pack/mlm.tar.xz -C /tmp/mlm --strip-components 1
 (cd /tmp/tree; . .dev/pack/env.sh; python3 examples/gpt/prepare_data.py --output /tmp/data/stdlib > /tmp/q/log/data.txt 2>&1; touch /tmp/data.done) &
 while [ ! -e /tmp/p2.done ]; do sleep 0.5; done
