@@ -29,8 +29,9 @@ from megatron_tiling.resident.transformer_engine import reason_to_stay_dense
 from megatron_tiling.tiles.activation import Activation, Formula
 from megatron_tiling.tiles.device import on_gpu
 from megatron_tiling.tiles.expert_groups import Group, expert_groups
+from megatron_tiling.tiles.expert_loop import ExpertsLoop
 from megatron_tiling.tiles.expert_products import GroupedGemm, Products, one_by_one
-from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+from megatron_tiling.tiles.experts import Source, tiled_experts
 from megatron_tiling.tiles.grid import tiles_worth_it
 
 
@@ -139,7 +140,7 @@ class TiledExperts(torch.nn.Module):
         fc1, fc2 = (self.of_experts(layer) for layer in MLP_LAYERS)
         features = fc2(weights.fc2)[0].shape[1]
         groups = self.groups(rows, features)
-        is_kept = source is None and all(group.kept == group.count for group in groups)
+        is_kept = source is None and all(group.keeps_all for group in groups)
         loop = ExpertsLoop(
             groups=groups,
             features=features,

@@ -39,6 +39,10 @@ class Group:
         return len(self.tiles) * (len(self.parts) - 1)
 
     @property
+    def keeps_all(self) -> bool:
+        return self.kept == self.count
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         return tuple(chain(*self.tiles))
 
@@ -52,7 +56,7 @@ class Group:
 
     @property
     def kept_columns(self) -> slice:
-        return slice(0, self.parts[-1] if self.kept == self.count else self.parts[self.kept])
+        return slice(0, self.parts[-1] if self.keeps_all else self.parts[self.kept])
 
     @property
     def steps(self) -> tuple[tuple[Segment, ...], ...]:

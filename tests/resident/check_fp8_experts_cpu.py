@@ -93,7 +93,8 @@ class Case:
         from megatron_tiling.resident.fp8_operands import WeightCopies, knows_scale
         from megatron_tiling.tiles.activation import Activation
         from megatron_tiling.tiles.expert_groups import cut_by_rows, expert_groups
-        from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+        from megatron_tiling.tiles.expert_loop import ExpertsLoop
+        from megatron_tiling.tiles.experts import Source, tiled_experts
 
         copies = {name: [WeightCopies(by, self.case["hold"]) for by in of] for name, of in self.of_weights.items()}
         delayed = self.case["recipe"] == "delayed"

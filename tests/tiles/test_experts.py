@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from megatron_tiling.tiles.activation import Activation
 from megatron_tiling.tiles.expert_groups import expert_groups
+from megatron_tiling.tiles.expert_loop import ExpertsLoop
 from megatron_tiling.tiles.expert_products import Products, one_by_one
-from megatron_tiling.tiles.experts import ExpertsLoop, Source, tiled_experts
+from megatron_tiling.tiles.experts import Source, tiled_experts
 from megatron_tiling.tiles.grid import tiles_worth_it
 from tests.support.harness import Counter, peak_bytes
 
@@ -168,9 +170,13 @@ def test_frozen(frozen: str, keep: int) -> None:
 
 def test_two_backward_passes() -> None:
     case = Case([5, 0, 3, 14])
-    output, expected = case.tiled(case.loop(4, 3)), case.gradients(case.sequential())
-    for _ in range(2):
-        assert_same(case.gradients(output, retain_graph=True), expected)
+    expected = case.gradients(case.sequential())
+    for keep in (3, 4):
+        output = case.tiled(case.loop(4, keep))
+        some = torch.autograd.grad(output, case.leaves[1:2], case.grad, retain_graph=True)
+        assert_same(some, expected[1:2])
+        for _ in range(2):
+            assert_same(case.gradients(output, retain_graph=True), expected)
     for weight in case.fc1:
         weight.requires_grad_(False)
     output = case.tiled(case.loop(4, 4))
@@ -202,6 +208,19 @@ def test_no_whole_intermediate() -> None:
         kept = [saved for saved in output.grad_fn.saved_tensors if saved is not None]  # type: ignore[union-attr]
         known = {leaf.data_ptr() for leaf in case.leaves}
         assert sum(saved.nbytes for saved in kept if saved.data_ptr() not in known) == keep * 2 * element
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_gradients_of_outputs_and_inputs_are_not_there_together(keep: int) -> None:
+    """Where all tiles keep their pre-activations: autograd lets go of the output's before the input's is made."""
+    case = Case([64, 64, 64, 64])
+    case.hidden = torch.randn(256, 64, dtype=torch.float64, requires_grad=True)  # rows are larger than all else
+    case.fc1 = [torch.randn(2 * FEATURES, 64, dtype=torch.float64) for _ in case.rows]
+    case.fc2 = [torch.randn(64, FEATURES, dtype=torch.float64) for _ in case.rows]
+    output = case.tiled(case.loop(4, keep)) * 2  # whose gradient is of the backward pass alone
+    peak = peak_bytes(partial(output.backward, torch.ones_like(output)))
+    assert (peak < 2 * case.hidden.nbytes) == (keep == 4)
+    assert case.hidden.grad is not None
 
 
 def test_experts_in_one_parameter_of_each_layer() -> None:
