@@ -1,4 +1,4 @@
-"""The tile loop of grouped experts whose weights are resident, as one autograd function over their weights.
+"""The tile loop of grouped experts whose weights are resident, as an autograd function over their weights.
 
 Rows are sorted by expert. A tile is a group of neighbouring experts: fc1, activation with the router's probabilities
 and fc2 of these experts, each a grouped GEMM, then the next tile. An expert with more rows than a tile should have is
