@@ -42,6 +42,7 @@ from megatron_tiling.arguments import REFUSED, Refused, refuse
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import tile
 from megatron_tiling.report import table
+from megatron_tiling.unused import settings_without_effect
 from megatron_tiling.zero3.agreement import require_agreement
 from megatron_tiling.zero3.config import engine_config
 
@@ -82,8 +83,10 @@ def build_model(args: Any, config: zero3.Config) -> torch.nn.Module:
     def build() -> torch.nn.Module:
         model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
         if args.use_tiled_linear:
-            reports = tile(model, TilingConfig.from_args(args, storage="partitioned"))
-            print_rank_0(f"megatron_tiling: tiled linear layers:\n{table(reports)}")
+            tiling = TilingConfig.from_args(args, storage="partitioned")
+            reports = tile(model, tiling)
+            lines = [table(reports), *settings_without_effect(tiling, reports)]
+            print_rank_0("megatron_tiling: tiled linear layers:\n" + "\n".join(lines))
         return model
 
     return zero3.build(build, model_config.transformer, config)
