@@ -32,6 +32,8 @@ MODULE_OF_ATTRIBUTE = {
 }
 #: Multi-latent attention asks whether these are stock layers, by exact class.
 MLA_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
+#: Of the environment, where trainers have no place for flags: see ``integrations/settings.py``.
+VARIABLE = "MEGATRON_TILING"
 Storage = Literal["resident", "partitioned"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 #: Fields of TilingConfig -> the flags that set them.

@@ -52,7 +52,25 @@ if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installe
 TILING_FLAGS = ("use_tiled_linear", "tile_factor", "tiled_linear_modules", "tiled_linear_splits")
 """What decides which parameters there are, the same on every rank or the run would hang."""
 
-REFUSED_HERE = (Refused("--optimizer", "this script trains with AdamW", (None, "adam")),)
+_OWN_LOOP = "the loop of this script does not look at it"
+_WHOLE_CHECKPOINTS = "--load continues a run with all of its states"
+REFUSED_HERE = (
+    Refused("--optimizer", "this script trains with AdamW", (None, "adam")),
+    Refused("--pretrained-checkpoint", "the engine loads no Megatron checkpoint", remedy="give --load-dense"),
+    Refused("--finetune", _WHOLE_CHECKPOINTS, remedy="give --load-dense to start from weights"),
+    Refused("--no-load-optim", _WHOLE_CHECKPOINTS, remedy="give --load-dense to start from weights"),
+    Refused("--no-load-rng", _WHOLE_CHECKPOINTS),
+    Refused("--no-save-optim", _WHOLE_CHECKPOINTS, remedy="give --save-dense for weights alone"),
+    Refused("--no-save-rng", _WHOLE_CHECKPOINTS),
+    Refused("--ckpt-step", "the engine loads its latest checkpoint"),
+    Refused("--train-samples", "this script counts iterations", remedy="give --train-iters"),
+    Refused("--exit-duration-in-mins", _OWN_LOOP, remedy="give --exit-interval"),
+    Refused("--exit-signal-handler", _OWN_LOOP),
+    Refused("--check-for-spiky-loss", _OWN_LOOP),
+    Refused("--save-retain-interval", _OWN_LOOP),
+    Refused("--non-persistent-save-interval", _OWN_LOOP),
+    Refused("--profile", _OWN_LOOP),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
