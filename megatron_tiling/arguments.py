@@ -267,16 +267,26 @@ def _number_or_text(text: str) -> int | str:
         return text
 
 
+def meant_by(word: str) -> str:
+    """Our flag that a word is spelled like, or nothing.
+
+    >>> meant_by("--tiled_splits=fc1=1x8"), meant_by("--tensor-parallel")
+    ('--tiled-linear-splits', '')
+    """
+    flag = word.partition("=")[0].replace("_", "-")
+    return next(iter(get_close_matches(flag, ("--use-tiled-linear", *FLAGS.values()), n=1, cutoff=0.75)), "")
+
+
 def naming_what_was_meant(parser: ArgumentParser) -> ArgumentParser:
     """With an error for flags that it does not know which names those of ours that are spelled alike."""
     changed: Any = parser
-    stock, ours = parser.error, ("--use-tiled-linear", *FLAGS.values())
+    stock = parser.error
 
     def error(message: str) -> NoReturn:
         what, _, unknown = message.partition("unrecognized arguments: ")
         for word in [] if what else unknown.split():
-            near = get_close_matches(word.partition("=")[0].replace("_", "-"), ours, n=1, cutoff=0.75)
-            message += f"; is {word} {near[0]}?" if near else ""
+            near = meant_by(word)
+            message += f"; is {word} {near}?" if near else ""
         stock(message)
 
     changed.error = error

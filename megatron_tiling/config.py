@@ -32,6 +32,8 @@ MODULE_OF_ATTRIBUTE = {
 }
 #: Multi-latent attention asks whether these are stock layers, by exact class.
 MLA_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
+#: Of the environment, where trainers have no place for flags: see ``integrations/settings.py``.
+VARIABLE = "MEGATRON_TILING"
 Storage = Literal["resident", "partitioned"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 #: Fields of TilingConfig -> the flags that set them.
@@ -238,6 +240,11 @@ class TilingConfig:
         if not head and self.partitioned:
             head = f"a partitioned output layer makes whole logits; {resident}"
         overlap = self.overlap_steps
+        fixed = self.head_tokens is not None and "output" in self.splits and self.head_keep in (0, 1)
+        whatever_the_bound = fixed and (
+            f"{FLAGS['head_tokens']}, {FLAGS['splits']} output=... and {FLAGS['head_keep']} {self.head_keep} leave it "
+            "nothing to choose; leave out one of them"
+        )
         for setting, given, reason in (
             ("fuse_wgrad=True", self.fuse_wgrad, engine),
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
@@ -247,7 +254,7 @@ class TilingConfig:
                 "experts" in self.splits,
                 self.partitioned and in_one_piece,
             ),
-            (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled_mlp),
+            (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled),
             (f"{FLAGS['tp_overlap']} {self.tp_overlap}", overlap, (self.partitioned and once) or nothing_to_overlap),
             (
                 f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {self.tp_overlap}",
@@ -255,7 +262,7 @@ class TilingConfig:
                 not untiled_mlp and "an MLP that goes by steps of tokens keeps all or none; give all or 0",
             ),
             (FLAGS["head_tokens"], self.head_tokens is not None, head),
-            (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head),
+            (FLAGS["head_memory_mib"], self.head_memory_mib is not None, head or whatever_the_bound),
             (FLAGS["head_keep"], self.head_keep is not None, head),
         ):
             if given and reason:

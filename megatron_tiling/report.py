@@ -167,7 +167,7 @@ def _loss_note(tiles: HeadTiles, vocabulary: int) -> str:
     if tiles.vocabulary_tiles is not None:
         parts = partition_aligned(vocabulary, tiles.vocabulary_tiles)
         columns = f"{max(stop - start for start, stop in pairwise(parts))} columns"
-        bound = "" if tiles.tokens is not None else bound
+        bound = "" if tiles.tokens is not None and tiles.memory_mib is None else bound
     keep = "what fits" if tiles.keep is None else tiles.keep
     return f"loss in tiles of {tokens} x {columns} of logits{bound}, keep {keep}"
 

@@ -43,6 +43,9 @@ class TiledSpecProvider:
             weight is there while its layer is built, and no longer. ``tile()`` then joins the tiles of MLPs.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
         modules: the layers to tile, as ``TilingConfig`` takes them.
+
+    Raises:
+        ValueError: as ``TilingConfig``; grouped experts are named, which ``tile()`` alone can tile.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class TiledSpecProvider:
         modules: Any = None,
     ) -> None:
         self.config = TilingConfig(factor, modules, splits, storage=storage)
+        if "experts" in splits or (self.config.modules != "all" and "experts" in (self.config.modules or ())):
+            raise ValueError("TiledSpecProvider: experts are not tiled by a spec; leave them out, or call tile()")
 
     def tiled(self, spec: Any) -> Any:
         """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""

@@ -146,6 +146,10 @@ def test_fuse_wgrad_has_no_flag() -> None:
         ({"storage": "partitioned", "head_tokens": 5}, "--tiled-head-tokens: a partitioned output layer makes whole"),
         ({"storage": "partitioned", "head_memory_mib": 5}, "--tiled-head-memory-mib: a partitioned output layer makes"),
         ({"modules": ("fc1",), "head_keep": 0}, "--tiled-head-keep: the output layer is not tiled"),
+        (
+            {"splits": {"output": (1, 4)}, "head_tokens": 5, "head_keep": 1, "head_memory_mib": 5},
+            "--tiled-head-memory-mib: --tiled-head-tokens, --tiled-linear-splits output=... and --tiled-head-keep 1",
+        ),
         ({"storage": "partitioned", "fp32_accumulate": True}, "--tiled-linear-fp32-accumulate: autograd and the"),
         ({"storage": "partitioned", "fuse_wgrad": True}, "fuse_wgrad=True: autograd and the engine"),
         ({"storage": "partitioned", "fp8_hold_weights": True}, "--tiled-fp8-hold-weights: partitioned tiles are not"),
@@ -185,6 +189,7 @@ def test_tiles_of_experts_are_one_number() -> None:
     assert config.splits_of("experts") == (1, 8) and config.setting_of("experts") == "experts=8"
     assert TilingConfig(modules=("experts",), mlp_keep=2).kept_tiles == 2
     assert TilingConfig(modules=("qkv", "proj", "experts"), mlp_keep=2, tp_overlap=3).kept_tiles == 2
+    assert TilingConfig(modules=("experts",), fp8_hold_weights=True).fp8_hold_weights
 
 
 def test_storage_follows_the_engine_unless_it_is_given() -> None:

@@ -106,6 +106,10 @@ def test_table() -> None:
             HeadTiles(100, vocabulary_tiles=16),
             "loss in tiles of tokens x 8192 columns of logits within 100 MiB, keep what fits",
         ),
+        (
+            HeadTiles(100, 512, 16, "all"),
+            "loss in tiles of 512 tokens x 8192 columns of logits within 100 MiB, keep all",
+        ),
         (HeadTiles(None, 512, 16, "all"), "loss in tiles of 512 tokens x 8192 columns of logits, keep all"),
     ],
 )

@@ -158,6 +158,8 @@ def test_partitioned_layers_by_spec() -> None:
         ({"factor": 0}, "--tile-factor 0: "),
         ({"factor": "4"}, "--tile-factor '4': "),
         ({"storage": "disk"}, "--tiled-linear-storage 'disk': "),
+        ({"splits": {"experts": (1, 2)}}, "TiledSpecProvider: experts are not tiled by a spec"),
+        ({"modules": ("fc1", "experts")}, "TiledSpecProvider: experts are not tiled by a spec"),
         ({"splits": {"gate": (1, 2)}}, "--tiled-linear-splits gate=1x2: gate is not among the modules"),
     ],
 )

@@ -11,6 +11,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 torch=${1:-}
 venv=.venv${torch:+-torch-$torch}
+(($# < 2)) || { echo "setup: ${*:2}: it takes one argument, a version of torch" >&2 && exit 2; }
+prefix() { "$1" -c 'import sys; print(sys.base_prefix)' 2>/dev/null; }
+if [[ -n ${PYTHON:-} && -x $venv/bin/python && $(prefix "$PYTHON") != $(prefix "$venv/bin/python") ]]; then
+    echo "setup: $venv is there, of $(prefix "$venv/bin/python"): PYTHON=$PYTHON has no effect; remove $venv first" >&2
+fi
 ready=$venv/.ready-$({ pwd; cat pyproject.toml tools/constraints.txt; } | cksum | tr ' ' -)
 [[ -e $ready && -x $venv/bin/python && $torch != newest ]] && exit 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests that lean on torch most and take no minutes, with another torch than tools/constraints.txt pins.
 #
-#   tools/test_torch.sh newest          tools/test_torch.sh 2.10
+#   tools/test_torch.sh newest          tools/test_torch.sh 2.10 [PYTEST ARGUMENTS]
 #
 # Makes .venv-torch-VERSION first (about 6 GB). A torch that cannot be installed is no failure, and said at the end.
 set -euo pipefail
@@ -15,4 +15,4 @@ tools/setup.sh "$version" || {
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PATH="$PWD/.venv-torch-$version/bin:$PATH"
 python -c 'import torch; print("torch", torch.__version__)'
 python -m pytest --numprocesses 2 --dist loadfile -k "FSDP2 or not test_checkpoints" \
-    tests/test_config.py tests/tiles tests/resident tests/partitioned tests/trainer/test_checkpoints.py
+    tests/test_config.py tests/tiles tests/resident tests/partitioned tests/trainer/test_checkpoints.py "${@:2}"

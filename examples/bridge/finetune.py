@@ -38,7 +38,10 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--float32", action="store_true", help="Instead of bf16.")
     parser.add_argument("--backend", default="nccl")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.tile_keep is not None and options.tile_factor is None:
+        parser.error(f"--tile-keep {options.tile_keep} does nothing without --tile-factor")
+    return options
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -64,7 +67,7 @@ def recipe(bridge: AutoBridge, hf: Path, options: argparse.Namespace) -> setting
     model.seq_length = options.seq_length
     if options.float32:
         model.bf16, model.params_dtype, model.pipeline_dtype = False, torch.float32, torch.float32
-    if options.tile_factor:
+    if options.tile_factor is not None:
         tiling = TilingConfig(options.tile_factor, MODULES, mlp_keep=options.tile_keep)
         tile_provider(model, tiling, native_loss=True)
     decay = {"start_weight_decay": 0.0, "end_weight_decay": 0.0, "weight_decay_incr_style": "constant"}

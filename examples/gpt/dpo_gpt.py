@@ -93,7 +93,7 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> Any:
 
 def main() -> None:
     """Check the flags, then hand over to Megatron's trainer."""
-    args = pretrain_gpt.parse_args(finetune_gpt.REFUSED, add_flags)
+    args = pretrain_gpt.parse_args(finetune_gpt.REFUSED | {"check_for_spiky_loss": "--check-for-spiky-loss"}, add_flags)
     for wrong, message in (
         (args.pretrained_checkpoint is None, "--pretrained-checkpoint, which the reference is"),
         (args.micro_batch_size % 2, f"an even --micro-batch-size, not {args.micro_batch_size}"),

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LOSS = re.compile(r" iteration +(\d+)/ *(\d+) .* lm loss: (\S+)")
-# what megatron_tiling prints: its messages, and the startup table of modules, shapes and grids
-OURS = re.compile(r"megatron_tiling:|module +layers |\S+ +\d+ +\d+ x \d+ ")
+# what megatron_tiling prints: its messages, the startup table of modules, shapes and grids, and what no layer follows
+OURS = re.compile(r"megatron_tiling:|module +layers |\S+ +\d+ +\d+ x \d+ |--.* has no effect here: ")
 
 
 def follow(lines: Iterable[str], every: int) -> None:

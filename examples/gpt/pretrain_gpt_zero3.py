@@ -42,6 +42,7 @@ from megatron_tiling.arguments import REFUSED, Refused, refuse
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.convert import tile
 from megatron_tiling.report import table
+from megatron_tiling.unused import settings_without_effect
 from megatron_tiling.zero3.agreement import require_agreement
 from megatron_tiling.zero3.config import engine_config
 
@@ -51,7 +52,25 @@ if __name__ == "__main__" and not torch.cuda.is_available() and not cpu.installe
 TILING_FLAGS = ("use_tiled_linear", "tile_factor", "tiled_linear_modules", "tiled_linear_splits")
 """What decides which parameters there are, the same on every rank or the run would hang."""
 
-REFUSED_HERE = (Refused("--optimizer", "this script trains with AdamW", (None, "adam")),)
+_OWN_LOOP = "the loop of this script does not look at it"
+_WHOLE_CHECKPOINTS = "--load continues a run with all of its states"
+REFUSED_HERE = (
+    Refused("--optimizer", "this script trains with AdamW", (None, "adam")),
+    Refused("--pretrained-checkpoint", "the engine loads no Megatron checkpoint", remedy="give --load-dense"),
+    Refused("--finetune", _WHOLE_CHECKPOINTS, remedy="give --load-dense to start from weights"),
+    Refused("--no-load-optim", _WHOLE_CHECKPOINTS, remedy="give --load-dense to start from weights"),
+    Refused("--no-load-rng", _WHOLE_CHECKPOINTS),
+    Refused("--no-save-optim", _WHOLE_CHECKPOINTS, remedy="give --save-dense for weights alone"),
+    Refused("--no-save-rng", _WHOLE_CHECKPOINTS),
+    Refused("--ckpt-step", "the engine loads its latest checkpoint"),
+    Refused("--train-samples", "this script counts iterations", remedy="give --train-iters"),
+    Refused("--exit-duration-in-mins", _OWN_LOOP, remedy="give --exit-interval"),
+    Refused("--exit-signal-handler", _OWN_LOOP),
+    Refused("--check-for-spiky-loss", _OWN_LOOP),
+    Refused("--save-retain-interval", _OWN_LOOP),
+    Refused("--non-persistent-save-interval", _OWN_LOOP),
+    Refused("--profile", _OWN_LOOP),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -82,8 +101,10 @@ def build_model(args: Any, config: zero3.Config) -> torch.nn.Module:
     def build() -> torch.nn.Module:
         model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
         if args.use_tiled_linear:
-            reports = tile(model, TilingConfig.from_args(args, storage="partitioned"))
-            print_rank_0(f"megatron_tiling: tiled linear layers:\n{table(reports)}")
+            tiling = TilingConfig.from_args(args, storage="partitioned")
+            reports = tile(model, tiling)
+            lines = [table(reports), *settings_without_effect(tiling, reports)]
+            print_rank_0("megatron_tiling: tiled linear layers:\n" + "\n".join(lines))
         return model
 
     return zero3.build(build, model_config.transformer, config)

@@ -1,11 +1,12 @@
 """The model provider for ``--custom-model-provider-path`` of slime and of trainers that come from it."""
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_tiling.arguments import validate_tiling_args
-from megatron_tiling.config import TilingConfig
+from megatron_tiling.config import VARIABLE, TilingConfig
 from megatron_tiling.integrations.policy_logits import defer_logits, hook_scores
 from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
 from megatron_tiling.log import log_on_rank_0
@@ -64,4 +65,6 @@ def tiled_model(trainer: Trainer, pre_process: bool, post_process: bool, vp_stag
 def _config(args: Any) -> TilingConfig:
     """Of the command line, where a script has given the parser our flags, or else of the environment."""
     given = validate_tiling_args(args) if hasattr(args, "use_tiled_linear") else None
+    if given is not None and os.environ.get(VARIABLE):
+        log_on_rank_0(f"{VARIABLE} has no effect beside --use-tiled-linear: the flags say what is tiled")
     return config_from_environment() if given is None else given

@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_tiling.config import VARIABLE as VARIABLE
 from megatron_tiling.config import TilingConfig, parse_splits
-
-VARIABLE = "MEGATRON_TILING"
 
 
 def _number_or_all(value: str) -> Any:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from typing import Any
 
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, undominated
-from megatron_tiling.plan.options import GPU_MEMORY_GIB, shared_parser
+from megatron_tiling.plan.options import GPU_MEMORY_GIB, refuse_dashes_behind, shared_parser
 from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
@@ -77,6 +78,7 @@ def main() -> None:
     parser = shared_parser()
     parser.add_argument("--below", type=float, default=1.0, help="of the peak of the command as given, what may be had")
     options = parser.parse_args()
+    refuse_dashes_behind(parser, sys.argv[1:], options.arguments)
     command = Command(options.script, options.arguments, options.gpus)
     warnings.simplefilter("ignore")  # Megatron's, of packages that are not installed here
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance, options.script)
@@ -87,7 +89,7 @@ def main() -> None:
         answer = automatic(command, tracker, limit)
     else:
         answer = instead(command, tracker, limit, options.below)
-    supposed = f" (experts: {options.expert_imbalance:g} times balanced rows)" if command.has_experts else ""
+    supposed = f" (experts: {options.expert_imbalance or 1:g} times balanced rows)" if command.has_experts else ""
     rooms = {"limit_gib": left.peak, "torch_gib": left.torch, "fragmentation": left.fragmentation}
     print(ANSWER + json.dumps(answer | rooms | {"supposed": supposed}))
 

@@ -38,12 +38,26 @@ def shared_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         routing.FLAG,
         type=float,
-        default=1.0,
         help="rows of experts on the fullest rank, relative to a balanced router's (default: 1)",
     )
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
+
+
+def refuse_dashes_behind(parser: argparse.ArgumentParser, argv: Sequence[str], arguments: Sequence[str]) -> None:
+    """End at a ``--`` that is the script's: settings are flags that the planner puts behind its arguments.
+
+    Args:
+        argv: all there is.
+        arguments: those that ``parser`` says are the script's. It leaves out a ``--`` right behind the script.
+    """
+    before = argv[: len(argv) - len(arguments)]
+    if "--" in arguments or before[-1] == "--":
+        parser.error(
+            "-- among the arguments of the script: flags that the planner puts behind them would be none; leave it "
+            "out, or put it before the script, if it is the planner's"
+        )
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -66,6 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command_parser()
     options = parser.parse_args(argv)
+    refuse_dashes_behind(parser, argv, options.arguments)
     own = set(parser._option_string_actions) - {"-h", "--help"}  # these two a script has, too
     behind = (argument.partition("=")[0] for argument in options.arguments)
     ahead = argv[: -len(options.arguments) - 1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 from megatron_tiling.plan.transformer_engine.kernels import run
 
 FLAG = "--expert-imbalance"
+#: What it was given, for all runs of this process, if it was.
+_given: list[float] = []
 
 
 @dataclass
@@ -63,13 +66,26 @@ def evenly(total: int, *shape: int) -> np.ndarray:
     return (total // parts + (np.arange(parts) < total % parts)).reshape(shape)
 
 
-def install(imbalance: float) -> None:
+def reason_for_no_imbalance(args: Namespace) -> str:
+    """Of Megatron's arguments: why no rows follow the number that was given, or nothing."""
+    if not _given:
+        return ""
+    if not getattr(args, "num_experts", None):
+        return f"{FLAG} {_given[0]:g}: the model has no experts; leave it out, or give --num-experts"
+    if getattr(args, "moe_pad_expert_input_to_capacity", False):
+        fixed = "--moe-pad-expert-input-to-capacity gives all experts as many rows"
+        return f"{FLAG} {_given[0]:g}: {fixed}; leave one of them out"
+    return ""
+
+
+def install(imbalance: float | None = None) -> None:
     """Replace those places, in this process, once its tensors are fake ones. After megatron can be imported."""
     from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_tiling.resident.dispatch import RememberingDispatcher
 
-    routing = Routing(imbalance)
+    _given[:] = [] if imbalance is None else [imbalance]
+    routing = Routing(1.0 if imbalance is None else imbalance)
     tensor: Any = Tensor
     tensor.masked_select = functools.partialmethod(_masked_select, routing, tensor.masked_select)
     _of_all_to_all(token_dispatcher.MoEAlltoAllTokenDispatcher, routing)

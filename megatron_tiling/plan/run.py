@@ -65,10 +65,11 @@ class _Planned(BaseException):
         self.run = run
 
 
-def prepare(with_transformer_engine: bool = False, expert_imbalance: float = 1.0, script: str = "") -> Tracker:
+def prepare(with_transformer_engine: bool = False, expert_imbalance: float | None = None, script: str = "") -> Tracker:
     """What all runs share: this process is for planning from here on. Plans run in forks of it.
 
     Args:
+        expert_imbalance: if it is given, runs in which it has no effect are refused.
         script: in a Megatron-LM tree, that tree is what is imported.
     """
     if script:
@@ -352,3 +353,5 @@ def _refuse(args: Namespace) -> None:
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
     if asked:
         raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet")
+    if reason := routing.reason_for_no_imbalance(args):
+        raise SystemExit(f"megatron_tiling plan: {reason}")

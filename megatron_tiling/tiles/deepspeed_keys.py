@@ -112,9 +112,13 @@ def split_tiles(state: Mapping[str, Tensor], splits: Splits, tensor_parallel: in
         tensor_parallel: ranks that share a layer.
 
     Raises:
-        ValueError: a split exceeds the features, or makes tiles that the ranks cannot share evenly.
+        ValueError: a split exceeds the features, makes tiles that the ranks cannot share evenly, or is of a module
+            that is not there.
     """
     tiled: State = {}
+    there = {MODULE_OF_ATTRIBUTE.get(key.rpartition(".")[0].rpartition(".")[2], "") for key in state}
+    if missing := [module for module in splits if module not in there]:
+        raise ValueError(f"--tiled-linear-splits {missing[0]}=...: there is no such layer; leave it out")
     for key, value in state.items():
         name, _, kind = key.rpartition(".")
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2], "")

@@ -13,6 +13,7 @@ from megatron_tiling.log import logger
 from megatron_tiling.report import table
 from megatron_tiling.resident.layers import TiledParallelLinear
 from megatron_tiling.resident.mlp import TiledMLP
+from megatron_tiling.unused import settings_without_effect
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
@@ -24,7 +25,8 @@ def tiling_hook(config: TilingConfig) -> Hook:
     def hook(chunks: ModelChunks) -> ModelChunks:
         for index, chunk in enumerate(chunks):
             reports = tile(chunk, config)
-            _log_once_a_stage(f"tiled linear layers{_stage_name(index, len(chunks))}:\n{table(reports)}")
+            lines = [table(reports), *settings_without_effect(config, reports)]
+            _log_once_a_stage(f"tiled linear layers{_stage_name(index, len(chunks))}:\n" + "\n".join(lines))
         return chunks
 
     return hook

@@ -7,6 +7,7 @@ names, and see stock's signature. Without ``--use-tiled-linear`` nothing but the
 import functools
 import importlib
 import inspect
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 
-from megatron_tiling.arguments import add_tiling_args, naming_what_was_meant, validate_tiling_args
-from megatron_tiling.config import TilingConfig, argument_of, storage_of
+from megatron_tiling.arguments import add_tiling_args, meant_by, naming_what_was_meant, validate_tiling_args
+from megatron_tiling.config import VARIABLE, TilingConfig, argument_of, storage_of
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.checkpoint_check import check_on_all_ranks
@@ -133,6 +134,10 @@ def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:
     args = _run(stock, call)
     parser = add_tiling_args(ArgumentParser(str(args.yaml_cfg), add_help=False, allow_abbrev=False))
     argv: list[str] = []
+    known = {argument_of(option) for action in parser._actions for option in action.option_strings}
+    for key in vars(args).keys() - known:
+        if near := meant_by(f"--{key}"):
+            raise SystemExit(f"megatron_tiling: --yaml-cfg {args.yaml_cfg}: is {key} {argument_of(near)}?")
     for action in parser._actions:
         for option in action.option_strings:
             value = getattr(args, argument_of(option), None)
@@ -163,6 +168,8 @@ def _with_validation_of_yaml(stock: Stock, call: Call) -> Any:
 
 
 def _validated(args: Namespace) -> TilingConfig | None:
+    if os.environ.get(VARIABLE) and not getattr(args, "custom_model_provider_path", None):  # slime's, which reads it
+        log_on_rank_0(f"{VARIABLE} is set, and has no effect on runs of Megatron's own trainer: give flags")
     with _ending_in_one_line():
         config = validate_tiling_args(to_check(args))
         if config is not None and getattr(args, "use_torch_fsdp2", False) and not versions.torch_fsdp2_trains():

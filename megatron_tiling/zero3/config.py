@@ -72,7 +72,9 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
         section = config.setdefault(key, {})
         _settle(section, "enabled", bool(wanted), flag, f"{path}: {key}")
     if args.fp16:
-        config["fp16"].setdefault("loss_scale", args.loss_scale or 0)
+        if args.loss_scale is not None:
+            _settle(config["fp16"], "loss_scale", args.loss_scale, "--loss-scale", f"{path}: fp16")
+        config["fp16"].setdefault("loss_scale", 0)
         config["fp16"].setdefault("initial_scale_power", int(math.log2(args.initial_loss_scale)))
         config["fp16"].setdefault("loss_scale_window", args.loss_scale_window)
     return config

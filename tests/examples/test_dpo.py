@@ -41,6 +41,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "tiled, on": f"{dpo} {saved}",
         "dense": f"{dpo} {dense} {base}",
         "odd": f"{dpo} {base} {dense} --micro-batch-size 1",
+        "spiky": f"{dpo} {base} {dense} --check-for-spiky-loss",
     }
     records = [{"name": name, "log": str(folder / f"{name}.log"), "argv": argv.split()} for name, argv in runs.items()]
     (folder / "runs.json").write_text(json.dumps(records))
@@ -62,3 +63,4 @@ def test_the_example_learns_preferences(logs: dict[str, str]) -> None:
     assert max(abs(tiled[i] - dense[i]) for i in (0, 2, 3, 5)) < 5e-5, (tiled, dense)
     assert dense[-1] < 0.9 * dense[0] and values(logs["dense"], "dpo accuracy")[-1] == 1
     assert "give an even --micro-batch-size, not 1" in logs["odd"]
+    assert "--check-for-spiky-loss: not in this example" in logs["spiky"]

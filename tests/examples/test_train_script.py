@@ -9,6 +9,19 @@ from pathlib import Path
 from tests.support.launch import EXAMPLES, ROOT
 
 
+def test_what_is_shown_of_a_log() -> None:
+    shown = [
+        "megatron_tiling: tiled linear layers:",
+        "module        layers  features in x out  tiles in x out  tile MiB",
+        "output_layer  1       48 x 128           -               -         loss in tiles",
+        "--tiled-linear-splits experts=8 has no effect here: there is no such layer",
+    ]
+    log = "\n".join(["building GPT model ...", *shown, "--and this is of a script"])
+    command = [sys.executable, EXAMPLES / "plot_loss.py", "follow"]
+    done = subprocess.run(command, input=log, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == shown
+
+
 def test_train_script(tmp_path: Path) -> None:
     """It ends with one line that compares both runs, and leaves the picture."""
     prepare = [sys.executable, EXAMPLES / "prepare_data.py", "--output", tmp_path / "text", "--vocab-size", "400"]

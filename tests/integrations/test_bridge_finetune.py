@@ -1,7 +1,10 @@
 """examples/bridge/finetune.py: Megatron-Bridge's own trainer, from a Hugging Face model to a Hugging Face model."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,16 @@ def tune(folder: Path, name: str, flags: str, world: int) -> list[float]:
     output = torchrun(launcher, script, *arguments, world=world, environment=environment)
     assert ("TiledMLP, keep 0" in output) == ("--tile-factor" in flags), output[-6000:]
     return losses(output)
+
+
+def test_kept_tiles_of_no_tiles(tmp_path: Path) -> None:
+    launcher, script = (
+        ROOT / folder for folder in ("tests/integrations/bridge_on_cpu.py", "examples/bridge/finetune.py")
+    )
+    environment = os.environ | {"PYTHONPATH": search_path(ROOT / "tests" / "stand_ins")}
+    command = [sys.executable, launcher, script, "--save", tmp_path, "--tile-keep", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ended.returncode and "--tile-keep 0 does nothing without --tile-factor" in ended.stderr, ended.stderr
 
 
 @pytest.mark.feature(

@@ -71,7 +71,13 @@ SCORES = {
 
 @pytest.mark.feature("{trainer}: the model of its provider, on small modules of its signatures", page="integrations")
 @pytest.mark.parametrize("trainer", ["slime", "miles"])
-def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_providers(
+    trainer: str,
+    modules: Any,
+    tiled: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The trainer's own model, tiled; by our flags where its parser knows them; gone functions by name."""
     scores, entropy_gradient, more = SCORES[trainer]
     name = "calculate_log_probs_and_entropy"
@@ -101,6 +107,7 @@ def test_custom_providers(trainer: str, modules: Any, tiled: list[Any], monkeypa
     args.use_tiled_linear, args.tile_factor, args.transformer_impl = True, 2, "local"
     ours.model_provider()
     assert tiled[-1] == ("model", TilingConfig(2))
+    assert "MEGATRON_TILING has no effect beside --use-tiled-linear: " in capsys.readouterr().out
     deferred: list[Any] = []
     monkeypatch.setattr(custom_provider, "defer_logits", lambda model: deferred.append(model) or "")
     for mode, stages, expected in (

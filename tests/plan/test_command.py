@@ -172,6 +172,12 @@ print("FLOPS", some.flops / all_.flops, some.seconds / all_.seconds)
             "--fp8-recipe mxfp8, --num-experts with --fp8-format: not planned yet",
         ),
         ("--no-rope-fusion", "no figures of apex's masked softmax yet; add --no-masked-softmax-fusion"),
+        ("--expert-imbalance 1", "--expert-imbalance 1: the model has no experts; leave it out, or give --num-experts"),
+        (
+            "--expert-imbalance 1.5 --num-experts 4 --moe-token-dispatcher-type alltoall "
+            "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity",
+            "--expert-imbalance 1.5: --moe-pad-expert-input-to-capacity gives all experts as many rows; leave one of",
+        ),
     ],
 )
 def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
@@ -181,8 +187,12 @@ def test_a_command_that_does_not_run(flags: str, answer: str) -> None:
         "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --bf16 "
     )
     flags = flags if "assert" in answer else model + flags
+    own, words = [], flags.split()
+    if "--expert-imbalance" in words:
+        place = words.index("--expert-imbalance")
+        own = [words.pop(place), words.pop(place)]
     ended = subprocess.run(
-        [sys.executable, "-m", "megatron_tiling", "plan", str(EXAMPLES / "pretrain_gpt.py"), *flags.split()],
+        [sys.executable, "-m", "megatron_tiling", "plan", *own, str(EXAMPLES / "pretrain_gpt.py"), *words],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert ended.returncode != 0
@@ -284,6 +294,15 @@ def test_flags_of_the_planner_stand_before_the_script(flag: str, capsys: pytest.
 def test_flags_of_the_script_that_the_planner_has_too() -> None:
     options = parse(["--gpus", "8", "--", str(EXAMPLES / "pretrain_gpt.py"), "--gpus", "4", "--measure"])
     assert (options.gpus, options.measure, options.arguments) == (8, False, ["--gpus", "4", "--measure"])
+
+
+@pytest.mark.parametrize("behind", ["--", "-- --of-the-script 1", "--num-layers 2 -- 1", "--num-layers 2 --"])
+@pytest.mark.parametrize("ahead", ["", "--gpus 2 --"])
+def test_dashes_of_the_script_are_refused(ahead: str, behind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags of a setting go behind its arguments: they would be none of the script's."""
+    with pytest.raises(SystemExit):
+        parse([*ahead.split(), str(EXAMPLES / "pretrain_gpt.py"), *behind.split()])
+    assert "error: -- among the arguments of the script: " in capsys.readouterr().err
 
 
 def test_a_tree_is_planned_with_its_own_megatron(tmp_path: Path) -> None:

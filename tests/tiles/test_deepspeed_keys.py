@@ -33,6 +33,8 @@ def test_a_rank_has_its_share_of_every_tile() -> None:
         deepspeed_keys.split_tiles(state, {"fc1": (1, 4)}, 2)
     with pytest.raises(ValueError, match="13 tiles of 12 features"):
         deepspeed_keys.split_tiles(state, {"fc1": (1, 13)}, 2)
+    with pytest.raises(ValueError, match=r"^--tiled-linear-splits output=...: there is no such layer; leave it out"):
+        deepspeed_keys.split_tiles(state, {"fc1": (1, 3), "output": (1, 2)}, 2)
 
 
 def test_faulty_grids_are_refused() -> None:

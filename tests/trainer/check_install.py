@@ -211,6 +211,8 @@ def check_yaml(folder: Path) -> None:
         "tiled": yaml_file(folder / "tiled.yaml", **tiled),
         "zero": yaml_file(folder / "zero.yaml", memory_centric_tiled_linear=True, tile_factor=0),
         "lonely": yaml_file(folder / "lonely.yaml", tiled_mlp_keep=0),
+        "misspelled": yaml_file(folder / "misspelled.yaml", use_tiled_linear=True, tiled_mlp_kept=0),
+        "dashes": yaml_file(folder / "dashes.yaml", **{"use-tiled-linear": True}),
     }
     without = sys.argv[: -len(TILED)]
 
@@ -224,6 +226,10 @@ def check_yaml(folder: Path) -> None:
         read("lonely")
     with ends_with(f"megatron_tiling: --yaml-cfg: flags are read from {files['dense']} alone.*"):
         read("dense", "--use-tiled-linear")
+    with ends_with(f"megatron_tiling: --yaml-cfg {files['misspelled']}: is tiled_mlp_kept tiled_mlp_keep.$"):
+        read("misspelled")
+    with ends_with(f"megatron_tiling: --yaml-cfg {files['dashes']}: is use-tiled-linear use_tiled_linear.$"):
+        read("dashes")
     stock = global_vars._GLOBAL_ARGS
     for name in ("dense", "tiled"):
         global_vars._GLOBAL_ARGS = args = read(name)

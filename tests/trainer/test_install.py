@@ -2,12 +2,13 @@
 
 import inspect
 import sys
+from argparse import Namespace
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from megatron_tiling.trainer.install import Call, Stock, replace_in_all_modules, wrap
+from megatron_tiling.trainer.install import Call, Stock, _validated, replace_in_all_modules, wrap
 
 
 def load(model: Any, *, strict: bool = True) -> tuple[Any, bool]:
@@ -51,6 +52,20 @@ def test_whoever_has_imported_it_gets_the_new_one(module: ModuleType, monkeypatc
     wrapped = wrap(module, "load", around, ("model", "strict"))
     replace_in_all_modules({id(load): wrapped})
     assert script.by_another_name is wrapped and sys.modules[__name__].load is wrapped
+
+
+def test_the_environments_settings_are_not_for_megatrons_trainer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "MEGATRON_TILING is set, and has no effect on runs of Megatron's own trainer: give flags"
+    _validated(Namespace())
+    assert line not in capsys.readouterr().out
+    monkeypatch.setenv("MEGATRON_TILING", "factor=8")
+    for args in (Namespace(), Namespace(use_tiled_linear=True)):
+        _validated(args)
+        assert line in capsys.readouterr().out
+    _validated(Namespace(custom_model_provider_path="megatron_tiling.integrations.slime.model_provider"))
+    assert line not in capsys.readouterr().out
 
 
 def test_what_this_megatron_lacks_is_named(module: ModuleType) -> None:

@@ -17,7 +17,7 @@ from megatron_tiling import zero3
 from megatron_tiling.zero3 import config as zero3_config
 from megatron_tiling.zero3.config import TileSizes
 from megatron_tiling.zero3.engine import import_deepspeed
-from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
+from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, search_path, torchrun
 from tests.support.training import COMMON, LLAMA
 
 SIZES = TileSizes(smallest=1000, largest=2000, layer=8000)
@@ -68,6 +68,44 @@ def test_a_contradiction_is_refused(config: dict[str, Any], words: tuple[str, ..
     with pytest.raises(ValueError) as refusal:
         zero3_config.engine_config(config_file(tmp_path, **config), run_args(), data_parallel_size=4)
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_loss_scales_of_flag_and_file(tmp_path: Path) -> None:
+    fp16 = {"bf16": False, "fp16": True, "initial_loss_scale": 1024, "loss_scale_window": 10}
+    for given, in_file, wanted in (
+        (None, {}, 0),
+        (None, {"loss_scale": 8}, 8),
+        (16, {}, 16),
+        (16, {"loss_scale": 16}, 16),
+    ):
+        file = config_file(tmp_path, fp16=in_file)
+        config = zero3_config.engine_config(file, run_args(**fp16, loss_scale=given), data_parallel_size=4)
+        assert config["fp16"]["loss_scale"] == wanted
+    file = config_file(tmp_path, fp16={"loss_scale": 8})
+    with pytest.raises(ValueError, match="fp16: loss_scale is 8, but --loss-scale makes it 16"):
+        zero3_config.engine_config(file, run_args(**fp16, loss_scale=16), data_parallel_size=4)
+
+
+CHECK_ROWS = """
+from argparse import ArgumentParser, Namespace
+from megatron.training.arguments import add_megatron_arguments
+from megatron_tiling.arguments import reasons_of_row
+from pretrain_gpt_zero3 import REFUSED_HERE
+
+options = add_megatron_arguments(ArgumentParser())._option_string_actions
+for row in REFUSED_HERE:
+    action = options[row.flag]
+    assert not [*reasons_of_row(Namespace(**{action.dest: action.default}), row)], row
+    value = True if action.nargs == 0 else "other" if action.type in (None, str) else 3
+    (reason,) = reasons_of_row(Namespace(**{action.dest: value}), row)
+    assert reason.startswith(row.flag), reason
+"""
+
+
+def test_what_the_examples_loop_does_not_follow() -> None:
+    """In a process of its own: importing the example adds our flags to Megatron's."""
+    environment = os.environ | {"PYTHONPATH": search_path(EXAMPLES)}
+    subprocess.run([sys.executable, "-c", CHECK_ROWS], check=True, cwd=ROOT, env=environment)
 
 
 def test_importing_the_configuration_imports_no_torch() -> None:
