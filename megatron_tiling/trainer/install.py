@@ -136,7 +136,7 @@ def _with_flags_of_yaml(stock: Stock, call: Call) -> Any:
     argv: list[str] = []
     known = {argument_of(option) for action in parser._actions for option in action.option_strings}
     for key in vars(args).keys() - known:
-        if near := meant_by(f"--{key}"):
+        if "til" in key and (near := meant_by(f"--{key}")):  # Megatron's gated_linear_unit is spelled like one, too
             raise SystemExit(f"megatron_tiling: --yaml-cfg {args.yaml_cfg}: is {key} {argument_of(near)}?")
     for action in parser._actions:
         for option in action.option_strings:
