@@ -207,7 +207,7 @@ def check_yaml(folder: Path) -> None:
     tiled = {"use_tiled_linear": True, "tile_factor": "3", "tiled_mlp_keep": 0, "tiled_linear_splits": ["fc1=1x5"]}
     tiled["tiled_linear_modules"] = ["all"]
     files = {
-        "dense": yaml_file(folder / "dense.yaml", gated_linear_unit=False),  # spelled like one of ours
+        "dense": yaml_file(folder / "dense.yaml", gated_linear_units=False),  # like tiled_linear_splits
         "tiled": yaml_file(folder / "tiled.yaml", **tiled),
         "zero": yaml_file(folder / "zero.yaml", memory_centric_tiled_linear=True, tile_factor=0),
         "lonely": yaml_file(folder / "lonely.yaml", tiled_mlp_keep=0),
