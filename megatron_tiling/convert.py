@@ -234,7 +234,8 @@ class _Plan:
             grids = self._fp8_grids(mlp, layers)
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
-        fewer = not (in_fp8 or self.config.partitioned) and self.config.fewer_if_small("fc1", "fc2")
+        fewer = not (in_fp8 or True in partitioned) and self.config.fewer_if_small("fc1", "fc2")
+        fewer = fewer and all(layer.fewer_if_small for layer in layers if isinstance(layer, TiledParallelLinear))
         steps, least_tokens = self.config.overlap_steps, self._least_tokens(LEAST_MLP_OPERATIONS, *layers)
         if isinstance(mlp, TiledMLP):
             keep, fewer = mlp.keep, mlp.fewer_if_small
@@ -326,6 +327,7 @@ class _Plan:
         layer.adopt()
         layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
         report = self.reports[layer]
+        layer.fewer_if_small = self.config.fewer_if_small(report.module)
         layer.overlap_steps, layer.least_overlap_tokens = report.overlap_steps or None, report.least_overlap_tokens
         if self.config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = self.config.fuse_wgrad

@@ -69,7 +69,9 @@ class TiledSpecProvider:
         classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES
         replacements: dict[Any, Any] = {}
         if module in self.config.tiled_modules:
-            splits = self.config.splits_of(module)
+            splits: tuple[int, ...] = self.config.splits_of(module)
+            if self.config.fewer_if_small(module):
+                splits += (True,)
             replacements |= {stock: tiled.with_splits(*splits) for stock, tiled in classes.items()}
             replacements |= {} if self.config.partitioned else spec_classes(module, splits)
         if not any(map(importlib.util.find_spec, ("apex", "transformer_engine"))):

@@ -17,15 +17,16 @@ from megatron_tiling.report import note
 from megatron_tiling.resident.layers import TiledColumnParallelLinear
 from megatron_tiling.resident.lm_head import TiledOutputLayer
 from megatron_tiling.resident.mlp import TiledMLP
+from megatron_tiling.spec import TiledSpecProvider
 from megatron_tiling.tiles.ownership import tags
 from tests.check_models import make_config
 from tests.support.gathered import tile_modules
 from tests.tiles.test_mlp import world_of_one
 
 
-def gpt(tied: bool = False, **changes: Any) -> Any:
+def gpt(tied: bool = False, rewrite: Callable[[Any], Any] = lambda spec: spec, **changes: Any) -> Any:
     """2 layers of 40 features, a vocabulary of 64."""
-    spec = get_gpt_layer_local_spec()
+    spec = rewrite(get_gpt_layer_local_spec())
     return GPTModel(make_config(**changes), spec, 64, 12, share_embeddings_and_output_weights=tied)
 
 
@@ -126,6 +127,31 @@ def test_tiles_are_a_number_at_most_where_none_is_given(settings: dict[str, Any]
         fc1, *_ = (report for report in tile(model, TilingConfig(**settings)) if report.name.endswith("linear_fc1"))
         assert str(fc1.grid) == "1x4" and note(fc1) == f"TiledMLP, {words}"
     assert model.decoder.layers[0].mlp.fewer_if_small == ("tiles" in words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "TiledMLP, keep all, at most 4 tiles"),
+        ({"factor": 4}, "TiledMLP, keep all, at most 4 token steps"),
+        ({"splits": {"fc2": (4, 1)}}, "TiledMLP, keep all, at most 4 token steps"),
+        ({"storage": "partitioned"}, "partitioned, TiledMLP, keep all"),
+    ],
+)
+def test_tiles_of_layers_built_from_a_spec_are_as_many_as_it_says(settings: dict[str, Any], words: str) -> None:
+    model = gpt(rewrite=TiledSpecProvider(**settings).tiled)
+    fc1, *_ = (report for report in tile(model, TilingConfig()) if report.name.endswith("linear_fc1"))
+    assert str(fc1.grid) == "1x4" and note(fc1) == words
+    assert model.decoder.layers[0].mlp.fewer_if_small == ("tiles" in words)
+
+
+@pytest.mark.parametrize("given", [{"factor": 4}, {"splits": {"fc1": (1, 4)}}, {}])
+def test_tiles_of_a_layer_tiled_before_are_as_many_as_was_said(given: dict[str, Any]) -> None:
+    model = gpt()
+    tile(model, TilingConfig(modules=("fc1",), **given))
+    tile(model, TilingConfig())
+    mlp = model.decoder.layers[0].mlp
+    assert isinstance(mlp, TiledMLP) and mlp.fewer_if_small == (not given)
 
 
 def test_what_was_tiled_without_overlap_says_so() -> None:

@@ -144,7 +144,7 @@ def test_down_projections_of_multi_latent_attention_stay_stock() -> None:
     assert attention.linear_q_down_proj is ColumnParallelLinear
     assert issubclass(attention.linear_q_up_proj, TiledColumnParallelLinear)
     config = MLATransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, transformer_impl="local")
-    assert TiledRowParallelLinear.with_splits(4, 1) in classes(tiled_layer_spec(config).layer_specs)
+    assert TiledRowParallelLinear.with_splits(4, 1, True) in classes(tiled_layer_spec(config).layer_specs)
 
 
 def test_partitioned_layers_by_spec() -> None:

@@ -36,6 +36,7 @@ class TiledParallelLinear(torch.nn.Module):
             a call can do so. Of fc1 and fc2 where a ``TiledMLP`` calls them; its loop has its own.
         least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
         transport: what bytes move with then.
+        fewer_if_small: of fc1 and fc2: nobody has given their number, a ``TiledMLP`` has fewer where they do little.
     """
 
     #: What Megatron-Bridge reads of a class that it does not know, to split and join a weight.
@@ -53,13 +54,15 @@ class TiledParallelLinear(torch.nn.Module):
     overlap_steps: int | None = None
     least_overlap_tokens: int = 0
     transport: Transport = "auto"
+    fewer_if_small: bool = False
 
     @classmethod
     @cache
-    def with_splits(cls, in_splits: int, out_splits: int) -> type[Self]:
+    def with_splits(cls, in_splits: int, out_splits: int, fewer_if_small: bool = False) -> type[Self]:
         """A subclass for model specs, which take a class and no keywords, whose layers have this grid."""
         init = partialmethod(cls.__init__, in_splits=in_splits, out_splits=out_splits)
-        return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), {"__init__": init})
+        attributes = {"__init__": init, "fewer_if_small": fewer_if_small}
+        return type(f"{cls.__name__}_{in_splits}x{out_splits}", (cls,), attributes)
 
     def __init__(
         self,

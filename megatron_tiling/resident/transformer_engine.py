@@ -8,7 +8,7 @@ TENorm, TEDotProductAttention and the layers of grouped experts (see ``experts.p
 do layers with an option that tiles do not honour (``NOT_IN_TILES``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -295,8 +295,8 @@ if te.HAVE_TE:
     }
 
 
-def spec_classes(module: str, splits: tuple[int, int]) -> dict[Any, Any]:
-    """``{TransformerEngine's class: the tiled one}`` for a module of a model spec that has this grid."""
+def spec_classes(module: str, splits: Sequence[int]) -> dict[Any, Any]:
+    """``{TransformerEngine's class: the tiled one}`` for a module of a model spec, ``with_splits(*splits)``."""
     return {
         stock: type(tiled.__name__, (tiled.with_splits(*splits),), {"module": module})
         for stock, tiled in TILED_CLASSES.items()
