@@ -38,7 +38,7 @@ class TiledSpecProvider:
     Where neither apex nor TransformerEngine is installed, its torch norm also works under sequence parallelism.
 
     Args:
-        factor: tiles of a layer, by default ``DEFAULT_FACTOR``.
+        factor: tiles of a layer; by default ``DEFAULT_FACTOR``, which is a number at most once ``tile()`` joins MLPs.
         storage: ``"partitioned"`` builds layers whose tiles are parameters: within ``deepspeed.zero.Init`` a dense
             weight is there while its layer is built, and no longer. ``tile()`` then joins the tiles of MLPs.
         splits: ``{module: (in_splits, out_splits)}`` for modules that do not follow ``factor``.
