@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from megatron_tiling.arguments import AUTOMATIC, add_tiling_args
 from megatron_tiling.config import DEFAULT_FACTOR, argument_of, parse_splits
 
-#: More tiles take less memory at once, and each takes a less efficient product.
-FACTORS = (2, 4, 8, 16)
+#: More tiles take less memory at once, and each takes a less efficient product. Small MLPs have one by default.
+FACTORS = (1, 2, 4, 8, 16)
 #: Of an MLP's tiles. What is not kept takes a product again, which costs more than more tiles do.
 KEPT = (1, 0.75, 0.5, 0.25, 0)
 #: Of one that goes by steps of tokens.
@@ -33,12 +33,15 @@ def _combinations(arguments: Sequence[str]) -> Iterator[str]:
     if "auto" not in (factor, keep):
         return
     splits = parse_splits(asked.tiled_linear_splits or ())
-    kept = KEPT if asked.tiled_tp_overlap in (None, "off") else KEPT_IN_STEPS
+    shares = KEPT if asked.tiled_tp_overlap in (None, "off") else KEPT_IN_STEPS
     for share, tiles in itertools.product(
-        kept if keep == "auto" else [None], FACTORS if factor == "auto" else [factor or DEFAULT_FACTOR]
+        shares if keep == "auto" else [None], FACTORS if factor == "auto" else [factor or DEFAULT_FACTOR]
     ):
         flags = [f"--tile-factor {tiles}"] if factor == "auto" else []
         if share is not None:
             fewest = min(splits.get(module, (1, tiles))[1] for module in ("fc1", "experts"))
-            flags.append(f"--tiled-mlp-keep {'all' if share == 1 else int(share * fewest)}")
+            kept = int(share * fewest)
+            if share and not kept:  # so few tiles keep all or none
+                continue
+            flags.append(f"--tiled-mlp-keep {'all' if share == 1 else kept}")
         yield " ".join(flags)

@@ -181,9 +181,10 @@ def test_what_was_saved_is_there(runs: dict[str, tuple[int, list[str]]], folder:
 def test_what_auto_may_be() -> None:
     assert automatic_flags(["--tile-factor", "8"]) == []
     both = automatic_flags("--tile-factor auto --tiled-mlp-keep auto".split())
-    assert both[0] == "--tile-factor 2 --tiled-mlp-keep all" and both[-1] == "--tile-factor 16 --tiled-mlp-keep 0"
+    assert both[0] == "--tile-factor 1 --tiled-mlp-keep all" and both[-1] == "--tile-factor 16 --tiled-mlp-keep 0"
+    assert [flags for flags in both if "--tile-factor 1 " in flags] == [both[0], "--tile-factor 1 --tiled-mlp-keep 0"]
     factors = automatic_flags(["--tile-factor=auto", "--tiled-mlp-keep", "1"])
-    assert factors == [f"--tile-factor {tiles}" for tiles in (2, 4, 8, 16)]
+    assert factors == [f"--tile-factor {tiles}" for tiles in (1, 2, 4, 8, 16)]
     grids = automatic_flags("--tiled-mlp-keep auto --tiled-linear-splits fc1=1x8 fc2=8x1 experts=2".split())
     assert grids == ["--tiled-mlp-keep all", "--tiled-mlp-keep 1", "--tiled-mlp-keep 0"]
     in_steps = automatic_flags("--tiled-mlp-keep auto --tiled-tp-overlap auto".split())

@@ -59,6 +59,10 @@ LAYOUTS = {
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
     "FP8": (1, "--fp8-format hybrid --fp8-recipe tensorwise"),
     "experts, EP=2": (2, f"{EXPERTS} --expert-model-parallel-size 2"),
+    "experts, their TP=2": (
+        2,
+        f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2",
+    ),
     "CP=2": (2, "--context-parallel-size 2"),
     "CP=2, all-gathered": (2, "--context-parallel-size 2 --cp-comm-type all_gather"),
 }
