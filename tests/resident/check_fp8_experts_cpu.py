@@ -4,6 +4,7 @@ python -m tests.resident.check_fp8_experts_cpu FOLDER: see check_transformer_eng
 """
 
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,10 @@ class Case:
             quantizers = of_input, self.of_weights[name], none, none, none, of_grad
             how = bool(biases), None, True, False, None, *quantizers, self.case["fuse"], False, False, torch.bfloat16
             others = True, none, False, None, False, False
-            empty = biases or [torch.empty(0) for _ in self.rows]
-            output: Tensor = _GroupedLinear.apply(input_, sizes, (*how, *others), *self.weights[name], *empty)[0]
+            tensors = [*self.weights[name], *(biases or [torch.empty(0) for _ in self.rows])]
+            if "dgrad_out" in signature(_GroupedLinear.forward).parameters:  # 2.20: grouped tensors, outputs given
+                others, tensors = (*others, False, False, False), [None, None, *tensors]
+            output: Tensor = _GroupedLinear.apply(input_, sizes, (*how, *others), *tensors)[0]
             return output
 
         pre = layer(self.hidden, "fc1", ("hidden", "pre_grad"), self.biases)
