@@ -8,8 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiling.config import VARIABLE as VARIABLE
-from megatron_tiling.config import TilingConfig, parse_splits
+from megatron_tiling.config import VARIABLE, TilingConfig, parse_splits
 
 
 def _number_or_all(value: str) -> Any:
