@@ -28,7 +28,7 @@ READERS = {
 
 
 def config_from_environment(environment: Mapping[str, str] = os.environ) -> TilingConfig:
-    """What ``MEGATRON_TILING`` asks for.
+    """What ``MEGATRON_TILING`` asks for, of resident tiles.
 
     Raises:
         ValueError: it is not there or empty, names a setting that there is none of or one twice, or a value that
