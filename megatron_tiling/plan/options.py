@@ -8,13 +8,12 @@ from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import GPUS
 from megatron_tiling.plan.picture import reason_not_to_draw
+from megatron_tiling.trainer.planned import GPU_MEMORY_GIB
 
 USAGE = (
     "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
     "[--expert-imbalance N] [--longest | --picture FILE] [--] SCRIPT [ARGS of the script]"
 )
-#: By default.
-GPU_MEMORY_GIB = 80.0
 #: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB, in
 #: expandable segments (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
