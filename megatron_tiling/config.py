@@ -310,9 +310,9 @@ class TilingConfig:
         factor = self.factor or DEFAULT_FACTOR
         return (factor, 1) if module in ROW_MODULES else (1, factor)
 
-    def fewer_if_small(self, *modules: str) -> bool:
-        """Whether the tiles of these modules together are a number at most, which was not given."""
-        return self.factor is None and self.kept_tiles is None and not set(modules) & set(self.splits)
+    def fewer_if_small(self, module: str) -> bool:
+        """Whether the tiles of a module are a number at most, which was not given."""
+        return self.factor is None and self.kept_tiles is None and not self.partitioned and module not in self.splits
 
     def setting_of(self, module: str) -> str:
         """``fc1=1x8`` or ``experts=4``, as ``--tiled-linear-splits`` takes it."""

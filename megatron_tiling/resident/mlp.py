@@ -47,7 +47,6 @@ class TiledMLP(MLP):
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
-        fewer_if_small: where all tiles keep theirs, a call of little work has fewer tiles.
         overlap_steps: in at most so many steps of tokens communication runs behind products, where a call can do so.
             Then ``keep`` is ``None`` or 0, and collectives are those of ``tiles/step_comm.py``.
         least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
@@ -61,7 +60,6 @@ class TiledMLP(MLP):
     #: Whether the loop computes LoRA along.
     takes_adapters = True
     keep: int | None
-    fewer_if_small: bool = False
     overlap_steps: int | None = None
     least_overlap_tokens: int = 0
     transport: Transport = "auto"
@@ -193,7 +191,7 @@ class TiledMLP(MLP):
 
         comm = comm_of(fc1)
         grid = fc2.grid
-        if self.fewer_if_small:
+        if self.keep is None and fc1.fewer_if_small and fc2.fewer_if_small:
             shards = 1 if comm is None else comm.shards
             tokens, weights = shards * hidden_states[..., 0].numel(), fc1.weight.numel() + fc2.weight.numel()
             grid = replace(grid, in_splits=tiles_worth_it(tokens, weights, grid.in_splits))
@@ -231,7 +229,6 @@ def convert_mlp(
     classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES,
     overlap_steps: int | None = None,
     least_overlap_tokens: int = 0,
-    fewer_if_small: bool = False,
 ) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
@@ -239,7 +236,7 @@ def convert_mlp(
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
         classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
-        overlap_steps, least_overlap_tokens, fewer_if_small: as of ``TiledMLP``.
+        overlap_steps, least_overlap_tokens: as of ``TiledMLP``.
 
     Returns:
         Nothing, or why this MLP stays as it is.
@@ -256,8 +253,7 @@ def convert_mlp(
     if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
     mlp.__class__ = tiled_class
-    mlp.keep, mlp.fewer_if_small = keep, fewer_if_small
-    mlp.overlap_steps, mlp.least_overlap_tokens = overlap_steps, least_overlap_tokens
+    mlp.keep, mlp.overlap_steps, mlp.least_overlap_tokens = keep, overlap_steps, least_overlap_tokens
     mlp.adopt_tiles()
     return ""
 
