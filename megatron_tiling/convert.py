@@ -206,14 +206,14 @@ class _Plan:
             dispatcher = self.dispatchers.get(experts)
             gathers = grouped.gathers_rows(dispatcher, self.config)
             self.mlps.append(partial(convert, experts, self.config, dispatcher if gathers else None))
-        how: dict[str, Any] = {
-            "expert_tiles": tiles,
-            "kept_tiles": tiles if keep is None else keep,
-            "gathers_rows": gathers,
-            "fp8": in_fp8,
-            "no_overlap": "experts" if self.config.overlap_steps else "",
-        }
-        return replace(report, **how)
+        return replace(
+            report,
+            expert_tiles=tiles,
+            kept_tiles=tiles if keep is None else keep,
+            gathers_rows=gathers,
+            fp8=in_fp8,
+            no_overlap="experts" if self.config.overlap_steps else "",
+        )
 
     def _plan_head(self, model: LanguageModule) -> None:
         layer: Any = unwrapped(getattr(model, "output_layer", None))
@@ -248,11 +248,7 @@ class _Plan:
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
             reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
-            found = (
-                (child, classes[MLP].reason_in_adapter(getattr(mlp, child)))
-                for child in MLP_LAYERS
-                if hasattr(mlp, child)
-            )
+            found = ((child, classes[MLP].reason_in_adapter(getattr(mlp, child, None))) for child in MLP_LAYERS)
             adapted = ", ".join(f"{child} {why}" for child, why in found if why)
             if self.config.partitioned:
                 reason = reason or adapted

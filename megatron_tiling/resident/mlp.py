@@ -105,7 +105,7 @@ class TiledMLP(MLP):
         return ""
 
     @classmethod
-    def reason_in_adapter(cls, child: torch.nn.Module) -> str:
+    def reason_in_adapter(cls, child: Any) -> str:
         """Why the loop cannot compute the adapter around a layer, if there is one, or nothing."""
         if unwrapped(child) is child:
             return ""
@@ -142,9 +142,7 @@ class TiledMLP(MLP):
     @torch.compiler.disable
     def steps_now(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> int:
         """In how many steps of tokens a call now goes, with communication behind products; 1: without."""
-        if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self):
-            return 1
-        if in_capture():
+        if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self) or in_capture():
             return 1
         comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
