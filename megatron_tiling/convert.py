@@ -191,7 +191,7 @@ class _Plan:
         else:
             reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
             partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
-            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts, in_fp8=False):
+            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
                 return replace(report, reason=reason)
             convert: Callable[..., Any] = grouped.convert_experts
             if in_fp8:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
-COLLECTIVES = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
 
 
 @contextmanager
