@@ -1,6 +1,6 @@
 """One setting of a command that fits, as a line of JSON: what a training run asks for (``trainer/planned.py``).
 
-    python -m megatron_tiling.plan.choice [--gpu-memory-gib N] [--gpus N] [--outside-gib N] SCRIPT [ARGS]
+    python -m megatron_tiling.plan.choice [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--below N] SCRIPT [ARGS]
 
 Of a command with ``--tile-factor auto`` or ``--tiled-mlp-keep auto`` it is the first of what these may be, else the
 best of the settings that the planner compares.
