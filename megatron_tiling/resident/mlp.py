@@ -9,7 +9,6 @@ other adapters than ``adapters.py`` knows) makes a call run stock's ``forward`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -169,8 +168,7 @@ class TiledMLP(MLP):
             transport=self.transport,
         )
         normalized = fc1.normalized(hidden_states)
-        made = normalized is not hidden_states
-        with made_again(normalized, fc1.normalized, hidden_states) if made else nullcontext():
+        with made_again(normalized, fc1.normalized, hidden_states):
             return stepped_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, loop)
 
     @torch.compiler.disable
@@ -206,8 +204,7 @@ class TiledMLP(MLP):
             comm=None if gathers else comm,
         )
         normalized = input_of_tiles(hidden_states)
-        made = normalized is not hidden_states
-        with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
+        with made_again(normalized, input_of_tiles, hidden_states):
             low = None if up is None else up.low(normalized if takes_norm else hidden_states)
             wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
             adapters = LowRank(low, *wide)

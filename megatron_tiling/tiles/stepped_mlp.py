@@ -243,8 +243,7 @@ class _Backward:
             activation.forward([halves], bias, None, activated)
             return
         gemm_into(activated, dy, self.fc2_weight, accumulate=False)
-        needs: Any = {"bias_grad": self.needs_bias, "scale_grad": False}
-        bias_grad, _ = activation.backward(halves, bias, None, activated, **needs)
+        bias_grad, _ = activation.backward(halves, bias, None, activated, bias_grad=self.needs_bias, scale_grad=False)
         if bias_grad is not None:
             wide = bias_grad.to(torch.promote_types(bias_grad.dtype, torch.float32))
             self.bias_grad = wide if self.bias_grad is None else self.bias_grad.add_(wide)
