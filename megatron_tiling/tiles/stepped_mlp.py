@@ -18,9 +18,8 @@ from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS
 from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, few_steps, start_steps
-from megatron_tiling.tiles.wgrad import WeightGrad
+from megatron_tiling.tiles.wgrad import WHOLE, WeightGrad
 
-WHOLE = slice(None)
 DY, X = 0, 1  # sources of a backward pass
 
 
