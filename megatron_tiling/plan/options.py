@@ -21,7 +21,7 @@ OUTSIDE_GIB = 3.5
 
 def shared_parser() -> argparse.ArgumentParser:
     """Of flags that say what a run has to fit into, which stand before the script."""
-    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
+    parser = argparse.ArgumentParser(description="What a training run needs, without a GPU.")
     parser.add_argument(
         "--gpu-memory-gib",
         type=float,
@@ -62,6 +62,7 @@ def refuse_dashes_behind(parser: argparse.ArgumentParser, argv: Sequence[str], a
 def command_parser() -> argparse.ArgumentParser:
     """Of the user's command: those, and what else it does."""
     parser = shared_parser()
+    parser.usage = USAGE
     parser.add_argument("--gpu", choices=GPUS, help="its rates give the times (default: H100)")
     parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
     parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")
