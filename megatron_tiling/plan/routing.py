@@ -115,8 +115,7 @@ def _masked_select(self: Tensor, routing: Routing, stock: Callable[..., Any], ma
         picked = source.new_empty(routing.rows(mask.shape[1], mask.shape[0]))
         return picked, (source, mask), lambda source, mask, grad: (torch.empty_like(source),)
 
-    selected: Tensor = run(kernel, self)
-    return selected
+    return run(kernel, self)
 
 
 def _read(dispatcher: Any, routing: Routing) -> None:
