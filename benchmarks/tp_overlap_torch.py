@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from megatron_tiling.tiles.first_order import first_order
-from megatron_tiling.tiles.wgrad import WeightGrad
-
-WHOLE = slice(None)
+from megatron_tiling.tiles.wgrad import WHOLE, WeightGrad
 
 
 def gathered_product(shard: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:

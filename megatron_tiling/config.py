@@ -224,21 +224,23 @@ class TilingConfig:
         self._refuse_without_effect()
 
     def _refuse_without_effect(self) -> None:
-        resident = "leave it out, or give --tiled-linear-storage resident"
-        engine = self.partitioned and f"autograd and the engine sum what partitioned tiles give; {resident}"
+        experts = self.splits.get("experts", (1, 1))
+        if experts[0] != 1:
+            raise ValueError(f"--tiled-linear-splits experts={experts}: experts have one number of tiles, (1, N)")
+
+        def of_partitioned(reason: str) -> str:
+            return f"{reason}; leave it out, or give --tiled-linear-storage resident" if self.partitioned else ""
+
+        engine = of_partitioned("autograd and the engine sum what partitioned tiles give")
+        no_experts = of_partitioned("partitioned tiles are not of grouped experts")
+        once = of_partitioned("partitioned tiles communicate once around a layer")
+        not_in_fp8 = of_partitioned("partitioned tiles are not in FP8")
         untiled_mlp = not {"fc1", "fc2"} <= set(self.tiled_modules) and "fc1 and fc2 are not both tiled; leave it out"
         others = set(OVERLAPPED_MODULES) & set(self.tiled_modules)
         nothing_to_overlap = not others and untiled_mlp and f"qkv, proj and output are not tiled, and {untiled_mlp}"
         untiled = "experts" not in self.tiled_modules and untiled_mlp
-        in_one_piece = f"partitioned tiles are not of grouped experts; {resident}"
-        experts = self.splits.get("experts", (1, 1))
-        if experts[0] != 1:
-            raise ValueError(f"--tiled-linear-splits experts={experts}: experts have one number of tiles, (1, N)")
-        once = f"partitioned tiles communicate once around a layer; {resident}"
-        not_in_fp8 = self.partitioned and f"partitioned tiles are not in FP8; {resident}"
         head = "output" not in self.tiled_modules and "the output layer is not tiled; leave it out"
-        if not head and self.partitioned:
-            head = f"a partitioned output layer makes whole logits; {resident}"
+        head = head or of_partitioned("a partitioned output layer makes whole logits")
         overlap = self.overlap_steps
         fixed = self.head_tokens is not None and "output" in self.splits and self.head_keep in (0, 1)
         whatever_the_bound = fixed and (
@@ -249,13 +251,9 @@ class TilingConfig:
             ("fuse_wgrad=True", self.fuse_wgrad, engine),
             (FLAGS["fp32_accumulate"], self.fp32_accumulate, engine),
             (FLAGS["mlp_keep"], self.mlp_keep is not None, untiled),
-            (
-                f"--tiled-linear-splits experts={experts[1]}",
-                "experts" in self.splits,
-                self.partitioned and in_one_piece,
-            ),
+            (f"{FLAGS['splits']} experts={experts[1]}", "experts" in self.splits, no_experts),
             (FLAGS["fp8_hold_weights"], self.fp8_hold_weights, not_in_fp8 or untiled),
-            (f"{FLAGS['tp_overlap']} {self.tp_overlap}", overlap, (self.partitioned and once) or nothing_to_overlap),
+            (f"{FLAGS['tp_overlap']} {self.tp_overlap}", overlap, once or nothing_to_overlap),
             (
                 f"{FLAGS['mlp_keep']} {self.mlp_keep} with {FLAGS['tp_overlap']} {self.tp_overlap}",
                 overlap and self.mlp_keep not in (None, 0, "all"),
@@ -310,9 +308,9 @@ class TilingConfig:
         factor = self.factor or DEFAULT_FACTOR
         return (factor, 1) if module in ROW_MODULES else (1, factor)
 
-    def fewer_if_small(self, *modules: str) -> bool:
-        """Whether the tiles of these modules together are a number at most, which was not given."""
-        return self.factor is None and self.kept_tiles is None and not set(modules) & set(self.splits)
+    def fewer_if_small(self, module: str) -> bool:
+        """Whether the tiles of a module are a number at most, which was not given."""
+        return self.factor is None and self.kept_tiles is None and not self.partitioned and module not in self.splits
 
     def setting_of(self, module: str) -> str:
         """``fc1=1x8`` or ``experts=4``, as ``--tiled-linear-splits`` takes it."""

@@ -104,7 +104,7 @@ class _Plan:
     """
 
     def __init__(self, model: torch.nn.Module, config: TilingConfig) -> None:
-        self.model, self.config = model, config
+        self.config = config
         self.reports: dict[torch.nn.Module, LayerReport] = {}
         self.tiled: list[torch.nn.Module] = []
         self.heads: list[LanguageModule] = []
@@ -141,7 +141,8 @@ class _Plan:
         module = MODULE_OF_ATTRIBUTE.get(name.rpartition(".")[2])
         report = LayerReport(name, shard_shape(layer), _element_size(layer))
         if isinstance(layer, TiledParallelLinear):  # built so, from a spec, or tiled before
-            report = replace(report, grid=layer.grid, partitioned=isinstance(layer, PartitionedParallelLinear))
+            partitioned, fewer = isinstance(layer, PartitionedParallelLinear), layer.fewer_if_small
+            report = replace(report, grid=layer.grid, partitioned=partitioned, fewer_if_small=fewer)
             if layer.overlap_steps is not None:
                 return self._with_steps(report, layer, layer.overlap_steps, layer.least_overlap_tokens)
             without = self.config.overlap_steps and module in OVERLAPPED_MODULES
@@ -160,7 +161,8 @@ class _Plan:
             )
         paired = self.config.partitioned and module == "fc1" and bool(getattr(layer.config, "gated_linear_unit", False))
         grid = _grid(name, module, report.shape, self.config, paired)
-        report = replace(report, grid=grid, partitioned=self.config.partitioned)
+        fewer = self.config.fewer_if_small(module)
+        report = replace(report, grid=grid, partitioned=self.config.partitioned, fewer_if_small=fewer)
         least_tokens = self._least_tokens(LEAST_LAYER_OPERATIONS, layer)
         return self._with_steps(report, layer, self.config.overlap_steps, least_tokens)
 
@@ -189,7 +191,7 @@ class _Plan:
         else:
             reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
             partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
-            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts, in_fp8=False):
+            if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
                 return replace(report, reason=reason)
             convert: Callable[..., Any] = grouped.convert_experts
             if in_fp8:
@@ -204,14 +206,14 @@ class _Plan:
             dispatcher = self.dispatchers.get(experts)
             gathers = grouped.gathers_rows(dispatcher, self.config)
             self.mlps.append(partial(convert, experts, self.config, dispatcher if gathers else None))
-        how: dict[str, Any] = {
-            "expert_tiles": tiles,
-            "kept_tiles": tiles if keep is None else keep,
-            "gathers_rows": gathers,
-            "fp8": in_fp8,
-            "no_overlap": "experts" if self.config.overlap_steps else "",
-        }
-        return replace(report, **how)
+        return replace(
+            report,
+            expert_tiles=tiles,
+            kept_tiles=tiles if keep is None else keep,
+            gathers_rows=gathers,
+            fp8=in_fp8,
+            no_overlap="experts" if self.config.overlap_steps else "",
+        )
 
     def _plan_head(self, model: LanguageModule) -> None:
         layer: Any = unwrapped(getattr(model, "output_layer", None))
@@ -234,11 +236,9 @@ class _Plan:
             grids = self._fp8_grids(mlp, layers)
         partitioned = {report.partitioned for report in reports if report is not None and report.grid is not None}
         keep, reason = self.config.kept_tiles, ""
-        fewer = not (in_fp8 or True in partitioned) and self.config.fewer_if_small("fc1", "fc2")
-        fewer = fewer and all(layer.fewer_if_small for layer in layers if isinstance(layer, TiledParallelLinear))
         steps, least_tokens = self.config.overlap_steps, self._least_tokens(LEAST_MLP_OPERATIONS, *layers)
         if isinstance(mlp, TiledMLP):
-            keep, fewer = mlp.keep, mlp.fewer_if_small
+            keep = mlp.keep
             if not in_fp8:
                 steps, least_tokens = mlp.overlap_steps, mlp.least_overlap_tokens
         elif in_fp8:
@@ -248,18 +248,14 @@ class _Plan:
         elif partitioned:
             classes = PARTITIONED_MLP_CLASSES if partitioned == {True} else TILED_MLP_CLASSES
             reason = reason_to_stay_stock(mlp, keep, classes, layers, grids)
-            found = (
-                (child, classes[MLP].reason_in_adapter(getattr(mlp, child)))
-                for child in MLP_LAYERS
-                if hasattr(mlp, child)
-            )
+            found = ((child, classes[MLP].reason_in_adapter(getattr(mlp, child, None))) for child in MLP_LAYERS)
             adapted = ", ".join(f"{child} {why}" for child, why in found if why)
             if self.config.partitioned:
                 reason = reason or adapted
             if not reason:
-                convert = partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps, least_tokens, fewer)
-                self.mlps.append(convert)
+                self.mlps.append(partial(convert_mlp, mlp, keep, classes, self.config.overlap_steps, least_tokens))
                 reason = adapted  # the MLP runs the loop once that adapter is gone
+        fewer = keep is None and all(report is not None and report.fewer_if_small for report in reports)
         no_overlap = "" if steps is None else "FP8" if in_fp8 else reason_for_no_overlap(mlp)
         if steps is None or no_overlap:
             steps, least_tokens = 0, 0
@@ -327,7 +323,7 @@ class _Plan:
         layer.adopt()
         layer.set_grid(grid, fp32_accumulate=self.config.fp32_accumulate)
         report = self.reports[layer]
-        layer.fewer_if_small = self.config.fewer_if_small(report.module)
+        layer.fewer_if_small = report.fewer_if_small
         layer.overlap_steps, layer.least_overlap_tokens = report.overlap_steps or None, report.least_overlap_tokens
         if self.config.fuse_wgrad is not None:
             layer.gradient_accumulation_fusion = self.config.fuse_wgrad

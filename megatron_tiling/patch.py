@@ -89,9 +89,9 @@ def parse(tag: str, text: bytes) -> Patch:
     return Patch(tag, hashes[1].decode(), hashes[2].decode(), int(position), b"".join(line[1:] for line in lines))
 
 
-def known_patches(folder: Path | None = None) -> list[Patch]:
-    """The patches of ``folder``, by default those that come with this package, oldest tag first."""
-    folder = folder or next((folder for folder in PATCH_FOLDERS if folder.is_dir()), PATCH_FOLDERS[0])
+def known_patches() -> list[Patch]:
+    """Those that come with this package, oldest tag first."""
+    folder = next((folder for folder in PATCH_FOLDERS if folder.is_dir()), PATCH_FOLDERS[0])
     patches = [parse(file.stem, file.read_bytes()) for file in folder.glob("*.patch")]
     if not patches:
         raise FileNotFoundError(f"no patches in {folder}: this installation of megatron_tiling is not whole")

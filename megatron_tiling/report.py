@@ -28,7 +28,7 @@ class LayerReport:
         reason: why it stayed dense, or why a tiled layer's MLP or loss is stock's.
         mlp: name of the tiled MLP whose tiles are one of fc1 and one of fc2; an engine gathers both as one.
         kept_tiles: how many tiles of that MLP keep their pre-activations.
-        fewer_if_small: that MLP has at most so many tiles, and fewer in calls of little work.
+        fewer_if_small: nobody has given the number of tiles: that MLP has fewer in calls of little work.
         fp8: that MLP, or these experts, run in FP8, and this layer stays TransformerEngine's.
         overlap_steps: in at most so many steps of tokens that MLP's, or this layer's, communication runs
             behind its products; 0: it does not.

@@ -63,7 +63,7 @@ class TiledSpecProvider:
         """A copy of a spec, or of a tree of specs, with the stock classes replaced by those of this provider."""
         return _replaced(spec, self._replacements)
 
-    def _replacements(self, attribute: str = "") -> dict[Any, Any]:
+    def _replacements(self, attribute: str) -> dict[Any, Any]:
         """For the submodule of that name."""
         module = MODULE_OF_ATTRIBUTE.get(attribute)
         classes: Mapping[type, Any] = PARTITIONED_CLASSES if self.config.partitioned else RESIDENT_CLASSES

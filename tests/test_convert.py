@@ -110,6 +110,12 @@ def test_one_rank_has_nothing_to_overlap() -> None:
     assert mlp.overlap_steps == 4 and mlp.steps_now(torch.zeros(8192, 1, 32), None) == 1
 
 
+def has_fewer_if_small(model: Any) -> bool:
+    mlp = model.decoder.layers[0].mlp
+    assert isinstance(mlp, TiledMLP)
+    return mlp.keep is None and mlp.linear_fc1.fewer_if_small and mlp.linear_fc2.fewer_if_small
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -126,7 +132,7 @@ def test_tiles_are_a_number_at_most_where_none_is_given(settings: dict[str, Any]
     for _ in range(2):
         fc1, *_ = (report for report in tile(model, TilingConfig(**settings)) if report.name.endswith("linear_fc1"))
         assert str(fc1.grid) == "1x4" and note(fc1) == f"TiledMLP, {words}"
-    assert model.decoder.layers[0].mlp.fewer_if_small == ("tiles" in words)
+    assert has_fewer_if_small(model) == ("tiles" in words)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +148,7 @@ def test_tiles_of_layers_built_from_a_spec_are_as_many_as_it_says(settings: dict
     model = gpt(rewrite=TiledSpecProvider(**settings).tiled)
     fc1, *_ = (report for report in tile(model, TilingConfig()) if report.name.endswith("linear_fc1"))
     assert str(fc1.grid) == "1x4" and note(fc1) == words
-    assert model.decoder.layers[0].mlp.fewer_if_small == ("tiles" in words)
+    assert has_fewer_if_small(model) == ("tiles" in words)
 
 
 @pytest.mark.parametrize("given", [{"factor": 4}, {"splits": {"fc1": (1, 4)}}, {}])
@@ -150,8 +156,7 @@ def test_tiles_of_a_layer_tiled_before_are_as_many_as_was_said(given: dict[str, 
     model = gpt()
     tile(model, TilingConfig(modules=("fc1",), **given))
     tile(model, TilingConfig())
-    mlp = model.decoder.layers[0].mlp
-    assert isinstance(mlp, TiledMLP) and mlp.fewer_if_small == (not given)
+    assert has_fewer_if_small(model) == (not given)
 
 
 def test_what_was_tiled_without_overlap_says_so() -> None:

@@ -48,14 +48,10 @@ def tile_provider[P](provider: P, config: TilingConfig | None = None, *, native_
                 "cross_entropy_fusion_impl te takes whole logits: the output layer's stay whole; "
                 "tile_provider(provider, config, native_loss=True) computes the loss in tiles"
             )
-    _register(model)(_hook(config))
+    ours: Any = tiling_hook(config)
+    ours.tiling_config = config
+    _register(model)(ours)
     return provider
-
-
-def _hook(config: TilingConfig) -> Callable[..., Any]:
-    hook: Any = tiling_hook(config)
-    hook.tiling_config = config
-    return hook
 
 
 def _register(model: Any) -> Callable[[Any], None]:

@@ -8,8 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiling.config import VARIABLE as VARIABLE
-from megatron_tiling.config import TilingConfig, parse_splits
+from megatron_tiling.config import VARIABLE, TilingConfig, parse_splits
 
 
 def _number_or_all(value: str) -> Any:
@@ -29,7 +28,7 @@ READERS = {
 
 
 def config_from_environment(environment: Mapping[str, str] = os.environ) -> TilingConfig:
-    """What ``MEGATRON_TILING`` asks for.
+    """What ``MEGATRON_TILING`` asks for, of resident tiles.
 
     Raises:
         ValueError: it is not there or empty, names a setting that there is none of or one twice, or a value that

@@ -7,7 +7,7 @@ tiled, before weights are loaded and before adapters are put around layers.
 import functools
 from typing import Any
 
-from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
+from megatron_tiling.integrations.settings import config_from_environment, symbol
 from megatron_tiling.trainer.hook import tiling_hook
 
 
@@ -19,7 +19,6 @@ def install() -> None:
         ValueError: ``MEGATRON_TILING`` is missing or refused.
     """
     config = config_from_environment()
-    refuse_partitioned(config, "ms-swift")
     loader = symbol("mcore_bridge.model.register", "ModelLoader", "mcore-bridge 1.6.5")
     symbol("mcore_bridge.model.register", "ModelLoader.build_model", "mcore-bridge 1.6.5")
     tiles = tiling_hook(config)

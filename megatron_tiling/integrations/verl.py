@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_tiling.config import TilingConfig
 from megatron_tiling.integrations.bridge import tile_provider
-from megatron_tiling.integrations.settings import config_from_environment, refuse_partitioned, symbol
+from megatron_tiling.integrations.settings import config_from_environment, symbol
 from megatron_tiling.resident.comm import column_comm
 from megatron_tiling.resident.lm_head import head_tiles
 from megatron_tiling.tiles.head import HeadLoop, head_scores
@@ -35,7 +35,6 @@ def install() -> None:
         ValueError: ``MEGATRON_TILING`` is missing or refused.
     """
     config = config_from_environment()
-    refuse_partitioned(config, "verl")
     make = symbol("verl.utils.megatron_utils", "make_megatron_module", TESTED)
     init = symbol("verl.models.mcore", "init_mcore_model", TESTED)
     if hasattr(make, "tiling_config"):

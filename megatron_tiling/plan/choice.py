@@ -1,6 +1,6 @@
 """One setting of a command that fits, as a line of JSON: what a training run asks for (``trainer/planned.py``).
 
-    python -m megatron_tiling.plan.choice [--gpu-memory-gib N] [--gpus N] [--outside-gib N] SCRIPT [ARGS]
+    python -m megatron_tiling.plan.choice [--gpu-memory-gib N] [--gpus N] [--outside-gib N] [--below N] SCRIPT [ARGS]
 
 Of a command with ``--tile-factor auto`` or ``--tiled-mlp-keep auto`` it is the first of what these may be, else the
 best of the settings that the planner compares.
@@ -14,13 +14,14 @@ import sys
 import warnings
 from typing import Any
 
+from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, undominated
-from megatron_tiling.plan.options import GPU_MEMORY_GIB, refuse_dashes_behind, shared_parser
+from megatron_tiling.plan.options import refuse_dashes_behind, shared_parser
 from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import prepare
 from megatron_tiling.plan.tracker import Tracker
-from megatron_tiling.trainer.planned import ANSWER
+from megatron_tiling.trainer.planned import ANSWER, GPU_MEMORY_GIB
 
 
 def automatic(command: Command, tracker: Tracker, limit: float) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def main() -> None:
         answer = automatic(command, tracker, limit)
     else:
         answer = instead(command, tracker, limit, options.below)
-    supposed = f" (experts: {options.expert_imbalance or 1:g} times balanced rows)" if command.has_experts else ""
+    supposed = f" (experts: {routing.stated():g} times balanced rows)" if command.has_experts else ""
     rooms = {"limit_gib": left.peak, "torch_gib": left.torch, "fragmentation": left.fragmentation}
     print(ANSWER + json.dumps(answer | rooms | {"supposed": supposed}))
 

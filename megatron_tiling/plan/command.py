@@ -286,7 +286,7 @@ def main(environment: Mapping[str, str] | None = None) -> None:
         CLOCK.gpu = measure.rates(here, command.gpus, command.attention, environment)
     tracker = prepare(command.with_transformer_engine, options.expert_imbalance, options.script)
     if command.has_experts:
-        print(f"experts: {options.expert_imbalance or 1:g} times a balanced router's rows on the fullest rank "
+        print(f"experts: {routing.stated():g} times a balanced router's rows on the fullest rank "
               f"({routing.FLAG}), alike for its experts")  # fmt: skip
     left = room(options.gpu_memory_gib, options.outside_gib, environment)
     limit = left.peak * GIB

@@ -8,13 +8,12 @@ from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import GPUS
 from megatron_tiling.plan.picture import reason_not_to_draw
+from megatron_tiling.trainer.planned import GPU_MEMORY_GIB
 
 USAGE = (
     "python -m megatron_tiling plan [--gpu H100|H200 | --measure] [--gpu-memory-gib N] [--gpus N] [--outside-gib N] "
     "[--expert-imbalance N] [--longest | --picture FILE] [--] SCRIPT [ARGS of the script]"
 )
-#: By default.
-GPU_MEMORY_GIB = 80.0
 #: By default, of a GPU that is called one of 80 GiB: without NCCL, the largest peak that ran on it was 76.6 GiB, in
 #: expandable segments (benchmarks/results/2026-11-27-longest-context-3b.md). What failed beyond has no recorded peak.
 OUTSIDE_GIB = 3.5
@@ -22,7 +21,7 @@ OUTSIDE_GIB = 3.5
 
 def shared_parser() -> argparse.ArgumentParser:
     """Of flags that say what a run has to fit into, which stand before the script."""
-    parser = argparse.ArgumentParser(usage=USAGE, description="What a training run needs, without a GPU.")
+    parser = argparse.ArgumentParser(description="What a training run needs, without a GPU.")
     parser.add_argument(
         "--gpu-memory-gib",
         type=float,
@@ -63,6 +62,7 @@ def refuse_dashes_behind(parser: argparse.ArgumentParser, argv: Sequence[str], a
 def command_parser() -> argparse.ArgumentParser:
     """Of the user's command: those, and what else it does."""
     parser = shared_parser()
+    parser.usage = USAGE
     parser.add_argument("--gpu", choices=GPUS, help="its rates give the times (default: H100)")
     parser.add_argument("--longest", action="store_true", help="the longest sequence that fits, of a few settings")
     parser.add_argument("--picture", metavar="FILE", help="draw memory over a step, dense and tiled: .png, .svg, ...")

@@ -27,6 +27,11 @@ FLAG = "--expert-imbalance"
 _given: list[float] = []
 
 
+def stated() -> float:
+    """Rows on the fullest rank of all runs of this process, relative to balanced ones: as given, or the default."""
+    return _given[0] if _given else 1.0
+
+
 @dataclass
 class Routing:
     """Of the model that is planned.
@@ -85,7 +90,7 @@ def install(imbalance: float | None = None) -> None:
     from megatron_tiling.resident.dispatch import RememberingDispatcher
 
     _given[:] = [] if imbalance is None else [imbalance]
-    routing = Routing(1.0 if imbalance is None else imbalance)
+    routing = Routing(stated())
     tensor: Any = Tensor
     tensor.masked_select = functools.partialmethod(_masked_select, routing, tensor.masked_select)
     _of_all_to_all(token_dispatcher.MoEAlltoAllTokenDispatcher, routing)
@@ -110,8 +115,7 @@ def _masked_select(self: Tensor, routing: Routing, stock: Callable[..., Any], ma
         picked = source.new_empty(routing.rows(mask.shape[1], mask.shape[0]))
         return picked, (source, mask), lambda source, mask, grad: (torch.empty_like(source),)
 
-    selected: Tensor = run(kernel, self)
-    return selected
+    return run(kernel, self)
 
 
 def _read(dispatcher: Any, routing: Routing) -> None:

@@ -7,6 +7,7 @@ place of the product of B beside fc1 and of A beside fc2. The other factor is th
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class LoopedAdapter:
 
     def others(self) -> tuple[torch.nn.Module, ...]:
         """Modules that are not called either, and must have no hooks."""
-        raise NotImplementedError
+        return ()
 
     @property
     def fuses_wgrad(self) -> bool:
@@ -121,20 +122,18 @@ class BridgeLoRA(LoopedAdapter):
         return bool(self.wide.gradient_accumulation_fusion)
 
     def low(self, hidden: Tensor) -> Tensor:
-        group = self.wide.tp_group
-        return self._with("linear_out", lambda low: copy_to_tensor_model_parallel_region(low, group=group))(
-            hidden.contiguous()
-        )
+        share = partial(copy_to_tensor_model_parallel_region, group=self.wide.tp_group)
+        return self._forward(hidden.contiguous(), "linear_out", share)
 
     def widened(self, low: Tensor) -> Tensor:
-        return self._with("linear_in", lambda part: reduced(self.wide, part))(low)
+        return self._forward(low, "linear_in", partial(reduced, self.wide))
 
-    def _with(self, name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _forward(self, input_: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The adapter's ``forward``, as if one of its two layers were a function."""
         other = copy.copy(self.adapter)
         other._modules = {**self.adapter._modules, name: _Instead(function)}
-        forward: Callable[[Tensor], Tensor] = other.forward
-        return forward
+        output: Tensor = other.forward(input_)
+        return output
 
 
 class McoreBridgeLoRA(LoopedAdapter):
@@ -168,9 +167,6 @@ class McoreBridgeLoRA(LoopedAdapter):
         dtypes = {layer.weight.dtype, *(factor.weight.dtype for factor in self.factors)}
         yield "its dtype is another", len(dtypes) > 1
 
-    def others(self) -> tuple[torch.nn.Module, ...]:
-        return ()
-
     @property
     def fuses_wgrad(self) -> bool:
         return bool(self.wide.fuse_wgrad_accumulation)
@@ -191,8 +187,7 @@ class McoreBridgeLoRA(LoopedAdapter):
         return shared
 
     def widened(self, low: Tensor) -> Tensor:
-        whole = summed(self.wide, low)
-        output: Tensor = self.factors[1](whole)[0] * self.scaling
+        output: Tensor = self.factors[1](summed(self.wide, low))[0] * self.scaling
         return output
 
 

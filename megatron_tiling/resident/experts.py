@@ -313,19 +313,15 @@ def _reason_in_class(layer: Any) -> str:
     return replaced_forward(type(layer))
 
 
-def reason_to_stay_stock(experts: Any, in_fp8: bool = True) -> str:
-    """Why grouped experts cannot become tiled, or nothing.
-
-    Args:
-        in_fp8: with ``--fp8-format`` they are in FP8, and no tiles in FP8 run in their place.
-    """
+def reason_to_stay_stock(experts: Any) -> str:
+    """Why grouped experts cannot become tiled, in FP8 or without, or nothing."""
     if type(experts) not in TILED_CLASSES:
         return f"{type(experts).__name__} is not a stock class of grouped experts"
     if experts.config.activation_func_fp8_input_store:
         return "the activation's input is stored in fp8"
     if not isinstance(experts, stock.TEGroupedMLP):
         unknown = experts.config.activation_func not in FORMULA_KINDS and "tiles do not know its activation function"
-        return reason_to_stay_dense(experts, "experts", in_fp8) or unknown or ""
+        return reason_to_stay_dense(experts, "experts", in_fp8=False) or unknown or ""
     for name in MLP_LAYERS:
         layer = getattr(experts, name)
         if reason := _reason_in_class(layer):
@@ -334,7 +330,7 @@ def reason_to_stay_stock(experts: Any, in_fp8: bool = True) -> str:
             return "--moe-single-grouped-weight or --moe-single-grouped-bias: tiles take one parameter an expert"
         if (getattr(layer.weight0, "gtp_remat_size", None) or 1) > 1:
             return "--expert-tensor-parallel-num-weight-shards: tiles need weights whole"
-        if reason := reason_to_stay_dense(layer, "experts", in_fp8):
+        if reason := reason_to_stay_dense(layer, "experts", in_fp8=False):
             return reason
     return reason_in_activation(experts)
 

@@ -9,7 +9,6 @@ other adapters than ``adapters.py`` knows) makes a call run stock's ``forward`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +46,6 @@ class TiledMLP(MLP):
     Attributes:
         keep: so many tiles keep their pre-activations for the backward pass, the others recompute their fc1 product;
             ``None`` is all of them. The output of a norm that TransformerEngine fuses with fc1 is always made again.
-        fewer_if_small: where all tiles keep theirs, a call of little work has fewer tiles.
         overlap_steps: in at most so many steps of tokens communication runs behind products, where a call can do so.
             Then ``keep`` is ``None`` or 0, and collectives are those of ``tiles/step_comm.py``.
         least_overlap_tokens: of all ranks; a call of fewer goes by tiles.
@@ -61,7 +59,6 @@ class TiledMLP(MLP):
     #: Whether the loop computes LoRA along.
     takes_adapters = True
     keep: int | None
-    fewer_if_small: bool = False
     overlap_steps: int | None = None
     least_overlap_tokens: int = 0
     transport: Transport = "auto"
@@ -107,7 +104,7 @@ class TiledMLP(MLP):
         return ""
 
     @classmethod
-    def reason_in_adapter(cls, child: torch.nn.Module) -> str:
+    def reason_in_adapter(cls, child: Any) -> str:
         """Why the loop cannot compute the adapter around a layer, if there is one, or nothing."""
         if unwrapped(child) is child:
             return ""
@@ -144,9 +141,7 @@ class TiledMLP(MLP):
     @torch.compiler.disable
     def steps_now(self, hidden_states: Tensor, per_token_scale: Tensor | None) -> int:
         """In how many steps of tokens a call now goes, with communication behind products; 1: without."""
-        if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self):
-            return 1
-        if in_capture():
+        if self.overlap_steps is None or per_token_scale is not None or reason_for_no_overlap(self) or in_capture():
             return 1
         comm, fc2 = comm_of(self.linear_fc1), self.linear_fc2
         if comm is None or comm.sequence_parallel != fc2.sequence_parallel or comm.group is not fc2.tp_group:
@@ -173,8 +168,7 @@ class TiledMLP(MLP):
             transport=self.transport,
         )
         normalized = fc1.normalized(hidden_states)
-        made = normalized is not hidden_states
-        with made_again(normalized, fc1.normalized, hidden_states) if made else nullcontext():
+        with made_again(normalized, fc1.normalized, hidden_states):
             return stepped_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, loop)
 
     @torch.compiler.disable
@@ -193,7 +187,7 @@ class TiledMLP(MLP):
 
         comm = comm_of(fc1)
         grid = fc2.grid
-        if self.fewer_if_small:
+        if self.keep is None and fc1.fewer_if_small and fc2.fewer_if_small:
             shards = 1 if comm is None else comm.shards
             tokens, weights = shards * hidden_states[..., 0].numel(), fc1.weight.numel() + fc2.weight.numel()
             grid = replace(grid, in_splits=tiles_worth_it(tokens, weights, grid.in_splits))
@@ -210,8 +204,7 @@ class TiledMLP(MLP):
             comm=None if gathers else comm,
         )
         normalized = input_of_tiles(hidden_states)
-        made = normalized is not hidden_states
-        with made_again(normalized, input_of_tiles, hidden_states) if made else nullcontext():
+        with made_again(normalized, input_of_tiles, hidden_states):
             low = None if up is None else up.low(normalized if takes_norm else hidden_states)
             wide = (None if adapter is None else adapter.wide.weight for adapter in (up, down))
             adapters = LowRank(low, *wide)
@@ -231,7 +224,6 @@ def convert_mlp(
     classes: Mapping[type[MLP], type[TiledMLP]] = TILED_MLP_CLASSES,
     overlap_steps: int | None = None,
     least_overlap_tokens: int = 0,
-    fewer_if_small: bool = False,
 ) -> str:
     """Turn a built stock MLP with tiled layers into a ``TiledMLP``, in place; parameters stay the same objects.
 
@@ -239,7 +231,7 @@ def convert_mlp(
         mlp: a Megatron MLP.
         keep: how many tiles keep their pre-activations (0: least memory); ``None`` is all of them.
         classes: what a stock class becomes: ``PARTITIONED_MLP_CLASSES`` over partitioned layers.
-        overlap_steps, least_overlap_tokens, fewer_if_small: as of ``TiledMLP``.
+        overlap_steps, least_overlap_tokens: as of ``TiledMLP``.
 
     Returns:
         Nothing, or why this MLP stays as it is.
@@ -256,8 +248,7 @@ def convert_mlp(
     if reason := reason_to_stay_stock(mlp, keep, classes, layers, grids):
         return reason
     mlp.__class__ = tiled_class
-    mlp.keep, mlp.fewer_if_small = keep, fewer_if_small
-    mlp.overlap_steps, mlp.least_overlap_tokens = overlap_steps, least_overlap_tokens
+    mlp.keep, mlp.overlap_steps, mlp.least_overlap_tokens = keep, overlap_steps, least_overlap_tokens
     mlp.adopt_tiles()
     return ""
 

@@ -56,9 +56,6 @@ def score_processor(
     if "output_processor" not in inspect.signature(GPTModel.forward).parameters:
         raise ValueError("score_processor: GPTModel.forward has no output_processor before megatron-core 0.18")
 
-    def turned(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.transpose(0, 1)
-
     def process(
         *,
         hidden_states: Tensor,
@@ -81,8 +78,8 @@ def score_processor(
 
         def forward(input_: Tensor, weight: Tensor | None = None, **unused: Any) -> Scores:
             weight = output_layer.weight if weight is None else weight
-            chosen = columns.transpose(0, 1)
-            return scores_of(input_, weight, chosen, loop, turned(mask), mask_count)
+            chosen, wanted = columns.transpose(0, 1), None if mask is None else mask.transpose(0, 1)
+            return scores_of(input_, weight, chosen, loop, wanted, mask_count)
 
         with forward_of(output_layer, forward):
             scores: Scores = output_layer(hidden_states, weight=output_weight)

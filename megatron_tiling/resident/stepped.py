@@ -28,12 +28,11 @@ def reason_for_no_steps(layer: Any, is_row: bool) -> str:
     """Why communication never runs behind the products of a layer, stock or tiled, or nothing."""
     if reason := reason_in_group(layer):
         return reason
-    returns_norm, gathers_norm = (
-        getattr(layer, f"return_layernorm_output{which}", False) for which in ("", "_gathered")
-    )  # of TransformerEngine's layers: Megatron-Bridge sets both
+    # Of TransformerEngine's layers: Megatron-Bridge sets both.
+    gathers_norm = all(getattr(layer, f"return_layernorm_output{which}", False) for which in ("", "_gathered"))
     refusals = {
         "without sequence parallelism nothing is exposed": not (is_row or layer.sequence_parallel),
-        "an adapter takes the gathered input too": returns_norm and gathers_norm,
+        "an adapter takes the gathered input too": gathers_norm,
         "gathers its output": getattr(layer, "gather_output", False),  # TransformerEngine's never do
         "splits its input itself": not getattr(layer, "input_is_parallel", True),
         "activations are offloaded to the CPU": getattr(layer.config, "cpu_offloading", False),

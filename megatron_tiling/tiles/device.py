@@ -10,23 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_planning = False
+#: Where a run is planned: is told what a kernel takes.
 _on_launch: Callable[..., None] | None = None
 
 
-def plan_for_gpu(on_launch: Callable[..., None] | None = None) -> None:
-    """Tensors are fake and stand for those of a GPU, for the life of this process.
-
-    Args:
-        on_launch: is told what a kernel takes.
-    """
-    global _planning, _on_launch
-    _planning, _on_launch = True, on_launch
+def plan_for_gpu(on_launch: Callable[..., None]) -> None:
+    """Tensors are fake and stand for those of a GPU, for the life of this process; kernels go to ``on_launch``."""
+    global _on_launch
+    _on_launch = on_launch
 
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether a tensor is on a GPU, or stands for one that is."""
-    return tensor.is_cuda or _planning
+    return tensor.is_cuda or _on_launch is not None
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -51,8 +47,8 @@ def next_power_of_2(count: int) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Run a Triton kernel on the device of ``like``."""
-    if not _planning:
-        with torch.cuda.device_of(like):
-            kernel[grid](*args, **options)
-    elif _on_launch is not None:
+    if _on_launch is not None:
         _on_launch(*args)
+        return
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, **options)

@@ -127,7 +127,7 @@ def _cut(tiles: HeadTiles, sizes: HeadSizes) -> HeadCut:
         height = max(1, min(height, sizes.tokens))
         token_parts = _ranges(sizes.tokens, height)
         if tiles.vocabulary_tiles is not None:
-            column_parts = _even_ranges(sizes.vocabulary, tiles.vocabulary_tiles)
+            column_parts = _slices(partition_aligned(sizes.vocabulary, min(tiles.vocabulary_tiles, sizes.vocabulary)))
         else:
             column_parts = _ranges(sizes.vocabulary, _widest(sizes, height, bound))
         cut = HeadCut(token_parts, column_parts, 0)
@@ -209,10 +209,6 @@ def _evened(parts: list[slice], kept: int) -> list[slice]:
     stop = parts[remade - 1].stop
     step = min(_aligned(ceil(stop / remade)), parts[remade - 1].stop - parts[remade - 1].start)
     return [*_ranges(stop, step), *parts[remade:]]
-
-
-def _even_ranges(size: int, parts: int) -> list[slice]:
-    return _slices(partition_aligned(size, min(parts, size)))
 
 
 def _slices(bounds: list[int]) -> list[slice]:

@@ -67,7 +67,6 @@ class InputGrad:
         narrow = x.element_size() < 4 and len(cut.columns) > 1
         if narrow or rows is not None:
             self._sum = x.new_empty(cut.height, x.shape[1], dtype=torch.float32 if narrow else x.dtype)
-        self._in_place = narrow and rows is None and len(cut.tokens) == 1
         self._reducing: tuple[Tensor, dist.Work | None] | None = None
 
     def add(self, tokens: slice, dz: Tensor, weight: Tensor, *, first: bool) -> None:
@@ -86,7 +85,7 @@ class InputGrad:
 
     def reduce(self, tokens: slice, comm: ColumnComm) -> None:
         """Start the reduction over ranks, once all vocabulary tiles of the last token tile are added."""
-        if self._in_place and self._sum is not None:
+        if self._sum is not None and self._rows is None and self._result is None:  # a single token tile
             rounded, rest = (half.view(self._shape) for half in rounded_in_place(self._sum, self._like.dtype))
             self._reducing = comm.reduce(rounded, rest)
         else:
@@ -101,7 +100,7 @@ class InputGrad:
         reduced, work = self._reducing
         if work is not None:
             work.wait()
-        return reduced.clone() if self._in_place else reduced
+        return reduced.clone() if self._result is None else reduced
 
     def result(self) -> Tensor:
         """Of all tokens, made at the first call: a single token tile can wait for the logits' memory."""

@@ -24,9 +24,7 @@ from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS, ActivationBackward, MLPTiles, scale_of
 from megatron_tiling.tiles.spans import Span, padded
-from megatron_tiling.tiles.wgrad import WeightGrad
-
-WHOLE = slice(None)
+from megatron_tiling.tiles.wgrad import WHOLE, WeightGrad
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def made_again(made: Tensor, function: Callable[[Tensor], Tensor], source: Tenso
     It is made once for all of them, when the first needs it in the backward pass, and dropped after the last.
 
     Args:
-        made: ``function(source)``, with a storage of its own.
+        made: ``function(source)``, with a storage of its own; or ``source``, of which nothing is made.
         function: gives the same values whenever it is called; runs without gradients.
         source: what is kept.
 
@@ -27,7 +27,7 @@ def made_again(made: Tensor, function: Callable[[Tensor], Tensor], source: Tenso
         RuntimeError: in the backward pass, ``source`` has been changed in place since, as autograd raises for what
             it saved.
     """
-    if source.is_inference():  # no graph keeps it, and it counts no versions
+    if made is source or source.is_inference():  # which no graph keeps, and which counts no versions
         yield
         return
     source, uses, left = source.detach(), 0, 0

@@ -20,9 +20,7 @@ from megatron_tiling.tiles.gemm import gemm_into
 from megatron_tiling.tiles.grid import TileGrid
 from megatron_tiling.tiles.linear import TiledLinearFunction, TileLoop, save_for_backward
 from megatron_tiling.tiles.step_comm import Own, Step, StepComm, Transport, cut, places, start_steps
-from megatron_tiling.tiles.wgrad import WeightGrad
-
-WHOLE = slice(None)
+from megatron_tiling.tiles.wgrad import WHOLE, WeightGrad
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from megatron_tiling.tiles.first_order import first_order
 from megatron_tiling.tiles.gemm import gemm_into, scratch
 from megatron_tiling.tiles.mlp_tiles import NO_SECOND_PASS
 from megatron_tiling.tiles.step_comm import Step, StepComm, Transport, cut, few_steps, start_steps
-from megatron_tiling.tiles.wgrad import WeightGrad
+from megatron_tiling.tiles.wgrad import WHOLE, WeightGrad
 
-WHOLE = slice(None)
 DY, X = 0, 1  # sources of a backward pass
 
 
@@ -243,8 +242,7 @@ class _Backward:
             activation.forward([halves], bias, None, activated)
             return
         gemm_into(activated, dy, self.fc2_weight, accumulate=False)
-        needs: Any = {"bias_grad": self.needs_bias, "scale_grad": False}
-        bias_grad, _ = activation.backward(halves, bias, None, activated, **needs)
+        bias_grad, _ = activation.backward(halves, bias, None, activated, bias_grad=self.needs_bias, scale_grad=False)
         if bias_grad is not None:
             wide = bias_grad.to(torch.promote_types(bias_grad.dtype, torch.float32))
             self.bias_grad = wide if self.bias_grad is None else self.bias_grad.add_(wide)

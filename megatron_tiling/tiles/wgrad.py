@@ -7,6 +7,8 @@ from torch import Tensor
 
 from megatron_tiling.tiles.gemm import gemm_into
 
+WHOLE = slice(None)
+
 
 class WeightGrad:
     """The gradient ``[out_features, in_features]`` of one weight, filled slice by slice.

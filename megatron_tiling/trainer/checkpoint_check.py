@@ -117,8 +117,7 @@ def find_checkpoint(args: Namespace, load_dir: str | None) -> Found | None:
 def _compare_with_model(found: Found, model: list[torch.nn.Module], strict: bool) -> None:
     """Raise a CheckpointError if the checkpoint, or this rank's file of it, is not one of the model."""
     if found.shapes is not None:
-        wanted = _global_shapes(model).items()
-        _compare(found.folder, {key: shape for key, shape in wanted if key in found.shapes}, found.shapes)
+        _compare(found.folder, _global_shapes(model), found.shapes)
     elif found.legacy:
         _check_legacy(_rank_file(found.folder), model, strict)
 
@@ -210,7 +209,7 @@ def _check_legacy(file: Path, model: list[torch.nn.Module], strict: bool) -> Non
         missing = [key for key in wanted if key not in shapes]
         if missing and strict:
             raise CheckpointError(f"{file} has no {_some(missing)}, of the model that these arguments build")
-        _compare(file, {key: shape for key, shape in wanted.items() if key in shapes}, shapes)
+        _compare(file, wanted, shapes)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -240,7 +239,8 @@ def _refuse_tile_keys(place: Path, keys: Iterable[str]) -> None:
 
 
 def _compare(place: Path, wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]]) -> None:
-    differing = [key for key, shape in wanted.items() if saved[key] != shape]
+    """Of the entries that both have."""
+    differing = [key for key, shape in wanted.items() if saved.get(key, shape) != shape]
     if differing:
         first = differing[0]
         raise CheckpointError(

@@ -37,7 +37,8 @@ def saying_what_fits(args: Any, building: bool = False) -> Iterator[None]:
 
 
 def _advice(args: Any) -> str:
-    chosen = [word for flag in AUTOMATIC for word in _as_given(flag, getattr(args, argument_of(flag), None))]
+    values = {flag: getattr(args, argument_of(flag), None) for flag in AUTOMATIC}  # what was ``auto`` is a choice now
+    chosen = [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
     asked = ["--below", str(BELOW), *planned.command(chosen)]
     left = _left_by_others()
 
@@ -52,11 +53,6 @@ def _advice(args: Any) -> str:
         return planned.once_in_a_run("out of memory", work)
     except planned.NoPlan:
         return f"To see what fits: {planned.command_to_run()}"
-
-
-def _as_given(flag: str, value: Any) -> list[str]:
-    """A value that was ``auto`` is a choice now, for the planner to take as it is."""
-    return [] if value is None else [flag, str(value)]
 
 
 def _left_by_others() -> float | None:

@@ -7,8 +7,7 @@ from typing import Any
 
 #: Where the planner cannot tell by a module: parts of the package's and Megatron's paths, and what runs there.
 PLACES = {
-    "megatron_tiling/tiles/experts": "experts",
-    "megatron_tiling/tiles/expert_groups": "experts",
+    "megatron_tiling/tiles/expert": "experts",
     "megatron_tiling/tiles/mlp": "MLP",
     "megatron_tiling/tiles/head": "logits and loss",
     "megatron_tiling/tiles/scores": "logits and loss",

@@ -27,8 +27,8 @@ PLANNER = "megatron_tiling.plan.choice"
 ANSWER = "PLANNED "
 #: That the planner may take. Peers wait in collectives meanwhile, of which Megatron's time out after ten minutes.
 SECONDS = 300
-#: Of a GPU that is not there: the planner's own default.
-GIB_WITHOUT_GPU = 80.0
+#: By default, of a GPU that is not there.
+GPU_MEMORY_GIB = 80.0
 
 
 class NoPlan(Exception):
@@ -38,7 +38,7 @@ class NoPlan(Exception):
 def gpu_memory_gib() -> float:
     """Of this rank's GPU, as far as this process may have it."""
     if not torch.cuda.is_available():
-        return GIB_WITHOUT_GPU
+        return GPU_MEMORY_GIB
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return total * torch.cuda.get_per_process_memory_fraction() / 2**30
 

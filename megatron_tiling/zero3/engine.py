@@ -172,10 +172,8 @@ def initialize(
     """
     deepspeed = import_deepspeed()
     sizes = tile_sizes(model)
+    config = without_auto(config if sizes is None else with_thresholds(config, sizes))
     against = ""  # gathering tiles by hooks of our own
-    if sizes is not None:
-        config = with_thresholds(config, sizes)
-    config = without_auto(config)
     if sizes is not None:
         zero = config["zero_optimization"]
         chosen = {key: zero[key] for key in zero if key.startswith("stage3_") or key == "reduce_bucket_size"}

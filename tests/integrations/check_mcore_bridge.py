@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_tiling.integrations.settings import VARIABLE
+from megatron_tiling.config import VARIABLE
 from megatron_tiling.resident.mlp import TiledMLP
 from tests.integrations import small_models
 from tests.support.harness import load_deepspeed, megatron, relative_error

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from megatron_tiling.integrations.settings import VARIABLE
+from megatron_tiling.config import VARIABLE
 from tests.support.launch import search_path, torchrun
 
 MODULE = "tests.integrations.check_scores"

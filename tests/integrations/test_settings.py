@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_tiling import TilingConfig
+from megatron_tiling.config import VARIABLE
 from megatron_tiling.integrations import custom_provider, settings
 
 SETTING = "factor=8 keep=0"
@@ -27,7 +28,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         for name, member in members.items():
             monkeypatch.setattr(sys.modules[path], name, member, raising=False)
 
-    monkeypatch.setenv(settings.VARIABLE, SETTING)
+    monkeypatch.setenv(VARIABLE, SETTING)
     yield put
     for name in [name for name in sys.modules if name.startswith("megatron_tiling.integrations.verl")]:
         del sys.modules[name]
@@ -52,7 +53,7 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_what_the_environment_says() -> None:
     text = "factor=8 keep=all modules=fc1,fc2,output splits=fc1=1x16,fc2=16x1 head_tokens=64"
-    config = settings.config_from_environment({settings.VARIABLE: text})
+    config = settings.config_from_environment({VARIABLE: text})
     grids = {"fc1": (1, 16), "fc2": (16, 1)}
     assert config == TilingConfig(8, ("fc1", "fc2", "output"), grids, mlp_keep="all", head_tokens=64)
 
@@ -60,7 +61,7 @@ def test_what_the_environment_says() -> None:
 @pytest.mark.parametrize("text", ["", "factor", "factor=x", "factor=2 factor=3", "storage=partitioned", "factor=0"])
 def test_what_it_cannot_say(text: str) -> None:
     with pytest.raises(ValueError, match=r"MEGATRON_TILING|--tile-factor"):
-        settings.config_from_environment({settings.VARIABLE: text})
+        settings.config_from_environment({VARIABLE: text})
 
 
 SCORES = {

@@ -174,7 +174,7 @@ def check_fewer_tiles(sequence_parallel: bool) -> None:
     case |= {"sequence_parallel": sequence_parallel, "input_requires_grad": True, "storage": "resident"}
     stock = stock_mlp(case)
     mlp = tiled_copy(stock, case)
-    mlp.fewer_if_small = True
+    mlp.linear_fc1.fewer_if_small = mlp.linear_fc2.fewer_if_small = True
     work = 6 * SEQUENCE * BATCH * (stock.linear_fc1.weight.numel() + stock.linear_fc2.weight.numel())
     spied = patch.object(resident, "adapted_mlp", wraps=resident.adapted_mlp)
     for tiles in (1, 2, 3, 4):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support import harness
+
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
     reason="needs a GPU and TransformerEngine",
@@ -24,18 +26,11 @@ CHOICES = [(1, None), (3, None), (4, 0), (4, 2), (8, 1)]
 
 @pytest.fixture(scope="module", autouse=True)
 def world_of_one() -> Iterator[None]:
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    started = not torch.distributed.is_initialized()
-    if started:
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    if started:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    with harness.world_of_one("nccl"):
+        model_parallel_cuda_manual_seed(1)
+        yield
 
 
 def activations() -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support import harness
 from tests.support.launch import torchrun
 
 pytestmark = pytest.mark.skipif(
@@ -27,17 +28,11 @@ GELU = {"activation_func": F.gelu, "gated_linear_unit": False, "bias_activation_
 
 @pytest.fixture(scope="module", autouse=True)
 def world_of_one() -> Iterator[None]:
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    started = not torch.distributed.is_initialized()
-    if started:
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    if started:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    with harness.world_of_one("nccl"):
+        model_parallel_cuda_manual_seed(1)
+        yield
 
 
 def stock_mlp(recipe: str, norm: bool = True, **changes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the scripts under torchrun share: Megatron on gloo, all pairs of options, counters."""
+"""What tests, and the scripts under torchrun, share: Megatron's groups, all pairs of options, counters."""
 
 import collections
 import gc
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
-COLLECTIVES = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
 
 
 @contextmanager
@@ -33,6 +32,21 @@ def megatron(**parallel_sizes: int) -> Iterator[None]:
     model_parallel_cuda_manual_seed(11)
     yield
     leave()  # not after an error: the other ranks may wait elsewhere, until torchrun ends them
+
+
+@contextmanager
+def world_of_one(backend: str) -> Iterator[None]:
+    """Megatron's process groups of this process alone, unless it has some."""
+    from megatron.core import parallel_state
+
+    started = not torch.distributed.is_initialized()
+    if started:
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    yield
+    if started:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def load_deepspeed() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_tiling.tiles.head import HeadLoop, softmax_for, tiled_linear_cross_entropy
 from megatron_tiling.tiles.head_cut import HeadTiles
 from megatron_tiling.tiles.softmax import LogitScale, Statistics, TokenGradients
+from tests.support import harness
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -89,17 +90,11 @@ def test_no_further_from_float64_than_dense(dtype, main_grad, tiles):
 @pytest.fixture(scope="module")
 def megatron():
     """One process with Megatron's process groups."""
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    started = not torch.distributed.is_initialized()
-    if started:
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    yield
-    if started:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    with harness.world_of_one("nccl"):
+        model_parallel_cuda_manual_seed(1234)
+        yield
 
 
 @pytest.mark.feature("LM head kernels, in a stock model")

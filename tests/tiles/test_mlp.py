@@ -22,6 +22,7 @@ from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowP
 from megatron_tiling.resident.mlp import TiledMLP, TiledSharedExpertMLP, convert_mlp
 from megatron_tiling.tiles import mlp as fused_mlp
 from megatron_tiling.tiles import mlp_tiles
+from tests.support import harness
 
 HIDDEN, FFN = 6, 11  # 11 features: uneven tiles for every number of tiles but 1
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -49,14 +50,8 @@ NEEDS_SCALE, NEEDS_BIAS, REFUSES_SCALE = {"quick-geglu"}, {"gelu"}, {"geglu", "g
 def world_of_one() -> Iterator[None]:
     stock_disable = torch._dynamo.config.disable
     torch._dynamo.config.disable = True  # Megatron's jit_fuser is torch.compile: minutes of C++ on a CPU
-    started = not dist.is_initialized()
-    if started:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    yield
-    if started:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with harness.world_of_one("gloo"):
+        yield
     torch._dynamo.config.disable = stock_disable
 
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.resident.mlp import convert_mlp
+from tests.support import harness
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,15 +32,9 @@ ACTIVATIONS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def world_of_one() -> Iterator[None]:
-    started = not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    if started:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with harness.world_of_one("nccl"):
+        model_parallel_cuda_manual_seed(1)
+        yield
 
 
 def stock_mlp(**options: object) -> MLP:

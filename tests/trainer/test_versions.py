@@ -141,12 +141,6 @@ def test_what_the_installed_version_has() -> None:
     assert not versions.uses_transformer_engine(Namespace(transformer_impl="local"))
 
 
-def test_a_missing_transformer_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "exists", lambda module: False)
-    with pytest.raises(SystemExit, match="TransformerEngine is not installed; install it, or use --transformer-impl"):
-        versions.uses_transformer_engine(Namespace(transformer_impl="transformer_engine"))
-
-
 @needs_megatron_lm  # only the whole version job: another start of torchrun
 @pytest.mark.feature("models of TransformerEngine's specs, on stand-ins for its layers", version="{runs.wheel}")
 def test_transformer_engine_specs(runs: Runs) -> None:

@@ -67,8 +67,7 @@ def _flash(seen: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
         return output, (query, key, value, output, sums), gradients
 
-    output: Tensor = run(kernel, query, key, value)
-    return output
+    return run(kernel, query, key, value)
 
 
 def _fused(seen: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -94,8 +93,7 @@ def _fused(seen: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
         return output, (query, key, value, output, statistics), gradients
 
-    output: Tensor = run(kernel, query, key, value)
-    return output
+    return run(kernel, query, key, value)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -105,8 +103,7 @@ def _softmax(scores: Tensor) -> Tensor:
         result = torch.empty_like(scores)
         return result, (result,), lambda result, grad: (torch.empty_like(result),)
 
-    output: Tensor = run(kernel, scores)
-    return output
+    return run(kernel, scores)
 
 
 class DotProductAttention(torch.nn.Module):
@@ -197,5 +194,4 @@ def apply_fused_qkv_rotary_pos_emb(
         parts = [mixed.new_empty(*shape[:-2], shape[-2] * size // width, width) for size in qkv_split_arg_list]
         return tuple(parts), (q_freqs, k_freqs), lambda q, k, *grads: (grads[0].new_empty(shape),)
 
-    q, k, v = run(kernel, qkv)
-    return q, k, v
+    return run(kernel, qkv)

@@ -304,8 +304,7 @@ def prepare_for_saving(*values: Any) -> tuple[list[Tensor | None], list[Any]]:
     tensors: list[Tensor | None] = []
     objects = []
     for value in values:
-        quantized = isinstance(value, QuantizedTensorStorage)
-        kept = copy.copy(value) if quantized else None
+        kept = copy.copy(value) if isinstance(value, QuantizedTensorStorage) else None
         objects.append(kept)
         tensors += kept.prepare_for_saving() if kept is not None else [value]
     return tensors, objects
@@ -363,6 +362,4 @@ def nothing(*args: Any, **options: Any) -> None:
 
 
 #: Of ``transformer_engine_torch``, what tiles call.
-KERNELS: Any = SimpleNamespace(
-    quantize=nothing, compute_amax=nothing, multi_tensor_compute_scale_and_scale_inv=nothing
-)  # fmt: skip
+KERNELS: Any = SimpleNamespace(quantize=nothing, compute_amax=nothing, multi_tensor_compute_scale_and_scale_inv=nothing)

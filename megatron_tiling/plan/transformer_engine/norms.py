@@ -56,8 +56,7 @@ class RMSNorm(torch.nn.Module):
 
             return output.view(x.shape), (rows, weight, mean, deviation), gradients
 
-        output: Tensor = run(kernel, x, self.weight, self.bias)
-        return output
+        return run(kernel, x, self.weight, self.bias)
 
 
 class LayerNorm(RMSNorm):

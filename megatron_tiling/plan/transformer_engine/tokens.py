@@ -60,8 +60,7 @@ def moe_unpermute(
 
         return output, (row_id_map, probs, None if probs is None else rows), gradients
 
-    output: Tensor = run(kernel, inp, merging_probs)
-    return output
+    return run(kernel, inp, merging_probs)
 
 
 def moe_sort_chunks_by_index_with_probs(inp: Tensor, probs: Any, split_sizes: Any, sorted_index: Any) -> Any:
@@ -76,8 +75,7 @@ def moe_sort_chunks_by_index_with_probs(inp: Tensor, probs: Any, split_sizes: An
 
         return (torch.empty_like(rows), scores), (index,), gradients
 
-    output, scores = run(kernel, inp, probs)
-    return output, scores
+    return run(kernel, inp, probs)
 
 
 def moe_sort_chunks_by_index(inp: Tensor, split_sizes: Any, sorted_index: Any) -> Any:
@@ -94,8 +92,7 @@ def fused_topk_with_score_function(logits: Tensor, *args: Any, **options: Any) -
         gradients = lambda routing_map, scores, grad, _: (torch.empty_like(grad),)  # noqa: E731
         return (torch.empty_like(logits), routing_map), (routing_map, scores), gradients
 
-    probs, routing_map = run(kernel, logits)
-    return probs, routing_map
+    return run(kernel, logits)
 
 
 def fused_compute_score_for_moe_aux_loss(logits: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -107,8 +104,7 @@ def fused_compute_score_for_moe_aux_loss(logits: Tensor, *args: Any, **options: 
         outputs = torch.empty_like(logits, dtype=torch.bool), torch.empty_like(scores)
         return outputs, (scores,), gradients
 
-    routing_map, scores = run(kernel, logits)
-    return routing_map, scores
+    return run(kernel, logits)
 
 
 def fused_moe_aux_loss(probs: Tensor, tokens_per_expert: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -118,8 +114,7 @@ def fused_moe_aux_loss(probs: Tensor, tokens_per_expert: Tensor, *args: Any, **o
         shape = probs.shape
         return probs.new_empty(()), (tokens_per_expert,), lambda tokens, grad: (grad.new_empty(shape),)
 
-    loss: Tensor = run(kernel, probs)
-    return loss
+    return run(kernel, probs)
 
 
 def parallel_cross_entropy(
