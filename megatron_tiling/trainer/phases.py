@@ -9,6 +9,7 @@ from typing import Any
 PLACES = {
     "megatron_tiling/tiles/expert": "experts",
     "megatron_tiling/tiles/mlp": "MLP",
+    "megatron_tiling/tiles/stepped_mlp": "MLP",
     "megatron_tiling/tiles/head": "logits and loss",
     "megatron_tiling/tiles/scores": "logits and loss",
     "megatron_tiling/tiles/softmax": "logits and loss",

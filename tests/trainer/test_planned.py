@@ -12,7 +12,7 @@ import pytest
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.options import OUTSIDE_GIB
 from megatron_tiling.plan.room import RESERVED
-from megatron_tiling.trainer.phases import phase_of
+from megatron_tiling.trainer.phases import PLACES, phase_of
 from tests.support.launch import EXAMPLES, ROOT, TRAIN_MANY, torchrun
 from tests.support.training import COMMON, LLAMA, losses
 
@@ -212,3 +212,12 @@ def test_phases_without_a_module() -> None:
         (weight * 2).sum().backward()
 
     assert phase_of(error_in(backward)) == "the backward pass"
+
+
+@pytest.mark.parametrize("kind", ["mlp", "expert", "head", "scores", "softmax"])
+def test_files_of_the_loops_have_a_phase(kind: str) -> None:
+    """In a backward pass the files of its frames are all that tells what ran."""
+    files = [file for file in (ROOT / "megatron_tiling" / "tiles").glob("*.py") if kind in file.name]
+    assert files
+    for file in files:
+        assert any(part in str(file) for part in PLACES), file
