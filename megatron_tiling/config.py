@@ -52,6 +52,15 @@ FLAGS = {
 }
 
 
+def words_of(values: Iterable[str]) -> list[str]:
+    """The words of a flag's values, with blanks or commas between them.
+
+    >>> words_of(["fc1,fc2", "output"])
+    ['fc1', 'fc2', 'output']
+    """
+    return [word for value in values for word in value.replace(",", " ").split() or [value]]
+
+
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
     """``["fc1=1x8", "experts=4"]`` -> ``{"fc1": (1, 8), "experts": (1, 4)}``, in_splits first.
 
@@ -59,7 +68,7 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
         ValueError: a setting is malformed, names an unknown module, or names one twice.
     """
     splits: dict[str, tuple[int, int]] = {}
-    for setting in settings:
+    for setting in words_of(settings):
         module, _, grid = setting.partition("=")
         parts = ["1", grid] if module == "experts" else grid.split("x")
         if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
@@ -298,6 +307,8 @@ class TilingConfig:
         """From the namespace that Megatron's parser returns, with the flags of ``arguments.py`` in it."""
         given = {name: getattr(args, argument_of(flag), None) for name, flag in FLAGS.items()}
         settings = {name: value for name, value in given.items() if value is not None}
+        if modules := given["modules"]:
+            settings["modules"] = words_of([modules] if isinstance(modules, str) else modules)
         settings |= {"splits": parse_splits(given["splits"] or ()), "storage": storage_of(args)}
         return cls(**(settings | overrides))
 
