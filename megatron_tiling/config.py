@@ -50,6 +50,8 @@ FLAGS = {
     "fp8_hold_weights": "--tiled-fp8-hold-weights",
     "tp_overlap": "--tiled-tp-overlap",
 }
+#: Why a layer that could be tiled is dense, in the table.
+NOT_ASKED_FOR = f"not in {FLAGS['modules']}"
 
 
 def words_of(values: Iterable[str]) -> list[str]:

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 
 
-def refusal(what: str, instead: str = "") -> NotImplementedError:
+class NoFigures(NotImplementedError):
+    """Of what the script uses: it ends the plan with one line."""
+
+
+def refusal(what: str, instead: str = "") -> NoFigures:
     """What to raise, and what to do instead, if anything."""
-    return NotImplementedError(f"megatron_tiling plan: no figures of {what} yet{instead and '; '}{instead}")
+    return NoFigures(f"megatron_tiling plan: no figures of {what} yet{instead and '; '}{instead}")
 
 
 class _Recipe:
