@@ -120,6 +120,7 @@ class _ReadOnlyDict(dict[str, tuple[int, int]]):
 
 
 _WHOLE = "a whole number of at least"
+_AUTO = "; the flag can be auto, where Megatron's own trainer builds the model"
 
 
 def _is_whole(value: Any, least: int, or_none: bool = False) -> bool:
@@ -201,12 +202,12 @@ class TilingConfig:
         if isinstance(modules, (tuple, list)):
             object.__setattr__(self, "modules", "all" if [*modules] == ["all"] else tuple(modules))
         for name, fine, wanted in (
-            ("factor", _is_whole(self.factor, 1, True), f"{_WHOLE} 1"),
+            ("factor", _is_whole(self.factor, 1, True), f"{_WHOLE} 1{_AUTO}"),
             ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once, or all"),
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
             ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),
-            ("mlp_keep", _is_number_to_keep(self.mlp_keep), f"{_WHOLE} 0, or all"),
+            ("mlp_keep", _is_number_to_keep(self.mlp_keep), f"{_WHOLE} 0, or all{_AUTO}"),
             ("head_memory_mib", _is_whole(self.head_memory_mib, 1, True), f"{_WHOLE} 1"),
             ("head_keep", _is_number_to_keep(self.head_keep), f"{_WHOLE} 0, or all"),
             ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
