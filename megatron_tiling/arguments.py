@@ -236,9 +236,9 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--tiled-fp8-hold-weights",
         action="store_true",
-        help="MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as "
-        "TransformerEngine's layers do: faster by a twentieth of the MLP's time, for as much memory as bf16 weights. "
-        "Without it copies are made for each micro-batch.",
+        help="MLPs and grouped experts in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer "
+        "step, as TransformerEngine's layers do: faster by a twentieth of the MLP's time, for as much memory as bf16 "
+        "weights. Without it copies are made for each micro-batch.",
     )
     group.add_argument(
         "--tiled-tp-overlap",

@@ -171,8 +171,8 @@ class TilingConfig:
             it around its use.
         head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
             ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
-        fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
-            TransformerEngine's layers do, and do not make them again for each.
+        fp8_hold_weights: MLPs and grouped experts in FP8 keep FP8 copies of their weights over the micro-batches of an
+            optimizer step, as TransformerEngine's layers do, and do not make them again for each.
         tp_overlap: MLPs, qkv and proj whose tensor-parallel communication runs behind their products go by at most so
             many steps of tokens, in place of tiles of features, and so does the output layer's first tile. ``"auto"``:
             ``AUTO_STEPS``, where there are so many tokens that it pays. ``None`` or ``"off"``: it runs before and after
