@@ -30,6 +30,8 @@ def main() -> None:
         from megatron_tiling.plan.command import main as plan
 
         return plan(environment)
+    if script.startswith("-"):
+        parser.error(f"{script} stands before the script: first SCRIPT, then its flags and those of this package")
     if not os.path.isfile(script):
         parser.error(f"there is no script {script}")
     sys.argv = sys.argv[1:]

@@ -178,7 +178,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tile-factor",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="N|auto",
         help="Tiles per layer: column layers 1xN (output features), row layers Nx1 (input features). "
         f"Default {DEFAULT_FACTOR}; then MLPs and experts that keep all pre-activations have fewer where a tile would "
@@ -207,7 +207,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tiled-mlp-keep",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="N|all|auto",
         help="Tiles of an MLP, or of a rank's grouped experts, that keep their pre-activations for the backward pass; "
         "the others compute their fc1 product again. 0 takes the least memory. Default all: nothing but the "
@@ -215,34 +215,34 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--tiled-head-memory-mib",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="MIB",
         help="Bound for what the loss of a tiled output layer holds at once: tiles of logits, and the input gradient "
         f"in float32. Default {DEFAULT_HEAD_MEMORY_MIB}.",
     )
     group.add_argument(
         "--tiled-head-keep",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="N|all",
         help="Tiles of logits that stay from the loss's forward pass for its backward pass, which makes the others "
         "again; within --tiled-head-memory-mib where that is given. Default: what the bound has room for.",
     )
     group.add_argument(
         "--tiled-head-tokens",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="N",
         help="Tokens of one tile of logits. Default: chosen from --tiled-head-memory-mib.",
     )
     group.add_argument(
         "--tiled-fp8-hold-weights",
         action="store_true",
-        help="MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as "
-        "TransformerEngine's layers do: faster by a twentieth of the MLP's time, for as much memory as bf16 weights. "
-        "Without it copies are made for each micro-batch.",
+        help="MLPs and grouped experts in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer "
+        "step, as TransformerEngine's layers do: faster by a twentieth of the MLP's time, for as much memory as bf16 "
+        "weights. Without it copies are made for each micro-batch.",
     )
     group.add_argument(
         "--tiled-tp-overlap",
-        type=_number_or_text,
+        type=number_or_text,
         metavar="N|auto|off",
         help="MLPs, qkv, proj and the gather before the output layer go by at most N (2 or more) steps of tokens, and "
         "the tensor-parallel communication of a step runs behind the products of others. With auto they do so, by "
@@ -259,7 +259,7 @@ def add_tiling_args(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _number_or_text(text: str) -> int | str:
+def number_or_text(text: str) -> int | str:
     """Text that is no number goes to ``TilingConfig``, whose refusal is one line, without Megatron's whole usage."""
     try:
         return int(text)

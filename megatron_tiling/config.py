@@ -50,6 +50,17 @@ FLAGS = {
     "fp8_hold_weights": "--tiled-fp8-hold-weights",
     "tp_overlap": "--tiled-tp-overlap",
 }
+#: Why a layer that could be tiled is dense, in the table.
+NOT_ASKED_FOR = f"not in {FLAGS['modules']}"
+
+
+def words_of(values: Iterable[str]) -> list[str]:
+    """The words of a flag's values, with blanks or commas between them.
+
+    >>> words_of(["fc1,fc2", "output"])
+    ['fc1', 'fc2', 'output']
+    """
+    return [word for value in values for word in value.replace(",", " ").split() or [value]]
 
 
 def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -59,7 +70,7 @@ def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
         ValueError: a setting is malformed, names an unknown module, or names one twice.
     """
     splits: dict[str, tuple[int, int]] = {}
-    for setting in settings:
+    for setting in words_of(settings):
         module, _, grid = setting.partition("=")
         parts = ["1", grid] if module == "experts" else grid.split("x")
         if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
@@ -109,6 +120,7 @@ class _ReadOnlyDict(dict[str, tuple[int, int]]):
 
 
 _WHOLE = "a whole number of at least"
+_AUTO = "; the flag can be auto, where Megatron's own trainer builds the model"
 
 
 def _is_whole(value: Any, least: int, or_none: bool = False) -> bool:
@@ -159,8 +171,8 @@ class TilingConfig:
             it around its use.
         head_keep: tiles of logits that stay from the forward to the backward pass, which makes the others again;
             ``"all"``. Within ``head_memory_mib`` where that is given; ``None`` keeps what the bound has room for.
-        fp8_hold_weights: MLPs in FP8 keep FP8 copies of their weights over the micro-batches of an optimizer step, as
-            TransformerEngine's layers do, and do not make them again for each.
+        fp8_hold_weights: MLPs and grouped experts in FP8 keep FP8 copies of their weights over the micro-batches of an
+            optimizer step, as TransformerEngine's layers do, and do not make them again for each.
         tp_overlap: MLPs, qkv and proj whose tensor-parallel communication runs behind their products go by at most so
             many steps of tokens, in place of tiles of features, and so does the output layer's first tile. ``"auto"``:
             ``AUTO_STEPS``, where there are so many tokens that it pays. ``None`` or ``"off"``: it runs before and after
@@ -190,12 +202,12 @@ class TilingConfig:
         if isinstance(modules, (tuple, list)):
             object.__setattr__(self, "modules", "all" if [*modules] == ["all"] else tuple(modules))
         for name, fine, wanted in (
-            ("factor", _is_whole(self.factor, 1, True), f"{_WHOLE} 1"),
+            ("factor", _is_whole(self.factor, 1, True), f"{_WHOLE} 1{_AUTO}"),
             ("modules", _are_modules(self.modules), f"some of {', '.join(MODULES)}, each once, or all"),
             ("splits", _are_grids(self.splits), "{module: (in_splits, out_splits)}, whole numbers of at least 1"),
             ("fuse_wgrad", isinstance(self.fuse_wgrad, bool | None), "True, False or None"),
             ("fp32_accumulate", isinstance(self.fp32_accumulate, bool), "True or False"),
-            ("mlp_keep", _is_number_to_keep(self.mlp_keep), f"{_WHOLE} 0, or all"),
+            ("mlp_keep", _is_number_to_keep(self.mlp_keep), f"{_WHOLE} 0, or all{_AUTO}"),
             ("head_memory_mib", _is_whole(self.head_memory_mib, 1, True), f"{_WHOLE} 1"),
             ("head_keep", _is_number_to_keep(self.head_keep), f"{_WHOLE} 0, or all"),
             ("head_tokens", _is_whole(self.head_tokens, 1, True), f"{_WHOLE} 1"),
@@ -296,6 +308,8 @@ class TilingConfig:
         """From the namespace that Megatron's parser returns, with the flags of ``arguments.py`` in it."""
         given = {name: getattr(args, argument_of(flag), None) for name, flag in FLAGS.items()}
         settings = {name: value for name, value in given.items() if value is not None}
+        if modules := given["modules"]:
+            settings["modules"] = words_of([modules] if isinstance(modules, str) else modules)
         settings |= {"splits": parse_splits(given["splits"] or ()), "storage": storage_of(args)}
         return cls(**(settings | overrides))
 

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron_tiling.config import (
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
+    NOT_ASKED_FOR,
     OVERLAPPED_MODULES,
     ROW_MODULES,
     TilingConfig,
@@ -189,7 +190,7 @@ class _Plan:
         if isinstance(experts, grouped.TiledExperts):  # tiled before
             tiles, keep, gathers = experts.tiles, experts.keep, experts._dispatcher is not None
         else:
-            reason = "" if "experts" in self.config.tiled_modules else "not in --tiled-linear-modules"
+            reason = "" if "experts" in self.config.tiled_modules else NOT_ASKED_FOR
             partitioned = "partitioned tiles are not of grouped experts" if self.config.partitioned else ""
             if reason := reason or partitioned or grouped.reason_to_stay_stock(experts):
                 return replace(report, reason=reason)
@@ -363,7 +364,7 @@ def _reason_to_stay_dense(name: str, layer: Any, module: str | None, config: Til
     if module is None:
         return "not one of the modules that are tiled"
     if module not in config.tiled_modules:
-        return "not in --tiled-linear-modules"
+        return NOT_ASKED_FOR
     if reason := reason_in_output_dtype(getattr(layer, "output_dtype", None), layer.config.params_dtype):
         return reason
     return reason_to_stay_dense(layer, module, in_fp8) if type(layer) in TILED_TE_CLASSES else replaced_in_products()

@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +21,14 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tiling.config import (
+    DEFAULT_FACTOR,
     MLA_DOWN_PROJECTIONS,
     MODULE_OF_ATTRIBUTE,
+    VARIABLE,
     Storage,
     TilingConfig,
 )
+from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.partitioned.layers import PARTITIONED_CLASSES
 from megatron_tiling.resident.layers import RESIDENT_CLASSES
 from megatron_tiling.resident.transformer_engine import spec_classes
@@ -79,6 +83,15 @@ class TiledSpecProvider:
         return replacements
 
 
+def _tiled(spec: Any) -> Any:
+    """By defaults: no flags and no settings of the environment reach a spec."""
+    if os.environ.get(VARIABLE):
+        log_on_rank_0(
+            f"{VARIABLE} has no effect on --spec megatron_tiling.spec: fc1 and fc2 have {DEFAULT_FACTOR} tiles"
+        )
+    return TiledSpecProvider().tiled(spec)
+
+
 def _tiled_block_spec(*arguments: Any, vp_stage: int | None = None, **options: Any) -> Any:
     """The decoder's layer specs, local or TransformerEngine's, tiled.
 
@@ -104,15 +117,11 @@ def _tiled_block_spec(*arguments: Any, vp_stage: int | None = None, **options: A
         "qk_l2_norm": transformer.qk_l2_norm,
         "vp_stage": vp_stage,
     } | {name: value for name, value in options.items() if name in known}
-    return TiledSpecProvider().tiled(get_gpt_decoder_block_spec(transformer, **settings))
+    return _tiled(get_gpt_decoder_block_spec(transformer, **settings))
 
 
 #: What `--spec megatron_tiling.spec tiled_layer_spec` finds, in the form that this Megatron takes.
-tiled_layer_spec: Any = (
-    _tiled_block_spec
-    if versions.spec_may_be_a_function()
-    else versions.LayerSpecFromArgs(lambda layer: TiledSpecProvider().tiled(layer))
-)
+tiled_layer_spec: Any = _tiled_block_spec if versions.spec_may_be_a_function() else versions.LayerSpecFromArgs(_tiled)
 
 
 def _replaced(node: Any, replacements_of: Callable[[str], Mapping[Any, Any]], attribute: str = "") -> Any:

@@ -30,10 +30,10 @@ def _unused(config: TilingConfig, reports: Sequence[LayerReport]) -> Iterator[tu
     if isinstance(config.modules, tuple):
         for module in config.modules:
             if module not in there:
-                yield f"{FLAGS['modules']} {module}", "there is no such layer"
+                yield f"{FLAGS['modules']} {module}", _none_of(module)
     for module in config.splits:
         if module not in there:
-            yield f"{FLAGS['splits']} {config.setting_of(module)}", "there is no such layer"
+            yield f"{FLAGS['splits']} {config.setting_of(module)}", _none_of(module)
     if config.factor is not None and not any(_follows_factor(config, report) for report in reports):
         fixed = "; tiles of the loss: --tiled-linear-splits output=1xN" if losses else ""
         yield f"{FLAGS['factor']} {config.factor}", f"no layer has tiles by it{fixed}"
@@ -49,6 +49,12 @@ def _unused(config: TilingConfig, reports: Sequence[LayerReport]) -> Iterator[tu
         yield FLAGS["fp8_hold_weights"], "no MLP and no experts run in tiles in FP8"
     if config.overlap_steps and not any(report.overlap_steps or report.no_overlap for report in reports):
         yield f"{FLAGS['tp_overlap']} {config.tp_overlap}", "no layer that could overlap is tiled"
+
+
+def _none_of(module: str) -> str:
+    if module == "experts":
+        return "there are none in grouped GEMMs (--moe-grouped-gemm); experts one by one are fc1 and fc2"
+    return "there is no such layer"
 
 
 def _follows_factor(config: TilingConfig, report: LayerReport) -> bool:

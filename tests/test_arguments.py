@@ -80,8 +80,8 @@ def test_lists_that_are_given_twice_add_up() -> None:
 
 #: A flag, bad values, and what the line says after flag and value.
 BAD_VALUES = (
-    ("--tile-factor", ("0", "-2", "2.5", "many", "1e3"), "must be a whole number of at least 1"),
-    ("--tiled-mlp-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
+    ("--tile-factor", ("0", "-2", "2.5", "many", "1e3"), "must be a whole number of at least 1; the flag can be auto"),
+    ("--tiled-mlp-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all; the flag can be auto"),
     ("--tiled-head-keep", ("-1", "none", "1.5"), "must be a whole number of at least 0, or all"),
     ("--tiled-head-memory-mib", ("0", "-1", "272MiB"), "must be a whole number of at least 1"),
     ("--tiled-head-tokens", ("0", "-1", "all"), "must be a whole number of at least 1"),

@@ -184,6 +184,23 @@ def test_malformed_splits(setting: str) -> None:
         parse_splits([setting])
 
 
+@pytest.mark.parametrize("modules", [["fc1", "fc2"], ["fc1,fc2"], ["fc1, fc2"], "fc1 fc2"])
+@pytest.mark.parametrize("splits", [["fc1=1x8", "fc2=8x1"], ["fc1=1x8,fc2=8x1"], ["fc1=1x8, fc2=8x1"]])
+def test_blanks_or_commas_between_modules(modules: Any, splits: list[str]) -> None:
+    """The environment variable has commas, and a shell's or a file's word may have blanks."""
+    args = Namespace(tiled_linear_modules=modules, tiled_linear_splits=splits)
+    assert TilingConfig.from_args(args) == TilingConfig(None, ("fc1", "fc2"), {"fc1": (1, 8), "fc2": (8, 1)})
+    with pytest.raises(ValueError, match=r"^--tiled-linear-modules fc1 fc2 fc3: must be some of"):
+        TilingConfig.from_args(Namespace(tiled_linear_modules=["fc1,fc2", "fc3"]))
+
+
+def test_an_empty_word_names_no_module() -> None:
+    with pytest.raises(ValueError, match=r"^--tiled-linear-modules : must be some of"):
+        TilingConfig.from_args(Namespace(tiled_linear_modules=[""]))
+    with pytest.raises(ValueError, match=r"^--tiled-linear-splits : write MODULE=INxOUT"):
+        parse_splits([""])
+
+
 def test_tiles_of_experts_are_one_number() -> None:
     config = TilingConfig(splits=parse_splits(["experts=8", "fc1=1x2"]))
     assert config.splits_of("experts") == (1, 8) and config.setting_of("experts") == "experts=8"

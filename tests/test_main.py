@@ -24,6 +24,9 @@ MISTAKES = {
     "--use-tiled-linear --tiled-linear-modules output --tiled-linear-storage partitioned": (
         "no layer of this model can be tiled (not in --tiled-linear-modules; tied to the embedding, whose weight"
     ),
+    "--use-tiled-linear --tiled-linear-modules experts": (
+        "no layer of this model can be tiled (not in --tiled-linear-modules); leave it out, or name other layers in "
+    ),
     "--use-tiled-linear --tiled-mlp-keep 5": "--tiled-mlp-keep 5: must be within [0, 4]",
     "--use-tiled-linear --tiled-head-tokens 49": "--tiled-head-tokens 49: a micro-batch has 48 tokens",
     "--tile-factor 4": "--tile-factor does nothing without --use-tiled-linear",
@@ -145,5 +148,7 @@ def test_usage() -> None:
     assert done.returncode == 0 and "python -m megatron_tiling [plan] SCRIPT" in done.stdout
     assert "--use-tiled-linear" in done.stdout
     assert runner().returncode == 2
+    done = runner("--use-tiled-linear", "pretrain_gpt.py")
+    assert done.returncode == 2 and "--use-tiled-linear stands before the script: first SCRIPT" in done.stderr
     done = runner("nowhere.py", "--use-tiled-linear")
     assert done.returncode == 2 and "there is no script nowhere.py" in done.stderr

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_tiling import spec
+from megatron_tiling.config import VARIABLE
 from megatron_tiling.partitioned.layers import PartitionedColumnParallelLinear
 from megatron_tiling.resident.layers import TiledColumnParallelLinear, TiledRowParallelLinear
 from megatron_tiling.spec import TiledSpecProvider, tiled_layer_spec
@@ -58,6 +59,16 @@ def classes(node: Any, found: list[type] | None = None) -> list[type]:
         for value in vars(node).values():
             classes(value, found)
     return found
+
+
+def test_settings_of_the_environment_are_said_to_be_without_effect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiled_layer_spec(CONFIG)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv(VARIABLE, "factor=8")
+    tiled_layer_spec(CONFIG)
+    assert "MEGATRON_TILING has no effect on --spec megatron_tiling.spec: fc1 and fc2 have 4" in capsys.readouterr().out
 
 
 @pytest.mark.feature(

@@ -101,5 +101,6 @@ def test_a_stage_without_layers_says_nothing() -> None:
 def test_they_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     tiling_hook(TilingConfig(splits={"experts": (1, 8)}))([gpt()])
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "--tiled-linear-splits experts=8 has no effect here: there is no such layer"
+        "--tiled-linear-splits experts=8 has no effect here: there are none in grouped GEMMs (--moe-grouped-gemm); "
+        "experts one by one are fc1 and fc2"
     )

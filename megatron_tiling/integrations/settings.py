@@ -8,22 +8,18 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_tiling.arguments import number_or_text
 from megatron_tiling.config import VARIABLE, TilingConfig, parse_splits
-
-
-def _number_or_all(value: str) -> Any:
-    return value if value == "all" else int(value)
-
 
 #: Settings, and what reads their values; ``keep`` is ``mlp_keep``.
 READERS = {
-    "factor": int,
-    "keep": _number_or_all,
+    "factor": number_or_text,
+    "keep": number_or_text,
     "modules": lambda value: tuple(value.split(",")),
     "splits": lambda value: parse_splits(value.split(",")),
-    "head_keep": _number_or_all,
-    "head_memory_mib": int,
-    "head_tokens": int,
+    "head_keep": number_or_text,
+    "head_memory_mib": number_or_text,
+    "head_tokens": number_or_text,
 }
 
 
@@ -43,12 +39,15 @@ def config_from_environment(environment: Mapping[str, str] = os.environ) -> Tili
         if name not in READERS or name in given:
             raise ValueError(f"{VARIABLE}: {setting}: write each of {', '.join(READERS)} once at most, as NAME=VALUE")
         try:
-            given[name] = READERS[name](value)  # type: ignore[operator]
+            given[name] = READERS[name](value)
         except ValueError as error:
             raise ValueError(f"{VARIABLE}: {setting}: {error}") from None
     if "keep" in given:
         given["mlp_keep"] = given.pop("keep")
-    return TilingConfig(**given)
+    try:
+        return TilingConfig(**given)
+    except ValueError as error:  # naming flags
+        raise ValueError(f'{VARIABLE}="{" ".join(text)}": {error}') from None
 
 
 def symbol(module: str, name: str, tested: str) -> Any:

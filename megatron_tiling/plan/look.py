@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +30,27 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def leave_out_writing(args: Namespace) -> None:
     """Of Megatron's arguments, before they are checked."""
     vars(args).update((name, without) for name, without in _LEFT_OUT.items() if name in args)
+
+
+def naming_another_tokenizer(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Around Megatron's ``build_tokenizer``: of a tokenizer that is not on this machine a look needs the size alone.
+
+    Raises:
+        SystemExit: it cannot be built, with why, and the flags that do without.
+    """
+
+    @functools.wraps(build)
+    def build_or_end(args: Namespace, *more: Any, **options: Any) -> Any:
+        try:
+            return build(args, *more, **options)
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise SystemExit(
+                f"megatron_tiling plan: --tokenizer-type {args.tokenizer_type}: it cannot be built here ({why}); give "
+                "--tokenizer-type NullTokenizer --vocab-size N in its place, N the number of its words"
+            ) from None
+
+    return build_or_end
 
 
 def batches(args: Namespace, make: Callable[[Shapes], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -79,7 +79,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: they do not go together, or there is no such script.
     """
     parser = command_parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; those of the script stand behind it")
     refuse_dashes_behind(parser, argv, options.arguments)
     own = set(parser._option_string_actions) - {"-h", "--help"}  # these two a script has, too
     behind = (argument.partition("=")[0] for argument in options.arguments)

@@ -10,16 +10,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-from megatron_tiling.plan.transformer_engine.refused import NoFigures
-
 ERROR_LINES = 12
 
 
 def in_processes[T](jobs: Sequence[Callable[[], T]]) -> list[T | str]:
-    """What each job returns, in their order; where one ends otherwise, why.
-
-    That is what has no figures, else the end of what it printed, or how it ended.
-    """
+    """What each job returns, in their order; where one ends otherwise, the end of what it printed, or how it ended."""
     fork = multiprocessing.get_context("fork")
     results: dict[int, T | str] = {}
     running: dict[Any, tuple[int, Any, Any]] = {}
@@ -51,8 +46,4 @@ def _run(job: Callable[[], Any], connection: Connection, output: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(output, stream.fileno())
-    try:
-        result = job()
-    except NoFigures as error:
-        result = str(error)
-    connection.send(result)
+    connection.send(job())

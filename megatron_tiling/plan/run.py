@@ -30,6 +30,7 @@ from megatron_tiling.plan.clock import CLOCK
 from megatron_tiling.plan.curve import Moments, Point
 from megatron_tiling.plan.process_groups import fake_process_groups
 from megatron_tiling.plan.tracker import Tracker
+from megatron_tiling.plan.transformer_engine.refused import NoFigures
 from megatron_tiling.tiles.planned_steps import planned_memory
 from megatron_tiling.trainer.phases import module_kinds
 
@@ -107,6 +108,8 @@ def plan(tracker: Tracker, script: str, argv: list[str], world: int, rank: int, 
         runpy.run_path(script, run_name="__main__")
     except _Planned as planned:
         return planned.run
+    except NoFigures as refused:
+        raise SystemExit(str(refused).split(" when instantiating ")[0]) from None  # which Megatron adds
     except SystemExit as ended:
         if ended.code:
             raise
@@ -136,6 +139,7 @@ def _read_docstrings_once() -> None:
 
 def _install_seams(tracker: Tracker, draw: bool) -> None:
     import megatron.training.arguments as arguments
+    import megatron.training.global_vars as global_vars
     import megatron.training.training as training
     from megatron.core import mpu
     from megatron.core.datasets import utils as datasets
@@ -235,8 +239,9 @@ def _install_seams(tracker: Tracker, draw: bool) -> None:
         tracker.keep_on_host(made.values())
         return made
 
+    build_tokenizer: Any = global_vars.build_tokenizer
     replaced = {
-        stock_validate: validate,
+        stock_validate: validate, build_tokenizer: look.naming_another_tokenizer(build_tokenizer),
         training.pretrain: pretrain, training.setup_model_and_optimizer: setup, training.train_step: train_step,
         training.build_train_valid_test_data_iterators: look.data_iterators(batch),
         datasets.compile_helpers: lambda: None,  # of helpers that read data, in a tree by its Makefile
@@ -352,6 +357,6 @@ def _refuse(args: Namespace) -> None:
     if getattr(args, "fp8", None):
         asked += ["--num-experts with --fp8-format"] * bool(args.num_experts)
     if asked:
-        raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet")
+        raise SystemExit(f"megatron_tiling plan: {', '.join(asked)}: not planned yet; leave out this to plan the rest")
     if reason := routing.reason_for_no_imbalance(args):
         raise SystemExit(f"megatron_tiling plan: {reason}")

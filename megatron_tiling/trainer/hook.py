@@ -58,9 +58,11 @@ def was_tiled(chunk: torch.nn.Module) -> bool:
 def reasons_for_no_tiles(chunks: ModelChunks) -> set[str] | None:
     """Why none of the layers of these chunks, which have been through ``tile``, is tiled; ``None`` if one is."""
     modules = [module for chunk in chunks for module in chunk.modules()]
-    if any(isinstance(module, (TiledParallelLinear, TiledMLP)) for module in modules):
+    reports = [report for module in modules for report in getattr(module, "tiling_reports", ())]
+    tiled = any(isinstance(module, (TiledParallelLinear, TiledMLP)) for module in modules)
+    if tiled or any(report.is_tiled for report in reports):  # grouped experts are neither of these
         return None
-    return {report.reason for module in modules for report in getattr(module, "tiling_reports", ())}
+    return {report.reason for report in reports}
 
 
 def _stage_name(chunk: int, chunks: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_tiling.arguments import add_tiling_args, meant_by, naming_what_was_meant, validate_tiling_args
-from megatron_tiling.config import VARIABLE, TilingConfig, argument_of, storage_of
+from megatron_tiling.config import FLAGS, NOT_ASKED_FOR, VARIABLE, TilingConfig, argument_of, storage_of
 from megatron_tiling.log import log_on_rank_0
 from megatron_tiling.trainer import versions
 from megatron_tiling.trainer.checkpoint_check import check_on_all_ranks
@@ -263,9 +263,11 @@ def _with_check_of_built_model(stock: Stock, call: Call) -> Any:
         everyone: list[set[str] | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, reasons_for_no_tiles(built[0]))
         if None not in everyone:  # on no pipeline stage
-            reasons = "; ".join(sorted(set().union(*filter(None, everyone))))
+            reasons = sorted(set().union(*filter(None, everyone)))
+            other = f", or name other layers in {FLAGS['modules']}" if NOT_ASKED_FOR in reasons else ""
             raise SystemExit(
-                f"megatron_tiling: --use-tiled-linear: no layer of this model can be tiled ({reasons}); leave it out"
+                "megatron_tiling: --use-tiled-linear: no layer of this model can be tiled "
+                f"({'; '.join(reasons)}); leave it out{other}"
             )
     return built
 

@@ -39,10 +39,13 @@ def engine_config(path: str | Path, args: Namespace, data_parallel_size: int) ->
     What the file leaves out or sets to ``"auto"`` follows the flags, so that there is one place to change it.
 
     Raises:
-        ValueError: not ZeRO stage 3, a value that contradicts a flag, NVMe offload without a path, or
-            an optimizer on NVMe whose states are to be saved or loaded.
+        ValueError: no such file, or no JSON in it, not ZeRO stage 3, a value that contradicts a flag, NVMe offload
+            without a path, or an optimizer on NVMe whose states are to be saved or loaded.
     """
-    config: Config = json.loads(Path(path).read_text())
+    try:
+        config: Config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--deepspeed-config {path}: a JSON file is wanted ({error})") from None
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage") != 3:
         raise ValueError(

@@ -58,10 +58,23 @@ def test_what_the_environment_says() -> None:
     assert config == TilingConfig(8, ("fc1", "fc2", "output"), grids, mlp_keep="all", head_tokens=64)
 
 
-@pytest.mark.parametrize("text", ["", "factor", "factor=x", "factor=2 factor=3", "storage=partitioned", "factor=0"])
-def test_what_it_cannot_say(text: str) -> None:
-    with pytest.raises(ValueError, match=r"MEGATRON_TILING|--tile-factor"):
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("", "MEGATRON_TILING is not set: say what to tile"),
+        ("factor", "MEGATRON_TILING=\"factor\": --tile-factor '': must be a whole number of at least 1"),
+        ("factor=x keep=0", "MEGATRON_TILING=\"factor=x keep=0\": --tile-factor 'x': must be a whole number of at"),
+        ("factor=2 factor=3", "MEGATRON_TILING: factor=3: write each of factor, keep, "),
+        ("storage=partitioned", "MEGATRON_TILING: storage=partitioned: write each of factor, keep, "),
+        ("factor=0", 'MEGATRON_TILING="factor=0": --tile-factor 0: must be a whole number of at least 1'),
+        ("keep=auto", "MEGATRON_TILING=\"keep=auto\": --tiled-mlp-keep 'auto': must be a whole number of at least 0"),
+        ("splits=fc1=8", "MEGATRON_TILING: splits=fc1=8: --tiled-linear-splits fc1=8: write MODULE=INxOUT"),
+    ],
+)
+def test_what_it_cannot_say(text: str, answer: str) -> None:
+    with pytest.raises(ValueError) as refusal:
         settings.config_from_environment({VARIABLE: text})
+    assert str(refusal.value).startswith(answer)
 
 
 SCORES = {

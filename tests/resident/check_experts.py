@@ -32,6 +32,7 @@ from megatron_tiling.report import LayerReport, table
 from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
 from megatron_tiling.tiles import grid
+from megatron_tiling.trainer.hook import reasons_for_no_tiles
 from tests.check_models import assert_same, expect_error, gpt, make_config, step
 from tests.support.harness import megatron
 from tests.support.te_models import EXPERTS, entries, inputs
@@ -286,6 +287,13 @@ def check_models() -> None:
             one._run_loop = loop
         assert_same(step(tiled, **inputs()), step(dense, **inputs()))
         assert all(loop.called and (loop.call_args.args[-1] is not None) == gathers for loop in loops)
+
+
+def check_nothing_but_experts() -> None:
+    """Is enough for a run: their tiles are no tiled linear layers."""
+    _, tiled = models()
+    tile(tiled, TilingConfig(modules=("experts",)))
+    assert reasons_for_no_tiles([tiled]) is None
 
 
 def check_other_rows() -> None:

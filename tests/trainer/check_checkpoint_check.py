@@ -96,6 +96,13 @@ CASES = [
     Case("empty tracker", "torch_dist", ("latest_checkpointed_iteration.txt should hold",), cut("latest*")),
     Case("endless iteration", "torch_dist", ("cannot be looked at, OSError", "File name too long"), endless_iteration),
     Case("no such step", "torch_dist", ("there is no", "iter_0000009"), flags="--ckpt-step 9"),
+    Case(
+        "no pre-trained one",
+        "torch_dist",
+        ("--pretrained-checkpoint /nowhere: there is no latest_checkpointed_iteration.txt in it, nor in --load /",),
+        remove("latest*"),
+        "--pretrained-checkpoint /nowhere",
+    ),
     Case("legacy, other hidden size", "legacy", ("mp_rank_00/model_optim_rng.pt is of another model",), flags=WIDER),
     Case("legacy, cut file", "legacy", (f"{RANK_1} cannot be read",), cut(f"iter_0000003/{RANK_1}")),
     Case("legacy, lost file", "legacy", (f"{RANK_1} is missing",), remove(f"iter_0000003/{RANK_1}")),

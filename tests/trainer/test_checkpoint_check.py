@@ -13,7 +13,7 @@ ARGS = Namespace(ckpt_step=None, ckpt_format="torch_dist", auto_detect_ckpt_form
 
 def test_bad_checkpoints_end_a_run_with_one_line(tmp_path: Path) -> None:
     output = torchrun(ROOT / "tests" / "trainer" / "check_checkpoint_check.py", tmp_path, world=2)
-    assert "15 bad checkpoints refused" in output
+    assert "16 bad checkpoints refused" in output
 
 
 def test_where_stock_starts_from_random_weights_there_is_none(tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def test_flags_complete_the_configuration(tmp_path: Path) -> None:
     assert config["steps_per_print"] == 7
 
 
+def test_a_file_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "engine.json"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^--deepspeed-config {file}: a JSON file is wanted"):
+            zero3_config.engine_config(file, run_args(), data_parallel_size=4)
+        file.write_text('{"zero_optimization": ')
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

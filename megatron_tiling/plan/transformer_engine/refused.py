@@ -7,7 +7,7 @@ import torch
 
 
 class NoFigures(NotImplementedError):
-    """The planner cannot count something; the message says what, and is all that a user needs."""
+    """Of what the script uses: it ends the plan with one line."""
 
 
 def refusal(what: str, instead: str = "") -> NoFigures:
