@@ -54,16 +54,17 @@ FLAGS = {
 NOT_ASKED_FOR = f"not in {FLAGS['modules']}"
 
 
-def words_of(values: Iterable[str]) -> list[str]:
-    """The words of a flag's values, with blanks or commas between them.
+def words_of(values: str | Iterable[str]) -> list[str]:
+    """The words of a flag's value, or of its values, with blanks or commas between them.
 
     >>> words_of(["fc1,fc2", "output"])
     ['fc1', 'fc2', 'output']
     """
+    values = [values] if isinstance(values, str) else values
     return [word for value in values for word in value.replace(",", " ").split() or [value]]
 
 
-def parse_splits(settings: Iterable[str]) -> dict[str, tuple[int, int]]:
+def parse_splits(settings: str | Iterable[str]) -> dict[str, tuple[int, int]]:
     """``["fc1=1x8", "experts=4"]`` -> ``{"fc1": (1, 8), "experts": (1, 4)}``, in_splits first.
 
     Raises:
@@ -309,7 +310,7 @@ class TilingConfig:
         given = {name: getattr(args, argument_of(flag), None) for name, flag in FLAGS.items()}
         settings = {name: value for name, value in given.items() if value is not None}
         if modules := given["modules"]:
-            settings["modules"] = words_of([modules] if isinstance(modules, str) else modules)
+            settings["modules"] = words_of(modules)
         settings |= {"splits": parse_splits(given["splits"] or ()), "storage": storage_of(args)}
         return cls(**(settings | overrides))
 

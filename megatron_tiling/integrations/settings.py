@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiling.arguments import number_or_text
-from megatron_tiling.config import VARIABLE, TilingConfig, parse_splits
+from megatron_tiling.config import VARIABLE, TilingConfig, parse_splits, words_of
 
 #: Settings, and what reads their values; ``keep`` is ``mlp_keep``.
 READERS = {
     "factor": number_or_text,
     "keep": number_or_text,
-    "modules": lambda value: tuple(value.split(",")),
-    "splits": lambda value: parse_splits(value.split(",")),
+    "modules": words_of,
+    "splits": parse_splits,
     "head_keep": number_or_text,
     "head_memory_mib": number_or_text,
     "head_tokens": number_or_text,

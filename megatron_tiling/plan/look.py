@@ -43,12 +43,12 @@ def naming_another_tokenizer(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_or_end(args: Namespace, *more: Any, **options: Any) -> Any:
         try:
             return build(args, *more, **options)
-        except Exception as error:
+        except Exception as error:  # of any tokenizer's package
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise SystemExit(
                 f"megatron_tiling plan: --tokenizer-type {args.tokenizer_type}: it cannot be built here ({why}); give "
                 "--tokenizer-type NullTokenizer --vocab-size N in its place, N the number of its words"
-            ) from None
+            ) from error
 
     return build_or_end
 

@@ -96,9 +96,9 @@ def _load_dir(args: Namespace, load_arg: str) -> str | None:
     from megatron.training.checkpointing import checkpoint_exists
 
     load_dir: str | None = getattr(args, load_arg)
-    if load_dir is None or not Path(load_dir, TRACKER).is_file():
+    if not checkpoint_exists(load_dir):
         pretrained = getattr(args, "pretrained_checkpoint", None)
-        if pretrained is not None and not (checkpoint_exists(load_dir) or checkpoint_exists(pretrained)):
+        if pretrained is not None and not checkpoint_exists(pretrained):
             looked_at = f", nor in --{load_arg.replace('_', '-')} {load_dir}" if load_dir is not None else ""
             raise CheckpointError(f"--pretrained-checkpoint {pretrained}: there is no {TRACKER} in it{looked_at}")
         load_dir = pretrained or load_dir

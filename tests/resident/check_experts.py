@@ -1,4 +1,4 @@
-"""Grouped experts, stock and tiled, in float64 and in whole models: EP=2, expert TP=2, alone; on stand-ins.
+"""Grouped experts, stock and tiled, in float64, and in whole models (``expert_models.py``): EP=2, expert TP=2, alone.
 
 PYTHONPATH=tests/stand_ins torchrun --standalone --nproc-per-node 2 -m tests.resident.check_experts
 
@@ -7,7 +7,6 @@ With megatron-core 0.16 its GroupedMLP too.
 
 import copy
 import itertools
-from functools import partial
 from inspect import signature
 from typing import Any
 from unittest.mock import Mock, patch
@@ -22,20 +21,16 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import experts as stock
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformer_engine.pytorch import GroupedLinear
 
 from megatron_tiling import TilingConfig, tile
 from megatron_tiling.report import LayerReport, table
-from megatron_tiling.resident import dispatch
 from megatron_tiling.resident import experts as grouped
 from megatron_tiling.tiles import grid
-from megatron_tiling.trainer.hook import reasons_for_no_tiles
-from tests.check_models import assert_same, expect_error, gpt, make_config, step
+from tests.check_models import expect_error, make_config
+from tests.resident import expert_models
 from tests.support.harness import megatron
-from tests.support.te_models import EXPERTS, entries, inputs
 
 HIDDEN, FEATURES = 12, 10
 SWIGLU = {"gated_linear_unit": True, "activation_func": F.silu}
@@ -246,113 +241,6 @@ def check_table() -> None:
         assert row.split() == words.split(), row
 
 
-def models(**changes: Any) -> tuple[Any, Any]:
-    """Dense and tiled."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    found = []
-    for _ in range(2):
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        sizes = {"expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size()}
-        sizes |= {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1}
-        config = make_config(**sizes | EXPERTS | {"moe_grouped_gemm": True, "num_query_groups": 4} | changes)
-        found.append(gpt(config, spec=get_gpt_layer_with_transformer_engine_spec(4, moe_grouped_gemm=True)))
-    return found[0], found[1]
-
-
-def check_models() -> None:
-    """The same parameters, gradients and checkpoints in a whole model, with what surrounds experts."""
-    dispatchers = ("allgather", "alltoall")
-    surroundings: list[dict[str, Any]] = [{"moe_token_dispatcher_type": dispatcher} for dispatcher in dispatchers]
-    recompute = {"recompute_granularity": "selective"}
-    surroundings += [recompute | {"recompute_modules": modules} for modules in (["moe_act"], ["moe"])]
-    capacity = {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"}
-    surroundings += [capacity, capacity | {"moe_pad_expert_input_to_capacity": True}]
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:  # gloo gathers no uneven numbers of rows
-        surroundings = [changes for changes in surroundings if "alltoall" not in changes.values()]
-    for changes in surroundings:
-        dense, tiled = models(**changes)
-        parameters = dict(tiled.named_parameters())
-        tile(tiled, TilingConfig(factor=3, modules=("fc1", "fc2", "experts"), mlp_keep=1))
-        experts = [module for module in tiled.modules() if isinstance(module, grouped.TiledExperts)]
-        assert len(experts) == 2 and all(isinstance(one, stock.TEGroupedMLP) for one in experts)
-        assert all(parameter is parameters[name] for name, parameter in tiled.named_parameters())
-        assert entries(tiled) == entries(dense) and list(tiled.state_dict()) == list(dense.state_dict())
-        alone = torch.distributed.get_world_size(experts[0].tp_group) * experts[0].ep_group.size() == 1
-        gathers = alone and not changes.get("moe_pad_expert_input_to_capacity")
-        assert all((one._dispatcher is not None) == gathers for one in experts)
-        assert table(tiled.tiling_reports).count("tokens kept once") == gathers
-        loops = [Mock(wraps=one._run_loop) for one in experts]
-        for one, loop in zip(experts, loops, strict=True):
-            one._run_loop = loop
-        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-        assert all(loop.called and (loop.call_args.args[-1] is not None) == gathers for loop in loops)
-
-
-def check_nothing_but_experts() -> None:
-    """Is enough for a run: their tiles are no tiled linear layers."""
-    _, tiled = models()
-    tile(tiled, TilingConfig(modules=("experts",)))
-    assert reasons_for_no_tiles([tiled]) is None
-
-
-def check_other_rows() -> None:
-    """Rows that are no copies of tokens in their order, from the first dispatch on or later, are found out and kept."""
-
-    def doubled_before_dispatch(mlp: Any) -> None:
-        own = mlp.token_dispatcher.token_dispatch
-        mlp.token_dispatcher.token_dispatch = lambda hidden, probs: own(hidden * 2, probs)
-
-    def doubled_before_experts(mlp: Any, double: Any = lambda hidden: hidden * 2) -> None:
-        mlp.experts.register_forward_pre_hook(lambda _, operands: (double(operands[0]), *operands[1:]))
-
-    doubled_in_place = partial(doubled_before_experts, double=lambda hidden: hidden.mul_(2))
-    for change in (doubled_before_dispatch, doubled_before_experts, doubled_in_place):
-        dense, tiled = models()
-        tile(tiled, TilingConfig(mlp_keep=0))
-        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-        assert all(layer.mlp.token_dispatcher.is_known for layer in tiled.decoder.layers)
-        dispatch._say_kept_whole.cache_clear()
-        with patch.object(dispatch, "log_on_rank_0") as log:
-            for model in (dense, tiled):
-                model.zero_grad()
-                change(model.decoder.layers[0].mlp)
-            for _ in range(2):
-                assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-        log.assert_called_once_with(
-            "warning: experts are given other rows than copies of tokens in order: they are kept whole"
-        )
-    dense, tiled = models()
-    tile(tiled, TilingConfig(mlp_keep=0))
-    with patch.object(MoEAllGatherTokenDispatcher, "token_dispatch", lambda _, hidden, probs: (hidden * 2, probs)):
-        assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-    for layer in tiled.decoder.layers:
-        assert layer.mlp.token_dispatcher.is_known is False and layer.mlp.token_dispatcher.remembered is None
-
-
-def check_backward_hooks() -> None:
-    """Full backward hooks give experts other tensors of the same memory: tokens are kept once, as the table says."""
-    dense, tiled = models()
-    assert table(tile(tiled, TilingConfig(mlp_keep=0))).count("tokens kept once") == 1
-    seen: dict[Any, list[Tensor]] = {dense: [], tiled: []}
-    for model, gradients in seen.items():
-        experts = model.decoder.layers[1].mlp.experts
-        experts.register_full_backward_hook(lambda _, grads, __, gradients=gradients: gradients.append(grads[0]))
-    run_loop = tiled.decoder.layers[1].mlp.experts._run_loop = Mock(wraps=experts._run_loop)
-    assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-    assert run_loop.call_args.args[-1] is not None
-    torch.testing.assert_close(*seen.values())
-
-
-def check_recomputed_layers() -> None:
-    """By torch's own checkpoint, which counts the tensors that autograd saves."""
-    dense, tiled = models()
-    tile(tiled, TilingConfig(mlp_keep=0))
-    for layer in (*dense.decoder.layers, *tiled.decoder.layers):
-        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-    assert_same(step(tiled, **inputs()), step(dense, **inputs()))
-
-
 def check_fewer_tiles_of_little_work() -> None:
     """Where all are kept, and nobody has said how many there are."""
     rows = [3, 4, 3, 2]
@@ -408,7 +296,8 @@ def exchange_on_a_cpu() -> None:
 
 
 def main() -> None:
-    checks = [check for name, check in globals().items() if name.startswith("check_")]
+    spaces = globals(), vars(expert_models)
+    checks = [check for space in spaces for name, check in space.items() if name.startswith("check_")]
     layouts = {"EP=2": {"expert_model_parallel_size": 2}, "expert TP=2": {"tensor_model_parallel_size": 2}, "alone": {}}
     exchange_on_a_cpu()
     with megatron():
@@ -417,7 +306,7 @@ def main() -> None:
                 continue
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(**sizes)
-            for check in checks if name == "alone" else [check_models]:
+            for check in checks if name == "alone" else [expert_models.check_models]:
                 check()
             if torch.distributed.get_rank() == 0:
                 print(f"experts, {name}: checks passed on megatron-core {__version__}", flush=True)

@@ -7,7 +7,7 @@ import torch
 
 
 class NoFigures(NotImplementedError):
-    """Of what the script uses: it ends the plan with one line."""
+    """The planner cannot count something that the script uses; the message is all that its user needs."""
 
 
 def refusal(what: str, instead: str = "") -> NoFigures:
