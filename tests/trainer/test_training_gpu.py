@@ -63,8 +63,6 @@ LAYOUTS = {
         2,
         f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2",
     ),
-    "experts in FP8": (1, f"{EXPERTS} --fp8-format hybrid --fp8-recipe tensorwise"),
-    "experts in FP8, EP=2": (2, f"{EXPERTS} --fp8-format e4m3 --fp8-recipe blockwise --expert-model-parallel-size 2"),
     "CP=2": (2, "--context-parallel-size 2"),
     "CP=2, all-gathered": (2, "--context-parallel-size 2 --cp-comm-type all_gather"),
 }
@@ -85,19 +83,11 @@ WITHOUT = {
     "GPT, biases, tied": "--disable-bias-linear --untie-embeddings-and-output-weights",
     "multi-latent attention": "--group-query-attention --num-query-groups 2",
 }
-#: Where flags of the tiled run are the default ones.
-BY_DEFAULT = {name for name in LAYOUTS if "FP8" in name} | {"Llama", "TP=2, communication overlapped"}
+#: Flags of the tiled run, where they are not all modules.
+TILING = {"Llama": "", "FP8": "", "TP=2, communication overlapped": ""}
 ALL = "--tile-factor 4 --tiled-linear-modules all"
-#: Words of the table's lines.
-STATES = {
-    "Llama": "not in --tiled-linear-modules",
-    "TP=2, communication overlapped": "--tp-comm-overlap: ",
-    "FP8": "TiledMLP in FP8",
-    "experts, EP=2": "TiledExperts, at most 4 tiles",
-    "experts, their TP=2": "TiledExperts, at most 4 tiles",
-    "experts in FP8": "TiledExperts in FP8, at most 4 tiles",
-    "experts in FP8, EP=2": "TiledExperts in FP8, at most 4 tiles",
-}
+#: Words of the table's lines about layers that stay TransformerEngine's.
+STAYS = {"Llama": "not in --tiled-linear-modules", "TP=2, communication overlapped": "--tp-comm-overlap: "}
 #: Of a loss, in bf16 and over 20 steps. A token close to two experts goes to the other one after a rounding.
 TOLERANCE, LOOSER = 5e-3, 2e-2
 
@@ -130,7 +120,7 @@ def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
     if ATTENTION[name] == "flash" and lacks_flash_attention():
         pytest.skip("needs flash attention that TransformerEngine takes")
     dense = train(name, "dense", (), tmp_path)
-    tiled = train(name, "tiled", f"--use-tiled-linear {'' if name in BY_DEFAULT else ALL}".split(), tmp_path)
+    tiled = train(name, "tiled", f"--use-tiled-linear {TILING.get(name, ALL)}".split(), tmp_path)
     tolerance = LOOSER if "experts" in name or "FP8" in name else TOLERANCE
     expected, found = losses(dense), losses(tiled)
     assert len(expected) == len(found) == 20
@@ -139,7 +129,7 @@ def test_losses_equal_dense(name: str, tmp_path: Path) -> None:
     assert len(expected) == len(found) >= 2
     assert found == pytest.approx(expected, rel=tolerance)
     assert re.search("^output_layer .* loss in tiles of ", tiled, re.MULTILINE)
-    assert STATES.get(name, "") in tiled
+    assert STAYS.get(name, "") in tiled
 
 
 #: By name: the run that a resumed one goes on from, and its flags.
