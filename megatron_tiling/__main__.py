@@ -32,8 +32,8 @@ def main() -> None:
         return plan(environment)
     if script.startswith("-"):
         parser.error(f"{script} stands before the script: first SCRIPT, then its flags and those of this package")
-    if not os.path.isfile(script):
-        parser.error(f"there is no script {script}")
+    if reason := runner.reason_in_script(script):
+        parser.error(reason)
     sys.argv = sys.argv[1:]
     runner.prepare(script)
     runner.run(script)

@@ -5,6 +5,21 @@ import runpy
 import sys
 from typing import NoReturn
 
+#: What is given by mistake in the place of a script.
+LAUNCHERS = {"torchrun", "python", "python3", "bash", "sh", "srun", "mpirun", "deepspeed"}
+
+
+def reason_in_script(script: str) -> str:
+    """Why this cannot be run as a Python script, or nothing."""
+    instead = "; give the Python script that it starts, and the arguments of that"
+    if not os.path.isfile(script):
+        return f"there is no script {script}" + instead * (script in LAUNCHERS)
+    with open(script, "rb") as file:
+        first = file.readline()
+    shebang = first.split() if first.startswith(b"#!") else ()
+    of_a_shell = script.endswith(".sh") or any(word.endswith(b"sh") for word in shebang)
+    return f"{script} is not a Python script{instead}" if of_a_shell else ""
+
 
 def prepare(script: str) -> None:
     """What stands before a script: its folder on the path, the CPU where there is no GPU, and the plugin."""

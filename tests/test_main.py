@@ -151,4 +151,12 @@ def test_usage() -> None:
     done = runner("--use-tiled-linear", "pretrain_gpt.py")
     assert done.returncode == 2 and "--use-tiled-linear stands before the script: first SCRIPT" in done.stderr
     done = runner("nowhere.py", "--use-tiled-linear")
-    assert done.returncode == 2 and "there is no script nowhere.py" in done.stderr
+    assert done.returncode == 2 and done.stderr.endswith("there is no script nowhere.py\n")
+
+
+@pytest.mark.parametrize("before", [(), ("plan",)])
+def test_what_is_no_python_script(before: tuple[str, ...]) -> None:
+    done = runner(*before, "torchrun", "pretrain_gpt.py")
+    assert done.returncode == 2 and "there is no script torchrun; give the Python script that it" in done.stderr
+    done = runner(*before, "examples/gpt/train.sh")
+    assert done.returncode == 2 and "examples/gpt/train.sh is not a Python script; give the" in done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
-from megatron_tiling.plan.command import ADVICE, GIB, TILED, Command, Plan, Setting, undominated
+from megatron_tiling.plan.command import GIB, TILED, Command, Plan, Setting, undominated
 from megatron_tiling.plan.options import refuse_dashes_behind, shared_parser
 from megatron_tiling.plan.room import room
 from megatron_tiling.plan.run import prepare
@@ -62,7 +62,7 @@ def instead(command: Command, tracker: Tracker, limit: float, below: float) -> d
         "best": _described(fitting[0]) if fitting else None,
         "smallest": _described(min(found or [given], key=lambda one: one.run.peak)),
         "settings": len(found) + 1,
-        "advice": ADVICE,
+        "advice": command.advice,
     }
 
 

@@ -55,7 +55,6 @@ UNEVEN = {
 TRANSFORMER_ENGINE_IS_HERE = importlib.util.find_spec("transformer_engine") is not None
 #: Tokens of which sequences are multiples, beside what parallelism asks for.
 TOKENS = 128
-ADVICE = "more tensor, pipeline or context parallelism, --use-distributed-optimizer, or a smaller micro-batch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +126,21 @@ class Command:
         self.gpus = least if gpus is None else gpus
         if self.gpus < 1 or self.gpus % least:
             raise SystemExit(
-                f"megatron_tiling plan: --gpus {self.gpus}: must be a multiple of {least}, as the tensor, context, "
-                "pipeline and expert parallel sizes ask for"
+                f"megatron_tiling plan: --gpus {self.gpus}: must be a positive multiple of {least}, as the tensor, "
+                "context, pipeline and expert parallel sizes ask for"
             )
         apart = in_a_stage if "--use-tp-pp-dp-mapping" in names else self.gpus // stages
         # The first stage holds most micro-batches and the embedding, the last makes the logits.
         looked_at = range(stages) if UNEVEN & names else sorted({0, stages - 1})
         self.ranks = {stage: stage * apart for stage in looked_at}
         self._untrained: int | None = None  # parameters, in the first of its own settings that runs
+
+    @property
+    def advice(self) -> str:
+        """What else makes a run smaller."""
+        kinds = "tensor, pipeline, context or expert" if self.has_experts else "tensor, pipeline or context"
+        shard = "" if "--use-distributed-optimizer" in self.arguments else "--use-distributed-optimizer, "
+        return f"more {kinds} parallelism, {shard}or a smaller micro-batch"
 
     def with_flags(self, *flags: str) -> Setting:
         """The command without tiles, and these."""
@@ -243,7 +249,7 @@ def undominated(plans: Sequence[Plan]) -> list[Plan]:
     return best
 
 
-def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
+def ranking(plans: Sequence[Plan], dense: Plan, limit: float, advice: str) -> list[str]:
     """Settings that fit, those with the least work first. If none fits, the smallest, and what else there is."""
     best = undominated(plans)
     fitting = [one for one in best if one.run.peak <= limit]
@@ -252,7 +258,7 @@ def ranking(plans: Sequence[Plan], dense: Plan, limit: float) -> list[str]:
         "estimate of their kernels' time:"
     )
     if not fitting:
-        head, fitting = f"none of {len(plans)} settings fits; try {ADVICE}. The smallest:", best[-1:]
+        head, fitting = f"none of {len(plans)} settings fits; try {advice}. The smallest:", best[-1:]
     rows = [
         f"  {one.flops / dense.flops:.3f} ({one.seconds / dense.seconds:.2f})  {one.run.peak / GIB:6.1f} GiB"
         f"  {one.flags or 'dense'}  ({one.run.phase})"
@@ -344,4 +350,4 @@ def _compared(command: Command, tracker: Tracker, plans: Sequence[Plan], limit: 
             found.append(one)
         else:
             failed.append(f"  not among them: {setting.flags}: {one.splitlines()[-1]}")
-    return [*ranking(found, plans[0], limit), *failed]
+    return [*ranking(found, plans[0], limit, command.advice), *failed]

@@ -1,13 +1,14 @@
 """The planner's own flags, which stand before the script."""
 
 import argparse
-import os
+import math
 from collections.abc import Sequence
 
 from megatron_tiling.plan import routing
 from megatron_tiling.plan.automatic import automatic_flags
 from megatron_tiling.plan.clock import GPUS
 from megatron_tiling.plan.picture import reason_not_to_draw
+from megatron_tiling.runner import reason_in_script
 from megatron_tiling.trainer.planned import GPU_MEMORY_GIB
 
 USAGE = (
@@ -19,18 +20,29 @@ USAGE = (
 OUTSIDE_GIB = 3.5
 
 
+def gib(text: str) -> float:
+    """The value of a flag."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB, such as 80")
+    return value
+
+
 def shared_parser() -> argparse.ArgumentParser:
     """Of flags that say what a run has to fit into, which stand before the script."""
     parser = argparse.ArgumentParser(description="What a training run needs, without a GPU.")
     parser.add_argument(
         "--gpu-memory-gib",
-        type=float,
+        type=gib,
         help=f"of one GPU (default: {GPU_MEMORY_GIB:g}; with --measure, of the GPUs that are here)",
     )
     parser.add_argument("--gpus", type=int, help="in all (default: as few as the parallelism takes)")
     parser.add_argument(
         "--outside-gib",
-        type=float,
+        type=gib,
         default=OUTSIDE_GIB,
         help=f"left to what neither torch counts nor this predicts: the driver, NCCL (default: {OUTSIDE_GIB:g})",
     )
@@ -88,8 +100,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ahead = argv[: -len(options.arguments) - 1]
     if "--" not in ahead and (flag := next((flag for flag in behind if flag in own), None)):
         parser.error(f"{flag} is the planner's: it stands before the script; if the script has one, put -- before it")
-    if not os.path.isfile(options.script):
-        parser.error(f"there is no script {options.script}")
+    if reason := reason_in_script(options.script):
+        parser.error(reason)
     if options.gpu_memory_gib is None and not options.measure:
         options.gpu_memory_gib = GPU_MEMORY_GIB
     if options.gpu_memory_gib is not None and options.gpu_memory_gib <= options.outside_gib:

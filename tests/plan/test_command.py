@@ -37,7 +37,7 @@ def test_ranks_of_pipeline_stages() -> None:
     assert Command("x.py", [*SIZES, *experts], None).gpus == 32
     assert Command("x.py", [*SIZES, *experts, "--expert-tensor-parallel-size", "1"], None).gpus == 16
     for gpus in (12, 0, -8):
-        with pytest.raises(SystemExit, match=f"--gpus {gpus}: must be a multiple of 8"):
+        with pytest.raises(SystemExit, match=f"--gpus {gpus}: must be a positive multiple of 8"):
             Command("x.py", SIZES, gpus)
 
 
@@ -76,10 +76,20 @@ def test_forms_of_arguments() -> None:
 def test_ranking() -> None:
     dense = plan("", 50, 1.0)
     plans = [dense, plan("--keep 0", 30, 1.2), plan("--tiled", 40, 1.0), plan("--worse", 45, 1.1)]
-    assert [line.split()[4] for line in ranking(plans, dense, 80 * GIB)[1:]] == ["--tiled", "--keep"]
-    assert [line.split()[4] for line in ranking(plans, dense, 35 * GIB)[1:]] == ["--keep"]
-    head, smallest = ranking(plans, dense, 20 * GIB)
-    assert "none of 4 settings fits" in head and "--keep 0" in smallest
+    assert [line.split()[4] for line in ranking(plans, dense, 80 * GIB, "")[1:]] == ["--tiled", "--keep"]
+    assert [line.split()[4] for line in ranking(plans, dense, 35 * GIB, "")[1:]] == ["--keep"]
+    head, smallest = ranking(plans, dense, 20 * GIB, "other words")
+    assert head == "none of 4 settings fits; try other words. The smallest:" and "--keep 0" in smallest
+
+
+def test_advice_names_what_the_command_can_take() -> None:
+    sharded = "--use-distributed-optimizer"
+    assert Command("x.py", [], None).advice == (
+        f"more tensor, pipeline or context parallelism, {sharded}, or a smaller micro-batch"
+    )
+    assert Command("x.py", ["--num-experts", "8", sharded], None).advice == (
+        "more tensor, pipeline, context or expert parallelism, or a smaller micro-batch"
+    )
 
 
 def test_table() -> None:
@@ -278,6 +288,14 @@ def test_gradients_are_lost_against_the_commands_own_settings(monkeypatch: pytes
     assert isinstance(own, Plan) and lost == "no gradient reaches 3 parameters that train otherwise"
     recomputes = Command("x.py", ["--seq-length", "1024", *RECOMPUTE_LAYERS.split()], None)
     assert all(tokens == 0 for tokens in recomputes.longest(tracker, limit=0.5).values())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "80GB"])
+@pytest.mark.parametrize("flag", ["--gpu-memory-gib", "--outside-gib"])
+def test_memory_is_a_number(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([flag, value, str(EXAMPLES / "pretrain_gpt.py")])
+    assert f"argument {flag}: {value}: must be a number of GiB, such as 80" in capsys.readouterr().err
 
 
 def test_memory_that_is_not_there() -> None:

@@ -23,7 +23,7 @@ DIED = Plan("--tiled-mlp-keep 3", 0, Run(int(136.0 * GIB), {}, "MLP", 1.0, 1.0),
 
 
 def fits(environment: dict[str, str]) -> bool:
-    head, *_ = ranking([DIED], DIED, room(H200, OUTSIDE_GIB, environment).peak * GIB)
+    head, *_ = ranking([DIED], DIED, room(H200, OUTSIDE_GIB, environment).peak * GIB, "")
     return not head.startswith("none of 1 settings fits")
 
 
